@@ -1,0 +1,237 @@
+"""Cases made from others, by an edit or an option: data only."""
+
+from __future__ import annotations
+
+from conformance.make.recipes import Edited
+
+DAMAGED, PACKING, UNKNOWABLE, KEPT = "damaged inputs", "packing", "cannot be told", "disk layout"
+FUSED, LINEARS = "qwen3_moe-fused-0.21.2", "qwen3_moe-linears-0.18.1"
+SQUARE = "qwen3_moe-I-is-H-alone-0.21.2"
+STANDARD, SWAPPED = {"orientation": "standard"}, {"orientation": "swapped"}
+GROUPED = {"lora_b_layout": "grouped_by_expert"}
+
+EDITED: tuple[Edited, ...] = (
+    # What only the user can say: refused without, merged with the option.
+    Edited(
+        "gpt_oss-I-is-H-alone-0.19.1-told",
+        "gpt_oss-I-is-H-alone-0.19.1",
+        "orientation",
+        "The orientation that no file records, given by the user.",
+        expect="merge",
+        options=SWAPPED,
+    ),
+    Edited(
+        "qwen3_moe-unsloth-unmarked-told",
+        "qwen3_moe-unsloth-unmarked",
+        PACKING,
+        "The packing that no file records, given by the user.",
+        expect="merge",
+        options=GROUPED,
+    ),
+    Edited(
+        "qwen3_moe-square-without-version",
+        SQUARE,
+        UNKNOWABLE,
+        "Square and without peft_version, as an adapter of PEFT 0.17 that 0.21 saved again: "
+        "nothing says which way round.",
+        "without_version",
+        refusal="ambiguous-layout",
+    ),
+    Edited(
+        "qwen3_moe-square-without-version-told",
+        SQUARE,
+        "orientation",
+        "The same, with the orientation given by the user.",
+        "without_version",
+        expect="merge",
+        options=STANDARD,
+    ),
+    Edited(
+        "qwen3_moe-unsloth-two-markers",
+        "qwen3_moe-unsloth-grouped",
+        UNKNOWABLE,
+        "auto_mapping says another packing than the top level.",
+        "second_marker",
+        refusal="ambiguous-layout",
+    ),
+    Edited(
+        "qwen3_moe-unsloth-unknown-marker",
+        "qwen3_moe-unsloth-grouped",
+        UNKNOWABLE,
+        "A packing that nobody knows.",
+        "unknown_marker",
+        refusal="unknown-layout",
+    ),
+    Edited(
+        "qwen3_moe-unsloth-flat-marker",
+        "qwen3_moe-unsloth-grouped",
+        PACKING,
+        "The flat marker alone, without its detail.",
+        "flat_marker",
+        expect="merge",
+    ),
+    Edited(
+        "qwen3_moe-unsloth-nested-marker",
+        "qwen3_moe-unsloth-grouped",
+        PACKING,
+        "The detail alone, parameter by parameter, without the flat marker.",
+        "nested_marker",
+        expect="merge",
+    ),
+    # What a merge must leave alone.
+    Edited(
+        "qwen3_moe-with-mtp",
+        FUSED,
+        KEPT,
+        "A tensor that the model's class does not know, as the mtp.* of many checkpoints: it must stay.",
+        "unknown_base_tensor",
+        expect="merge",
+    ),
+    Edited(
+        "qwen3_moe-half-adapter",
+        "qwen3_moe-linears-0.18.1",
+        "low precision",
+        "Adapter weights in bfloat16 are read as they are.",
+        "bfloat16_adapter",
+        expect="merge",
+    ),
+    # Adapters that do not fit, or are damaged.
+    Edited(
+        "qwen3_moe-unknown-tensor",
+        FUSED,
+        DAMAGED,
+        "A tensor that no LoRA has.",
+        "unknown_tensor",
+        refusal="unconsumed-adapter-tensor",
+    ),
+    Edited(
+        "qwen3_moe-layer-beyond",
+        FUSED,
+        DAMAGED,
+        "A pair for a layer that the base does not have.",
+        "layer_beyond",
+        refusal="missing-base-tensor",
+    ),
+    Edited(
+        "qwen3_moe-half-a-pair",
+        FUSED,
+        DAMAGED,
+        "lora_A without lora_B.",
+        "half_a_pair",
+        refusal="missing-adapter-tensor",
+    ),
+    Edited(
+        "qwen3_moe-outer-pair-only",
+        FUSED,
+        DAMAGED,
+        "Two parameters are targeted, one has its pair.",
+        "outer_pair_only",
+        refusal="missing-adapter-tensor",
+    ),
+    Edited(
+        "qwen3_moe-linears-expert-missing",
+        LINEARS,
+        DAMAGED,
+        "One expert's down_proj has no pair, though target_modules names it.",
+        "expert_pair_missing",
+        refusal="missing-adapter-tensor",
+    ),
+    Edited("qwen3_moe-nan", FUSED, DAMAGED, "A NaN in lora_B.", "nan", refusal="non-finite"),
+    Edited(
+        "qwen3_moe-linears-infinity",
+        LINEARS,
+        DAMAGED,
+        "An infinity in lora_A of one expert.",
+        "infinity",
+        refusal="non-finite",
+    ),
+    Edited(
+        "qwen3_moe-fp16-overflow",
+        "qwen3_moe-fp16-linears",
+        DAMAGED,
+        "The sum exceeds float16.",
+        "overflow",
+        refusal="non-finite",
+    ),
+    Edited(
+        "qwen3_moe-other-experts",
+        FUSED,
+        DAMAGED,
+        "Trained on a model with two experts; the base has three.",
+        "two_experts",
+        refusal="num-experts-mismatch",
+    ),
+    Edited(
+        "qwen3_moe-other-rank",
+        FUSED,
+        DAMAGED,
+        "The config's rank is not the tensors'.",
+        "other_rank",
+        refusal="rank-mismatch",
+    ),
+    Edited(
+        "qwen3_moe-other-width",
+        FUSED,
+        DAMAGED,
+        "Trained on a wider model.",
+        "wider",
+        refusal="shape-mismatch",
+    ),
+    Edited(
+        "qwen3_moe-cut-short",
+        FUSED,
+        DAMAGED,
+        "adapter_model.safetensors ends too early.",
+        "cut_short",
+        refusal="corrupt-file",
+    ),
+    Edited(
+        "qwen3_moe-dora-without-magnitudes",
+        LINEARS,
+        DAMAGED,
+        "The config says DoRA, the file holds no magnitudes.",
+        "dora_without_magnitudes",
+        refusal="missing-adapter-tensor",
+    ),
+    # Bases that are damaged.
+    Edited(
+        "qwen3_moe-base-without-expert",
+        FUSED,
+        DAMAGED,
+        "The base lacks up_proj of expert 1.",
+        "base_without_expert",
+        refusal="experts-incomplete",
+    ),
+    Edited(
+        "qwen3_moe-base-without-q_proj",
+        FUSED,
+        DAMAGED,
+        "The base lacks a targeted weight.",
+        "base_without_target",
+        refusal="missing-base-tensor",
+    ),
+    Edited(
+        "qwen3_moe-base-shard-missing",
+        "qwen3_moe-sharded-5.24.0-0.21.2",
+        DAMAGED,
+        "A shard that the index names is not there.",
+        "base_shard_missing",
+        refusal="corrupt-file",
+    ),
+    Edited(
+        "qwen3_moe-base-cut-short",
+        FUSED,
+        DAMAGED,
+        "model.safetensors ends too early.",
+        "base_cut_short",
+        refusal="corrupt-file",
+    ),
+    Edited(
+        "qwen3_moe-base-shard-elsewhere",
+        "qwen3_moe-sharded-5.24.0-0.21.2",
+        DAMAGED,
+        "The index names a shard outside the checkpoint: ../…",
+        "base_shard_elsewhere",
+        refusal="unsafe-file",
+    ),
+)

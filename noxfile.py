@@ -1,0 +1,133 @@
+"""The project's chores: `nox -l` lists them, `nox -s NAME` runs one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests"]
+
+PINS: dict[str, Any] = nox.project.load_toml("pyproject.toml")["tool"]["loudmerge"]["pins"]
+
+# Every annotation of loudmerge is checked while the tests run; an int may stand where a float is expected.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+
+# What has transformers or PEFT as its oracle, but for the long run on a real model.
+ASK_THE_LIBRARIES = ["tests/e2e", "tests/unit/test_relay.py", "--ignore=tests/e2e/test_smollm2.py"]
+
+# The rooms that decide what is written: every branch of them is tested.
+COVERED = ",".join(
+    f"*/loudmerge/{room}.py"
+    for room in (
+        "balance",
+        "clustering",
+        "delta",
+        "evidence",
+        "layout",
+        "packing",
+        "plan",
+        "planner",
+        "rebalance",
+        "rounding",
+        "weighing",
+        "writer",
+    )
+)
+
+
+def install(session: nox.Session, versions: str = "newest") -> None:
+    """Installs loudmerge for development, with the pins of pyproject.toml."""
+    torch = os.environ.get("LOUDMERGE_TORCH") or PINS["torch"]
+    session.install("-e", ".[dev]", torch, *PINS[versions])
+    # Their torch is the same 700 MB.
+    environments = [str(one) for one in Path(session.virtualenv.location).parent.iterdir() if one.is_dir()]
+    session.run("python", "-m", "loudmerge.compat.links", session.virtualenv.location, *environments)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and types: ruff check, ruff format --check, mypy --strict."""
+    install(session)
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("versions", ["transformers-4", "newest"], ids=["transformers-4", "newest"])
+def tests(session: nox.Session, versions: str) -> None:
+    """Run the tests; with transformers 4 those that ask it or PEFT. Arguments after -- go to pytest."""
+    install(session, versions)
+    # Our own plugins would import loudmerge before its annotations can be checked.
+    ours = ("-p", "no:loudmerge.canary.plugin", "-p", "no:loudmerge.conformance.plugin")
+    pytest = ["pytest", "-n", "auto", *ours]
+    pytest.append(f"--jaxtyping-packages=loudmerge,{CHECKER}")
+    if session.posargs:
+        session.run(*pytest, *session.posargs)
+    elif versions == "transformers-4":
+        session.run(*pytest, *ASK_THE_LIBRARIES)
+    else:
+        session.run(*pytest, "--cov", "--cov-report=")
+        session.run("coverage", "report", f"--include={COVERED}", "--fail-under=100")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a tiny MoE adapter, then merge, verify and compare it (`loudmerge demo`)."""
+    install(session)
+    session.run("loudmerge", "demo", *session.posargs)
+
+
+@nox.session
+def canary(session: nox.Session) -> None:
+    """Check that upstream still keeps what must hold; needs the package index. Arguments go to pytest."""
+    install(session)
+    session.run("pytest", "tests/canary", *session.posargs)
+
+
+@nox.session
+def drills(session: nox.Session) -> None:
+    """Take each guard out of upstream's real files, and require the canary to notice; arguments after --."""
+    install(session)
+    session.run("python", "-m", "tests.drills", *session.posargs)
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Train, merge, reload, compare in every cell of matrix.toml; arguments after -- (see --help)."""
+    # Nothing is installed here: each cell has an environment of its own.
+    session.install("tomli>=2.0; python_version < '3.11'")
+    session.run("python", "-m", "loudmerge.compat", *session.posargs, env={"PYTHONPATH": "src"})
+
+
+@nox.session
+def bisect(session: nox.Session) -> None:
+    """Name the release that changed something: --package peft --good 0.18.1 --bad 0.19.1 after --."""
+    # Nothing else is installed here: each version has an environment of its own.
+    session.install("packaging>=24.0", "requests>=2.32", "tomli>=2.0; python_version < '3.11'")
+    session.run("python", "-m", "loudmerge.compat.bisect", *session.posargs, env={"PYTHONPATH": "src"})
+
+
+@nox.session
+def releases(session: nox.Session) -> None:
+    """Ask the package index what is newer than the matrix's cells; --json, --markdown, --lag after --."""
+    session.install("packaging>=24.0", "requests>=2.32", "tomli>=2.0; python_version < '3.11'")
+    # Exit code 4: something is newer, which is an answer.
+    command = ["python", "-m", "loudmerge.compat.releases", *session.posargs]
+    session.run(*command, env={"PYTHONPATH": "src"}, success_codes=[0, 4])
+
+
+@nox.session
+def e2e_gpu(session: nox.Session) -> None:
+    """Qwen3-30B-A3B end to end on a GPU; arguments after -- (see --help)."""
+    install(session)
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    session.run(
+        "python", "-m", "loudmerge.compat.gpu", *session.posargs, env={"CUDA_VISIBLE_DEVICES": device}
+    )

@@ -1,0 +1,291 @@
+"""A PEFT adapter directory, read without PEFT: its config, and what each of its tensors is.
+
+Knows nothing of checkpoints. Anything that is not understood is a problem, never ignored.
+Source of the key names: peft/utils/save_and_load.py, `get_peft_model_state_dict`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loudmerge.adapter_config import AdapterConfig, read_config
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.tensorfile import FLOAT_CODES, TensorEntry, read_header
+
+WEIGHTS = "adapter_model.safetensors"
+
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+"""PEFT saves the whole weight of these beside the LoRA (`save_embedding_layers`)."""
+
+_LORA_KEY = re.compile(
+    r"^base_model\.model\.(?P<module>.+?)(?P<nesting>(?:\.base_layer)*)"
+    r"\.(?P<role>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector(?:\.weight)?)$"
+)
+_ROWS_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta$")
+_FULL_KEY = re.compile(r"^base_model\.model\.(?P<name>.+\.(?:weight|bias)|.+)$")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One LoRA on one module.
+
+    module: the module's name in memory, without PEFT's `base_model.model.` prefix.
+    depth: how many `base_layer` levels inside the module's outermost wrapper.
+    a: (rows, a), b: (b, columns); for an embedding lora_embedding_A (rank, vocabulary) and
+    lora_embedding_B (hidden, rank). bias: lora_B.bias. magnitude: DoRA's lora_magnitude_vector.
+    """
+
+    module: str
+    depth: int
+    a: TensorEntry
+    b: TensorEntry
+    bias: TensorEntry | None = None
+    magnitude: TensorEntry | None = None
+    embedding: bool = False
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        return tuple(entry for entry in (self.a, self.b, self.bias, self.magnitude) if entry is not None)
+
+
+@dataclass(frozen=True)
+class FullTensor:
+    """A tensor that replaces one of the model's: `modules_to_save`, a trained bias, a saved embedding."""
+
+    name: str
+    entry: TensorEntry
+    saved_module: bool
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows that replace rows of an embedding: `trainable_token_indices`."""
+
+    module: str
+    indices: tuple[int, ...]
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter directory: every tensor of its file is in exactly one of the tuples.
+
+    copies: (full tensor, another that must have the same bytes). originals: the base's own weights, which
+    PEFT saves beside the trained ones.
+    """
+
+    path: Path
+    config: AdapterConfig
+    pairs: tuple[LoraPair, ...]
+    full: tuple[FullTensor, ...]
+    rows: tuple[TokenRows, ...]
+    entries: Mapping[str, TensorEntry]
+    copies: tuple[tuple[TensorEntry, TensorEntry], ...] = ()
+    originals: tuple[TensorEntry, ...] = ()
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Reads an adapter directory. Raises MergeRefused with every problem found."""
+    config = read_config(path)
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        raise MergeRefused(_no_weights(path))
+    entries, _ = read_header(weights)
+    sorter = _Sorter(config)
+    for entry in entries.values():
+        sorter.add(entry)
+    sorter.sort_full()
+    pairs = sorter.pairs()
+    if not entries:
+        sorter.problems.append(
+            Problem("missing-adapter-tensor", str(weights), "no tensor at all", "a trained adapter's tensors")
+        )
+    if sorter.problems:
+        raise MergeRefused(sorter.problems)
+    return Adapter(
+        path=path,
+        config=config,
+        pairs=pairs,
+        full=tuple(sorter.full),
+        rows=tuple(sorter.rows),
+        copies=tuple(sorter.copies),
+        originals=tuple(sorter.originals),
+        entries=entries,
+    )
+
+
+class _Sorter:
+    """Sorts an adapter's tensors by their keys and collects what is wrong with them."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config = config
+        self.problems: list[Problem] = []
+        self.full: list[FullTensor] = []
+        self.rows: list[TokenRows] = []
+        self.copies: list[tuple[TensorEntry, TensorEntry]] = []
+        self.originals: list[TensorEntry] = []
+        self._whole: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+        self._embeddings: set[tuple[str, int]] = set()
+        self._roles: dict[tuple[str, int], dict[str, TensorEntry]] = defaultdict(dict)
+
+    def add(self, entry: TensorEntry) -> None:
+        if entry.dtype not in FLOAT_CODES:
+            self._refuse("unsupported-adapter", entry, f"dtype {entry.dtype}", "one of F64, F32, F16, BF16")
+        elif match := _LORA_KEY.match(entry.name):
+            self._add_role(match["module"], match["nesting"].count("base_layer"), match["role"], entry)
+        elif match := _ROWS_KEY.match(entry.name):
+            self._add_rows(match["module"], entry)
+        else:
+            self._add_full(entry)
+
+    def _add_role(self, module: str, depth: int, role: str, entry: TensorEntry) -> None:
+        roles = self._roles[module, depth]
+        if "embedding" in role:
+            self._embeddings.add((module, depth))
+        role = role.removesuffix(".weight").replace("_embedding", "")
+        if role in roles:
+            self._refuse("unconsumed-adapter-tensor", entry, f"a second {role}, beside {roles[role]}", "one")
+        roles[role] = entry
+
+    def pairs(self) -> tuple[LoraPair, ...]:
+        complete = []
+        for (module, depth), roles in self._roles.items():
+            pair = self._pair(module, depth, roles)
+            if pair is not None:
+                complete.append(pair)
+        return tuple(complete)
+
+    def _pair(self, module: str, depth: int, roles: Mapping[str, TensorEntry]) -> LoraPair | None:
+        embedding = (module, depth) in self._embeddings
+        for half in ("lora_A", "lora_B"):
+            if half not in roles:
+                other = next(iter(roles.values()))
+                self._refuse(
+                    "missing-adapter-tensor", other, f"no {half} beside it", "both halves of the pair"
+                )
+                return None
+        bias, magnitude = roles.get("lora_B.bias"), roles.get("lora_magnitude_vector")
+        if bias is not None and not self.config.lora_bias:
+            self._refuse(
+                "unconsumed-adapter-tensor", bias, "a LoRA bias", "none: the config has lora_bias false"
+            )
+        if (magnitude is not None) != self.config.use_dora:
+            at = magnitude or roles["lora_A"]
+            found = "a DoRA magnitude" if magnitude is not None else "no lora_magnitude_vector beside it"
+            code = "unconsumed-adapter-tensor" if magnitude is not None else "missing-adapter-tensor"
+            self._refuse(
+                code, at, found, f"what use_dora {str(self.config.use_dora).lower()} in the config says"
+            )
+        if self.config.lora_bias and bias is None and not embedding:
+            self._refuse(
+                "missing-adapter-tensor", roles["lora_B"], "no bias beside it", "lora_bias's lora_B.bias"
+            )
+        if len(roles["lora_A"].shape) != 2 or len(roles["lora_B"].shape) != 2:
+            self._refuse(
+                "unsupported-adapter", roles["lora_A"], "factors that are not matrices", "two axes each"
+            )
+            return None
+        return LoraPair(module, depth, roles["lora_A"], roles["lora_B"], bias, magnitude, embedding)
+
+    def _add_rows(self, module: str, entry: TensorEntry) -> None:
+        indices = self._indices_of(module)
+        if indices is None:
+            self._refuse(
+                "unconsumed-adapter-tensor",
+                entry,
+                "trained token rows",
+                "trainable_token_indices in the config",
+            )
+        elif len(entry.shape) != 2 or len(indices) != entry.shape[0] or len(set(indices)) != len(indices):
+            self._refuse(
+                "shape-mismatch", entry, f"{list(entry.shape)}", f"one row for each of {len(indices)} indices"
+            )
+        else:
+            self.rows.append(TokenRows(module, indices, entry))
+
+    def _indices_of(self, module: str) -> tuple[int, ...] | None:
+        spec = self.config.raw.get("trainable_token_indices")
+        if isinstance(spec, list):
+            # A plain list means the input embedding, whatever its name is.
+            return tuple(spec)
+        if isinstance(spec, dict):
+            for name, indices in spec.items():
+                if module == name or module.endswith(f".{name}"):
+                    return tuple(indices)
+        return None
+
+    def _add_full(self, entry: TensorEntry) -> None:
+        name = entry.name.removeprefix("base_model.model.")
+        if name == entry.name or "lora_" in name:
+            self._refuse(
+                "unconsumed-adapter-tensor",
+                entry,
+                "a tensor that no known part of LoRA is named like",
+                "base_model.model.<module>.lora_A.weight and the other names PEFT saves",
+                "If another tool wrote it, convert the adapter to PEFT's names first.",
+            )
+            return
+        kind = next((kind for kind in ("modules_to_save", "original_module") if f".{kind}." in name), "")
+        for part in ("modules_to_save", "original_module", "token_adapter", "base_layer"):
+            name = name.replace(f".{part}.", ".")
+        if kind in self._whole[name]:
+            self._refuse("unconsumed-adapter-tensor", entry, f"a second tensor for {name}", "one")
+        self._whole[name][kind] = entry
+
+    def sort_full(self) -> None:
+        """Decides what the full tensors are for, once all of them are known."""
+        for name, kinds in self._whole.items():
+            entry = kinds.get("") or kinds.get("modules_to_save")
+            if entry is None or not (self._is_saved(name) or self._is_kept(name)):
+                self._refuse(
+                    "unconsumed-adapter-tensor",
+                    entry or kinds["original_module"],
+                    "a full tensor",
+                    "one of modules_to_save, a trained bias, or a saved embedding",
+                    "The config does not name it, so what it is for is unknown.",
+                )
+                continue
+            self.full.append(FullTensor(name, entry, self._is_saved(name)))
+            # With a resized vocabulary PEFT saves modules_to_save three times, and reads the plain name.
+            if "" in kinds and "modules_to_save" in kinds:
+                self.copies.append((entry, kinds["modules_to_save"]))
+            if "original_module" in kinds:
+                self.originals.append(kinds["original_module"])
+
+    def _is_saved(self, name: str) -> bool:
+        """PEFT's rule for modules_to_save (peft/utils/other.py): a plain `endswith`, without a dot."""
+        ends = tuple(self.config.modules_to_save)
+        return any(part.endswith(ends) for part in _ancestors(name.rpartition(".")[0]))
+
+    def _is_kept(self, name: str) -> bool:
+        """An embedding that was saved because it was resized or wrapped, or a trained bias."""
+        module, _, leaf = name.rpartition(".")
+        trained = self.config.raw.get("bias", "none")
+        bias = "bias" in name if trained == "all" else leaf == "bias" and trained == "lora_only"
+        return bias or (leaf == "weight" and module.rpartition(".")[2] in EMBEDDING_NAMES)
+
+    def _refuse(self, code: str, entry: TensorEntry, found: str, expected: str, hint: str = "") -> None:
+        self.problems.append(Problem(code, str(entry), found, expected, hint))
+
+
+def _no_weights(path: Path) -> Problem:
+    pickled = sorted(file.name for file in path.glob("*.bin"))
+    if pickled:
+        return Problem(
+            "unsafe-file",
+            str(path / pickled[0]),
+            "a pickle, which can run code when it is loaded",
+            WEIGHTS,
+            "Load it with PEFT where you trust it, and save it again with safe_serialization=True.",
+        )
+    return Problem("unsupported-adapter", str(path), f"no {WEIGHTS}", "the weights beside the config")
+
+
+def _ancestors(module: str) -> Iterable[str]:
+    parts = module.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))

@@ -1,0 +1,221 @@
+"""adapter_config.json, read without PEFT: what fixes an adapter's function, and what is not understood."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.jsonfile import read_json
+
+CONFIG = "adapter_config.json"
+
+INERT_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_B_layout",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+        "unsloth_fused_expert_lora",
+    }
+)
+"""Fields that say how an adapter was trained or found, or that are read elsewhere in loudmerge."""
+
+READ_FIELDS = frozenset(
+    {
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "layer_replication",
+        "lora_alpha",
+        "lora_bias",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_parameters",
+        "use_dora",
+        "use_rslora",
+    }
+)
+
+HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says. `raw` is the whole file."""
+
+    raw: Mapping[str, Any]
+    peft_version: str | None
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    fan_in_fan_out: bool
+    target_parameters: frozenset[str]
+    modules_to_save: frozenset[str]
+
+    def rank_for(self, name: str) -> int:
+        """The rank of a module or parameter, by its full name in memory, after `rank_pattern`."""
+        return int(_by_pattern(self.rank_pattern, name, self.rank))
+
+    def alphas_for(self, name: str) -> tuple[float, ...]:
+        """The values of all `alpha_pattern` keys that match; the first counts.
+
+        PEFT writes the patterns sorted, so where they differ the file may not say which was trained.
+        """
+        matching = (value for key, value in self.alpha_pattern.items() if _matches(key, name))
+        return tuple(dict.fromkeys(float(value) for value in matching))
+
+    def scaling_for(self, name: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rslora, after the patterns."""
+        rank = self.rank_for(name)
+        alpha = float(_by_pattern(self.alpha_pattern, name, self.alpha))
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targeted_parameters(self, module: str) -> tuple[str, ...]:
+        """The parameters of `module` that `target_parameters` names, sorted.
+
+        PEFT's rule: the full name equals the target or ends with "." and the target.
+        """
+        found = set()
+        for target in self.target_parameters:
+            name = f"{module}.{target.rpartition('.')[2]}"
+            if name == target or name.endswith(f".{target}"):
+                found.add(target.rpartition(".")[2])
+        return tuple(sorted(found))
+
+    def targets_module(self, module: str) -> bool:
+        """Whether `target_modules` names this Linear; False where the config restricts it further."""
+        if self.raw.get("layers_to_transform") is not None or self.raw.get("exclude_modules"):
+            return False
+        targets = self.raw.get("target_modules") or ()
+        if isinstance(targets, str):
+            return targets == "all-linear" or re.fullmatch(targets, module) is not None
+        return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """Reads adapter_config.json of an adapter directory. Raises MergeRefused with every problem found."""
+    file = path / CONFIG
+    raw = read_json(file, "unsupported-adapter", "a directory that PEFT's save_pretrained wrote")
+    problems = list(_config_problems(file, raw))
+    if problems:
+        raise MergeRefused(problems)
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
+    """What a config says that has no problems."""
+    return AdapterConfig(
+        raw=raw,
+        peft_version=None if raw.get("peft_version") is None else str(raw["peft_version"]),
+        rank=raw["r"],
+        alpha=raw["lora_alpha"],
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        lora_bias=bool(raw.get("lora_bias")),
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        target_parameters=frozenset(raw.get("target_parameters") or ()),
+        modules_to_save=frozenset(raw.get("modules_to_save") or ()),
+    )
+
+
+_Refuse = Callable[..., Problem]
+
+
+def _config_problems(file: Path, raw: Mapping[str, Any]) -> Iterable[Problem]:
+    def refuse(field: str, expected: str, hint: str = "") -> Problem:
+        return Problem("unsupported-adapter", f"{field} in {file}", repr(raw.get(field)), expected, hint)
+
+    if raw.get("peft_type") != "LORA":
+        yield refuse("peft_type", "'LORA'")
+    if not _is_rank(raw.get("r")):
+        yield refuse("r", "a positive whole number")
+    if not _is_number(raw.get("lora_alpha")):
+        yield refuse("lora_alpha", "a number")
+    for field, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        if not _is_pattern(raw.get(field) or {}, good):
+            yield refuse(field, "regular expressions with positive numbers")
+    if isinstance(raw.get("target_modules"), str) and not _is_expression(raw["target_modules"]):
+        yield refuse("target_modules", "a list of names, or a regular expression")
+    yield from _function_problems(raw, refuse)
+
+
+def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Problem]:
+    """Fields that make the adapter another function than plain LoRA."""
+    if raw.get("layer_replication"):
+        yield refuse(
+            "layer_replication", "null", "A model with replicated layers has other layers than its base."
+        )
+    if raw.get("init_lora_weights", True) not in HARMLESS_INITS:
+        yield refuse(
+            "init_lora_weights",
+            "an initialisation that leaves the base's weights alone",
+            "Save it with path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA.",
+        )
+    for field in sorted(raw.keys() - INERT_FIELDS - READ_FIELDS):
+        if raw[field] not in (None, False, [], {}, ""):
+            yield refuse(
+                field,
+                "null: this field is not understood, and may change the function",
+                "Ask for its support.",
+            )
+
+
+def _by_pattern(pattern: Mapping[str, Any], name: str, default: float) -> Any:
+    """PEFT's rule (peft/utils/other.py, `get_pattern_key`): the first key in order that matches."""
+    return next((value for key, value in pattern.items() if _matches(key, name)), default)
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _is_pattern(value: object, good: Callable[[object], bool]) -> bool:
+    return isinstance(value, dict) and all(_is_expression(key) and good(value[key]) for key in value)
+
+
+def _is_expression(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,74 @@
+"""Options and arguments that several commands take, and what is checked of them before anything is done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from loudmerge.families import major_minor
+from loudmerge.hub import resolve
+
+DEVICE = re.compile(r"cpu|auto|cuda(:\d+)?")
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+@contextmanager
+def argument(hint: str) -> Iterator[None]:
+    """A value that turns out to be wrong is a usage error."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise click.BadParameter(str(error), param_hint=hint) from error
+
+
+def local_directory(name: str, hint: str) -> Path:
+    """The local directory of BASE or ADAPTER, downloaded if need be."""
+    with argument(hint):
+        return resolve(name)
+
+
+def check_device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """A callback: cpu, cuda, cuda:N or auto."""
+    if not DEVICE.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is not one of cpu, cuda, cuda:N and auto.", context, parameter)
+    return value
+
+
+def check_transformers(_: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """A callback: a version, such as 5.24."""
+    with argument(parameter.opts[0]):
+        if value is not None:
+            major_minor(value)
+    return value
+
+
+def choice(name: str, choices: str, description: str) -> Callable[[Command], Command]:
+    """An option that takes one of some words, by default the first."""
+    words = choices.split()
+    return click.option(name, type=click.Choice(words), default=words[0], show_default=True, help=description)
+
+
+def output_options(command: Command) -> Command:
+    """--json and --quiet, which every command takes."""
+    command = click.option("--quiet", is_flag=True, help="Nothing on stderr but errors.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="stdout is one JSON document.")(command)
+
+
+def details_option(command: Command) -> Command:
+    """--details, which merge and verify take."""
+    described = "Say of each merged tensor what it keeps of its update, and how it was rounded."
+    return click.option("--details", is_flag=True, help=described)(command)
+
+
+def input_options(command: Command) -> Command:
+    """OUT, --base and --adapter, which verify and compare take."""
+    command = click.option("--adapter", required=True, metavar="ADAPTER", help="What was merged.")(command)
+    command = click.option("--base", required=True, metavar="BASE", help="What it was merged into.")(command)
+    path = click.Path(exists=True, file_okay=False, path_type=Path)
+    return click.argument("out", type=path)(command)

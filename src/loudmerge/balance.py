@@ -1,0 +1,160 @@
+"""Balanced rounding: what is kept of each input's update is kept where a step costs least. Pure.
+
+An element of W + dW lies a share s of a unit u beyond its neighbour on W's side, on the way that dW points.
+By chance it takes the step with probability s: the expectation is exact, but u is as often coarse as fine. In
+each cell, the outputs of one band of BAND rows that one input feeds, balanced rounding takes the steps with
+the largest shares and leaves the small ones, so that the expected sum of u |dW| over the steps stays what
+chance would make it, the sum of s u |dW|. Then <W' - W, dW> is right, with the least squared error.
+
+The shares are compared by their level, PARTS to an octave. In a cell
+
+    level(s) > k   takes the step          k: the highest level with which the sum is reached
+    level(s) = k   with the probability p that makes the sum exact: where 65536 p > u(row, column)
+    level(s) < k   does not
+
+so an outcome depends on its own cell only, and `verify` finds k and p by itself (loudmerge.rebalance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loudmerge.layout import Span
+from loudmerge.rounding import DROPPED, held_at_the_ends
+
+BAND = 64
+"""Rows, or columns where the inputs lie along the rows, that make a band; the first band starts at 0."""
+
+INPUTS = 512
+"""Inputs that are worked on at a time: some twenty small buffers then stay in a core's cache."""
+
+OCTAVES, PARTS = 16, 4
+"""Levels of the shares: a share under 2**-OCTAVES counts as the lowest."""
+
+
+_LEAST_NORMAL = (127 - 14) << 23
+"""float16's, as bits of a float32."""
+
+
+class Bands(NamedTuple):
+    """The bands of a term's part of a matrix. outputs: their numbers on disk. axis: along which they lie."""
+
+    outputs: Span
+    axis: int
+
+    def parts(self) -> Iterator[slice]:
+        """Each band's places along the axis."""
+        return bands(self.outputs)
+
+    def round_(
+        self, values: Tensor, weight: Tensor, delta: Tensor, drawn: Tensor, dtype: torch.dtype
+    ) -> None:
+        """As `balanced_`: one band whose outputs are rows, or any inputs whose outputs are all columns."""
+        for part in self._at_a_time(values):
+            balanced_(values[part], weight[part], delta[part], drawn[part], dtype, self.axis)
+
+    def _at_a_time(self, values: Tensor) -> Iterator[tuple[slice, slice]]:
+        if self.axis == 0:
+            for start in range(0, values.shape[1], INPUTS):
+                yield slice(None), slice(start, start + INPUTS)
+        else:
+            for part in self.parts():
+                for start in range(0, values.shape[0], INPUTS):
+                    yield slice(start, start + INPUTS), part
+
+
+def bands(span: Span) -> Iterator[slice]:
+    """The places 0 … span.count - 1 of a span, in parts of one band each."""
+    start = 0
+    while start < span.count:
+        band = (span.start + start * span.step) // BAND
+        stop = min(span.count, -(-((band + 1) * BAND - span.start) // span.step))
+        yield slice(start, stop)
+        start = stop
+
+
+def balanced_(
+    values: Tensor, weight: Tensor, delta: Tensor, drawn: Tensor, dtype: torch.dtype, axis: int
+) -> Tensor:
+    """Rounds one band of `values` = weight + delta, all float32, in place to numbers of `dtype`.
+
+    drawn: int32 in 0 … 65535, in their shape. axis: along which the outputs lie. What is not finite stays,
+    and what lies past the largest number by less than a unit becomes the largest.
+    """
+    near, unit = steps(values, delta, dtype)
+    # W - near is exact, and 0 where dW is under a unit: a share is as exact as dW itself.
+    share = ((weight - near) + delta).div_(unit).clamp_(0.0, 1.0)
+    ends = ~(near.abs().maximum((near + unit).abs()) <= torch.finfo(dtype).max)
+    plain = ends.logical_or_(delta == 0).logical_or_(values == 0)
+    share.masked_fill_(plain, 0.0)
+    gain = (unit * delta).masked_fill_(share == 0, 0.0)
+    level = levels(share)
+    least, chance = _solved(gain.double(), (gain * share).sum(axis, True, dtype=torch.float64), level, axis)
+    moved = ((level > least) | ((level == least) & (drawn < chance))) & (gain > 0)
+    stayed = torch.where(plain, _nearest(values, dtype), near)
+    return torch.where(moved, near + unit, stayed, out=values)
+
+
+def _solved(gain: Tensor, wanted: Tensor, level: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The level k of each cell, and 65536 p. gain: u |dW|, float64. wanted: the sum that is to be reached."""
+    shape = [OCTAVES * PARTS if at == axis else size for at, size in enumerate(gain.shape)]
+    mass = gain.new_zeros(shape).scatter_add_(axis, level.long(), gain)
+    reached = mass.flip(axis).cumsum(axis).flip(axis)
+    least = ((reached >= wanted).sum(axis, keepdim=True) - 1).clamp_(min=0)
+    within = mass.gather(axis, least)
+    above = reached.gather(axis, least) - within
+    return least, ((wanted - above) / within).nan_to_num_(0.0).mul_(65536.0)
+
+
+def levels(share: Tensor) -> Tensor:
+    """0 … OCTAVES * PARTS - 1, int32, of shares in 0 … 1."""
+    # The exponent and the two highest bits of the significand, as one number.
+    raw = share.clamp(2.0**-OCTAVES, 1.0 - 2.0**-24).view(torch.int32) >> 21
+    return raw.sub_((127 - OCTAVES) * PARTS)
+
+
+def steps(values: Tensor, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The neighbour of each float32 that dW comes from, and the step to the one it points to, with its sign.
+
+    A number of the dtype is itself the first. The step may lead to an infinity.
+    """
+    dropped = DROPPED[dtype]
+    bits = values.view(torch.int32)
+    # All ones on the way to zero: there, a number of the dtype lies at the upper end of its unit.
+    back = (bits ^ delta.view(torch.int32)) >> 31
+    size = (bits & 0x7FFFFFFF) + back
+    low = size & -(1 << dropped)
+    sign, step = bits & -0x80000000, back & (1 << dropped)
+    near = ((low + step) | sign).view(torch.float32)
+    far = ((low + (1 << dropped) - step) | sign).view(torch.float32)
+    if dtype is torch.float16:
+        near, far = _with_subnormal(values, size, back, near, far)
+    return near, far - near
+
+
+def _with_subnormal(
+    values: Tensor, size: Tensor, back: Tensor, near: Tensor, far: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for float16, whose unit is 2**-24 under its least normal number, 2**-14.
+
+    size: of the numbers, as bits, one less on the way to zero: so the least normal one belongs here then.
+    """
+    low = (size.view(torch.float32) * 2.0**24).floor_()
+    step = back.to(torch.float32)
+    inner = ((low - step) * 2.0**-24).copysign_(values)
+    outer = ((low + 1.0 + step) * 2.0**-24).copysign_(values)
+    small = size < _LEAST_NORMAL
+    return torch.where(small, inner, near), torch.where(small, outer, far)
+
+
+def _nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of the dtype, or the largest where `values` are past it by less than a unit."""
+    largest = torch.finfo(dtype).max
+    low, high = torch.aminmax(values)
+    if not (-largest <= low.item() and high.item() <= largest):  # also where one is a NaN
+        values = held_at_the_ends(values, dtype)
+    return values.to(dtype).to(torch.float32)

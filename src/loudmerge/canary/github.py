@@ -1,0 +1,153 @@
+"""A GitHub repository at a ref: the ref is resolved to a commit once, and every file read at that commit."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from loudmerge.canary import archives
+from loudmerge.canary.archives import SourceError
+from loudmerge.canary.fetch import Client, Unreachable, write
+from loudmerge.canary.sources import Change, SourceOptions, decoded
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA_ONLY = "application/vnd.github.sha"
+JSON = "application/vnd.github+json"
+
+
+@dataclass(frozen=True)
+class GithubSource:
+    """`upstream` at a commit. version: the commit, 40 hexadecimal digits."""
+
+    upstream: str
+    ref: str
+    version: str
+    client: Client
+    options: SourceOptions
+
+    @classmethod
+    def at(cls, upstream: str, ref: str, client: Client, options: SourceOptions) -> GithubSource:
+        """Resolves the ref. Raises Unreachable, or SourceError when there is no such repository or ref."""
+        if COMMIT.fullmatch(ref):
+            return cls(upstream, ref, ref, client, options)
+        url = f"{options.github_api}/repos/{upstream}/commits/{quote(ref, safe='')}"
+        try:
+            answer = client.get(url, token=options.token, accept=SHA_ONLY, conditional=True)
+        except FileNotFoundError as error:
+            raise SourceError(f"{upstream} has no ref {ref}, or the token may not see it: {error}") from error
+        commit = answer.decode("ascii", errors="replace").strip()
+        if not COMMIT.fullmatch(commit):
+            raise Unreachable(f"{url}: found {commit[:60]!r}, expected a commit's 40 digits")
+        return cls(upstream, ref, commit, client, options)
+
+    def read(self, path: str) -> str:
+        place = self._cache / "files" / _safe(path)
+        if not place.is_file():
+            url = f"{self.options.github_raw}/{self.upstream}/{self.version}/{quote(path)}"
+            write(place, self.client.get(url, token=self.options.token))
+        return decoded(place.read_bytes(), f"{self.upstream} {self.version}: {path}")
+
+    def exists(self, path: str) -> bool:
+        return _exists(self, path)
+
+    def root(self) -> Path | None:
+        tree = self._cache / "tree"
+        if not tree.is_dir():
+            url = f"{self.options.github_api}/repos/{self.upstream}/tarball/{self.version}"
+            place = self._cache / "source.tar.gz"
+            write(place, self.client.get(url, limit=archives.MAX_ARCHIVE_BYTES, token=self.options.token))
+            try:
+                archives.unpack(place, tree)
+            except archives.BrokenArchive as error:
+                raise Unreachable(f"{url}: {error}") from error
+        return tree
+
+    def contains(self, change: str) -> bool | None:
+        """Asks GitHub whether the change is among the ancestors of this commit."""
+        asked = Change.parse(change)
+        if asked is None or not asked.of(self.upstream):
+            return None
+        commit = asked.commit
+        if commit is None:
+            pull = self._json(f"pulls/{asked.pull}")
+            if pull is None:
+                return None
+            if not pull.get("merged_at"):
+                return False
+            commit = str(pull.get("merge_commit_sha"))
+        compared = self._json(f"compare/{quote(commit, safe='')}...{self.version}?per_page=1")
+        status = compared.get("status") if compared else None
+        return {"identical": True, "ahead": True, "behind": False, "diverged": False}.get(str(status))
+
+    def _json(self, path: str) -> dict[str, Any] | None:
+        """An answer of the API; None when it knows nothing of the kind."""
+        url = f"{self.options.github_api}/repos/{self.upstream}/{path}"
+        try:
+            found = json.loads(self.client.get(url, token=self.options.token, accept=JSON, conditional=True))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise Unreachable(f"{url}: not JSON: {error}") from error
+        return found if isinstance(found, dict) else None
+
+    @property
+    def _cache(self) -> Path:
+        return self.options.cache / "github" / self.upstream.replace("/", "+") / self.version
+
+
+@dataclass(frozen=True)
+class BaseUrlSource:
+    """Another base URL: files at BASE/owner/name/ref/path, else BASE/ref/path, else BASE/path.
+
+    version: empty, as such a server names no commit; a verdict then names the hash of the file.
+    """
+
+    upstream: str
+    ref: str
+    base: str
+    client: Client
+    version: str = ""
+    _read: dict[str, str] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, path: str) -> str:
+        with self._lock:
+            if path not in self._read:
+                self._read[path] = decoded(self._fetch(str(_safe(path))), f"{self.base}: {path}")
+            return self._read[path]
+
+    def _fetch(self, path: str) -> bytes:
+        base = self.base.rstrip("/")
+        places = (f"{self.upstream}/{self.ref}/{path}", f"{self.ref}/{path}", path)
+        for place in places:
+            try:
+                return self.client.get(f"{base}/{quote(place)}")
+            except FileNotFoundError:
+                continue
+        raise FileNotFoundError(f"{base} has none of {', '.join(places)}")
+
+    def exists(self, path: str) -> bool:
+        return _exists(self, path)
+
+    def root(self) -> Path | None:
+        return None
+
+
+def _exists(source: GithubSource | BaseUrlSource, path: str) -> bool:
+    try:
+        source.read(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _safe(path: str) -> PurePosixPath:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise SourceError(f"{path} leads out of the source")
+    return pure

@@ -1,0 +1,320 @@
+"""The parts of the rules: what a call, an exception, a symbol and a signature look like in source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from loudmerge.canary.flow import Place, Scope, alias, places
+from loudmerge.canary.syntax import (
+    FUNCTIONS,
+    UNKNOWN,
+    Function,
+    Module,
+    binds,
+    dotted,
+    is_hollow,
+    local_assignments,
+    mentions,
+    own_statements,
+    reachable,
+)
+from loudmerge.canary.values import evaluate, possible
+
+SPOKEN = frozenset({"print", "warning", "warn", "info", "debug", "error", "log", "warning_once"})
+
+
+def scope_of(module: Module, qualified: str) -> Scope | None:
+    """The scope of `function` or `Class.method`; None where the file does not define it."""
+    function = module.function(qualified)
+    return None if function is None else Scope(module, function, qualified.rpartition(".")[0])
+
+
+@lru_cache(maxsize=4096)
+def imported(node: ast.Module | Function) -> dict[str, str]:
+    """Local name -> the name it was imported as, anywhere in a function or among a file's own statements."""
+    inside = ast.walk(node) if isinstance(node, FUNCTIONS) else own_statements(node.body)
+    found = [one for one in inside if isinstance(one, (ast.Import, ast.ImportFrom))]
+    return {one.asname: one.name for statement in found for one in statement.names if one.asname}
+
+
+def call_matches(call: ast.Call, callee: str, scope: Scope) -> bool:
+    """Whether a call is to `callee`: the same dotted name or its end, through local and import aliases."""
+    name = dotted(call.func)
+    if isinstance(call.func, ast.Attribute) and not name.partition(".")[2]:
+        name = call.func.attr
+    if _ends(name, callee):
+        return True
+    if isinstance(call.func, ast.Name):
+        return _ends(alias(name, scope), callee) or any(
+            _ends(imported(node).get(name, ""), callee) for node in (scope.function, scope.module.tree)
+        )
+    return False
+
+
+def _ends(name: str, callee: str) -> bool:
+    return name == callee or name.endswith(f".{callee}")
+
+
+def keyword_problem(rule: Mapping[str, Any], place: Place) -> str:
+    """What a call lacks of the rule's `args` (names it must mention) and `keywords` (with their values)."""
+    call = place.node
+    if not isinstance(call, ast.Call):
+        return "it is no call"
+    said: set[str] = set()
+    for value in [*call.args, *(word.value for word in call.keywords)]:
+        said |= mentions(value)
+        for part in ast.walk(value):
+            if isinstance(part, ast.Name):
+                for node, _ in local_assignments(place.scope.function, part.id):
+                    said |= mentions(node)
+    absent = set(rule.get("args", ())) - said
+    if absent:
+        return f"it is not passed {', '.join(sorted(absent))}"
+    words = {word.arg: word.value for word in call.keywords}
+    for name, wanted in rule.get("keywords", {}).items():
+        passed = evaluate(words[name], place.scope, {}) if name in words else UNKNOWN
+        if passed is UNKNOWN or passed != wanted:
+            return f"it does not pass {name}={wanted!r}"
+    return ""
+
+
+def exception_of(place: Place) -> str:
+    """The class that a raise raises, through a local name or a helper that makes it; empty for no raise."""
+    node = place.node
+    if isinstance(node, ast.Assert):
+        return "AssertionError"
+    if not isinstance(node, ast.Raise) or node.exc is None:
+        return ""
+    return _class_of(node.exc, place.scope, 4)
+
+
+def _class_of(node: ast.expr, scope: Scope, depth: int) -> str:
+    if depth <= 0:
+        return ""
+    if isinstance(node, ast.Call):
+        name = dotted(node.func)
+        helper = scope.module.function(name) if "." not in name else None
+        if helper is None:
+            return _class_of(node.func, scope, depth - 1) or name
+        made = [
+            one.value for one in ast.walk(helper) if isinstance(one, ast.Return) and one.value is not None
+        ]
+        return _class_of(made[0], Scope(scope.module, helper), depth - 1) if made else ""
+    if isinstance(node, ast.Name):
+        bound = local_assignments(scope.function, node.id)
+        value = getattr(bound[0][0], "value", None) if len(bound) == 1 else None
+        return _class_of(value, scope, depth - 1) if isinstance(value, ast.expr) else node.id
+    return dotted(node)
+
+
+def does_something(place: Place, does: Sequence[str]) -> str:
+    """Why a governed place is no act; `does` narrows it to raise, return, call:NAME or assign:NAME."""
+    node = place.node
+    acts = _acts(node)
+    if not does:
+        idle = isinstance(node, (ast.Pass, ast.Expr)) or (isinstance(node, ast.Call) and not acts)
+        return "it only speaks" if idle or not acts else ""
+    return "" if acts & set(does) else f"it does not do {', '.join(does)}"
+
+
+def _acts(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Raise):
+        return {"raise"}
+    if isinstance(node, ast.Return):
+        return {"return"}
+    if isinstance(node, (ast.Break, ast.Continue)):
+        return {"leave"}
+    if isinstance(node, ast.Call):
+        name = dotted(node.func)
+        return (
+            set()
+            if name.rpartition(".")[2] in SPOKEN
+            else {f"call:{name}", f"call:{name.rpartition('.')[2]}"}
+        )
+    if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+        found = node.targets if isinstance(node, ast.Assign) else [node.target]
+        flat = [
+            one for target in found for one in (target.elts if isinstance(target, ast.Tuple) else [target])
+        ]
+        return (
+            {"assign"}
+            | {f"assign:{dotted(one)}" for one in flat}
+            | {f"assign:{dotted(one).rpartition('.')[2]}" for one in flat}
+        )
+    return set()
+
+
+def symbol_problem(rule: Mapping[str, Any], module: Module) -> tuple[str, int]:
+    """(why a symbol is not there as the rule says, line), or ("", line)."""
+    name = str(rule["name"])
+    owner, _, member = name.rpartition(".")
+    node = module.define(name) if not owner else _member(module, owner, member)
+    if node is None:
+        return f"{name} is not defined where it is reached", 0
+    kind = rule.get("type")
+    is_function, is_class = isinstance(node, FUNCTIONS), isinstance(node, ast.ClassDef)
+    fits = {
+        "function": is_function,
+        "method": is_function,
+        "class": is_class,
+        "variable": not is_function and not is_class,
+    }
+    if kind and not fits[kind] and not isinstance(node, (ast.Import, ast.ImportFrom)):
+        return f"{name} is no {kind} at line {node.lineno}", node.lineno
+    if isinstance(node, FUNCTIONS) and idle(Scope(module, node, owner)):
+        return f"{name} does nothing", node.lineno
+    return _content_problem(rule, module, node)
+
+
+def idle(scope: Scope) -> bool:
+    """Whether nothing that a function does on a path that is reached has an effect or a result."""
+    if is_hollow(scope.function.body):
+        return True
+    return not any(_effect(place.node) for place in places(scope, 0))
+
+
+def _effect(node: ast.AST) -> bool:
+    if isinstance(node, ast.Return):
+        return node.value is not None and not isinstance(node.value, ast.Constant)
+    if isinstance(node, ast.Raise):
+        return "NotImplementedError" not in mentions(node)
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        found = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return not isinstance(node.value, ast.Constant) or not all(isinstance(one, ast.Name) for one in found)
+    return isinstance(node, (ast.Call, ast.AugAssign, ast.Delete, ast.Assert))
+
+
+def _member(module: Module, owner: str, member: str) -> ast.stmt | None:
+    for node in module.lineage(owner):
+        found = module.member(node, member)
+        if found is not None:
+            return found
+        for method in node.body:
+            if isinstance(method, FUNCTIONS) and method.name == "__init__":
+                for statement in ast.walk(method):
+                    if isinstance(statement, (ast.Assign, ast.AnnAssign)) and f"self.{member}" in _targets(
+                        statement
+                    ):
+                        return statement
+    return None
+
+
+def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
+    return [dotted(one) for one in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+
+
+def _content_problem(rule: Mapping[str, Any], module: Module, node: ast.stmt) -> tuple[str, int]:
+    name, line = rule["name"], node.lineno
+    value = getattr(node, "value", None)
+    scope = Scope(module, ast.parse("def top(): pass").body[0])  # type: ignore[arg-type]
+    if "value" in rule:
+        known = evaluate(value, scope, {}) if isinstance(value, ast.expr) else UNKNOWN
+        if known is UNKNOWN or known != rule["value"]:
+            return f"{name} is {known!r}, expected {rule['value']!r}", line
+    if "keys" in rule:
+        keys = (
+            [one.value for one in value.keys if isinstance(one, ast.Constant)]
+            if isinstance(value, ast.Dict)
+            else []
+        )
+        absent = [key for key in rule["keys"] if key not in keys]
+        if absent:
+            return f"{name} has no key {', '.join(map(repr, absent))}", line
+    if "contains" in rule:
+        held = possible(value, scope, None, 6) if isinstance(value, ast.expr) else set()
+        held |= mentions(value) if isinstance(value, ast.expr) else set()
+        absent = [one for one in rule["contains"] if one not in held]
+        if absent:
+            return f"{name} does not hold {', '.join(map(repr, absent))}", line
+    members = {one for owner in module.lineage(name) for one in _members(owner, module)}
+    absent = [one for one in rule.get("members", ()) if one not in members]
+    return (f"{name} has no {', '.join(absent)}", line) if absent else ("", line)
+
+
+def _members(owner: ast.ClassDef, module: Module) -> set[str]:
+    """The names a class binds itself, methods that do nothing left out, and those its methods set on self."""
+    found: set[str] = set()
+    for node in reachable(owner.body, module.constants):
+        if not (isinstance(node, FUNCTIONS) and is_hollow(node.body)):
+            found |= binds(node)
+    for node in owner.body:
+        if isinstance(node, FUNCTIONS) and not is_hollow(node.body):
+            stores = (
+                one
+                for one in ast.walk(node)
+                if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store)
+            )
+            found |= {one.attr for one in stores if dotted(one.value) == "self"}
+    return found
+
+
+def signature_problem(rule: Mapping[str, Any], module: Module) -> tuple[str, int]:
+    """(why a function, or a class's constructor, does not admit the call, line), or ("", line)."""
+    name = str(rule["name"])
+    function = module.function(name)
+    node = module.define(name) if function is None and "." not in name else None
+    if function is None and not isinstance(node, ast.ClassDef):
+        return f"{name} is not defined where it is reached", 0
+    if function is not None:
+        found = _signature(function, skip=0)
+    else:
+        assert isinstance(node, ast.ClassDef)  # noqa: S101 (for the type checker)
+        found = _constructor(module, node.name)
+    line = function.lineno if function is not None else getattr(node, "lineno", 0)
+    absent = [one for one in rule.get("accepts", ()) if one not in found.parameters]
+    if absent:
+        return f"{name} has no parameter {', '.join(absent)}", line
+    if "call" not in rule:
+        return "", line
+    call = ast.parse(str(rule["call"]), mode="eval").body
+    if not isinstance(call, ast.Call):
+        return f"the rule's call {rule['call']!r} is no call", line
+    try:
+        found.bind(*call.args, **{word.arg: word.value for word in call.keywords if word.arg})
+    except TypeError as error:
+        return f"{name}{found} does not admit {rule['call']}: {error}", line
+    return "", line
+
+
+def _signature(function: Function, *, skip: int) -> inspect.Signature:
+    args, made = function.args, []
+    positional = [*args.posonlyargs, *args.args]
+    defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
+    for place, (arg, default) in enumerate(zip(positional, defaults, strict=True)):
+        kind = (
+            inspect.Parameter.POSITIONAL_ONLY
+            if place < len(args.posonlyargs)
+            else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        )
+        made.append(
+            inspect.Parameter(arg.arg, kind, default=inspect.Parameter.empty if default is None else ...)
+        )
+    made = made[skip:]
+    if args.vararg:
+        made.append(inspect.Parameter(args.vararg.arg, inspect.Parameter.VAR_POSITIONAL))
+    for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True):
+        default_value = inspect.Parameter.empty if value is None else ...
+        made.append(inspect.Parameter(arg.arg, inspect.Parameter.KEYWORD_ONLY, default=default_value))
+    if args.kwarg:
+        made.append(inspect.Parameter(args.kwarg.arg, inspect.Parameter.VAR_KEYWORD))
+    return inspect.Signature(made)
+
+
+def _constructor(module: Module, name: str) -> inspect.Signature:
+    """A class's own __init__, or its dataclass fields, with those of its bases in the same file."""
+    function = module.method(name, "__init__")
+    if function is not None:
+        return _signature(function, skip=1)
+    fields: dict[str, inspect.Parameter] = {}
+    for owner in reversed(module.lineage(name)):
+        for node in reachable(owner.body, module.constants):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                default = inspect.Parameter.empty if node.value is None else ...
+                fields[node.target.id] = inspect.Parameter(
+                    node.target.id, inspect.Parameter.KEYWORD_ONLY, default=default
+                )
+    return inspect.Signature(list(fields.values()))

@@ -1,0 +1,71 @@
+"""Parses a file piece by piece: a file that differs from one read before costs only its difference."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+GRID = 64
+"""Lines: a piece begins at the first definition after each multiple of it, so that pieces do not shift."""
+JOINED = 8
+"""How many pieces in a row are tried as one, where a string or a bracket runs on into the next."""
+
+_DEFINITION = re.compile(r"^(?:def |class |async def |@)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some statements of a file, their positions as in the file, and the names they declare global."""
+
+    body: tuple[ast.stmt, ...]
+    shared: frozenset[str]
+
+
+def pieces(text: str) -> list[Piece]:
+    """The whole file. Raises SyntaxError or ValueError as `ast.parse` does.
+
+    A piece that parses by itself ends where a statement does: nothing is open behind it. So the next one
+    may be parsed by itself, too; one that does not is joined with those after it.
+    """
+    cut = list(_cut(text.replace("\r\n", "\n").replace("\r", "\n")))
+    found: list[Piece] = []
+    while cut:
+        for joined in range(1, min(JOINED, len(cut)) + 1):
+            piece = _piece("".join(code for _, code in cut[:joined]), cut[0][0])
+            if piece is not None:
+                break
+        else:
+            return [_whole(ast.parse(text))]
+        found.append(piece)
+        cut = cut[joined:]
+    return found
+
+
+def _cut(text: str) -> Iterator[tuple[int, str]]:
+    """(number of lines before it, code) of each piece."""
+    lines = text.split("\n")
+    start = 0
+    for number, line in enumerate(lines):
+        new = number // GRID > start // GRID and _DEFINITION.match(line)
+        if new and not lines[number - 1].startswith("@"):
+            yield start, "\n".join(lines[start:number]) + "\n"
+            start = number
+    yield start, "\n".join(lines[start:])
+
+
+@lru_cache(maxsize=1024)
+def _piece(code: str, before: int) -> Piece | None:
+    """One piece that stands behind so many lines; None where it does not parse by itself."""
+    try:
+        tree = ast.parse("\n" * before + code)
+    except (SyntaxError, ValueError):
+        return None
+    return _whole(tree) if "global" in code else Piece(tuple(tree.body), frozenset())
+
+
+def _whole(tree: ast.Module) -> Piece:
+    shared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    return Piece(tuple(tree.body), frozenset(shared))

@@ -1,0 +1,307 @@
+"""What a guard can assert of a source file: one function for each kind of rule.
+
+    symbol        a name is defined, reachable and not hollow
+    returns       a function can return given values
+    calls         a call is made on a path that is reached
+    raises        an exception is raised under a condition, neither dead nor swallowed
+    branch        a condition is tested and what it governs does something
+    bounded-walk  a loop along an attribute ends
+    signature     a call, or given parameters, are admitted
+    tests         tests exist, run and can fail
+    fingerprint   a function does, statement for statement, what a known version did
+    probe         a function, run on given inputs, gives given answers
+    all, any      of several rules
+
+A helper of the same file is read as part of the function that calls it, so that extracting one is no change.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from loudmerge.canary import testing
+from loudmerge.canary.extract import Gone
+from loudmerge.canary.fingerprint import difference, digest, normal_form
+from loudmerge.canary.flow import Place, Scope, places
+from loudmerge.canary.kinds import (
+    call_matches,
+    does_something,
+    exception_of,
+    keyword_problem,
+    scope_of,
+    signature_problem,
+    symbol_problem,
+)
+from loudmerge.canary.probe import Probe, mismatches, probe
+from loudmerge.canary.schema import validate
+from loudmerge.canary.swallow import swallowed
+from loudmerge.canary.syntax import Module, RuleError, parse
+from loudmerge.canary.values import governing, returned_values, settled
+from loudmerge.canary.walks import bound, walks
+
+__all__ = ["Finding", "RuleError", "check", "validate"]
+
+Rule = Mapping[str, Any]
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """The part of a source that rules use."""
+
+    def read(self, path: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a rule holds, why, and at which line of the file (0: at none)."""
+
+    holds: bool
+    detail: str
+    line: int = 0
+
+
+def check(rule: Rule, text: str, path: str, source: Readable | None = None) -> Finding:
+    """Evaluates a rule on a file's text. Raises RuleError where it cannot be evaluated.
+
+    source: where rules that read a second file find it; none of today's kinds does.
+    """
+    del source
+    validate(rule)
+    return _check(rule, parse(text, path), text, path)
+
+
+def _check(rule: Rule, module: Module, text: str, path: str) -> Finding:
+    kind = str(rule["kind"])
+    if kind in {"all", "any"}:
+        return _several(rule, module, text, path)
+    if kind == "probe":
+        return _probe(rule, text, path)
+    try:
+        return _KINDS[kind](rule, module)
+    except RecursionError as error:
+        raise RuleError(f"{path}: nested too deeply to be read: {error}") from error
+
+
+def _several(rule: Rule, module: Module, text: str, path: str) -> Finding:
+    every = rule["kind"] == "all"
+    found: list[Finding] = []
+    for one in rule["rules"]:
+        finding = _check(one, module, text, path)
+        found.append(finding)
+        if finding.holds is not every:
+            decided = finding.detail if every else "; then: ".join(item.detail for item in found)
+            return Finding(finding.holds, decided, finding.line)
+    return Finding(
+        every, "; ".join(one.detail for one in found), found[-1].line if not every else found[0].line
+    )
+
+
+def _symbol(rule: Rule, module: Module) -> Finding:
+    problem, line = symbol_problem(rule, module)
+    return Finding(not problem, problem or f"{rule['name']} is defined", line)
+
+
+def _returns(rule: Rule, module: Module) -> Finding:
+    scope = scope_of(module, rule["function"])
+    if scope is None:
+        return _gone(rule)
+    values, line = returned_values(scope, rule.get("position"))
+    absent = [value for value in rule["values"] if not any(_equal(value, one) for one in values)]
+    if absent:
+        shown = ", ".join(sorted(map(repr, values))) or "nothing that can be read"
+        return Finding(
+            False,
+            f"{rule['function']} cannot return {absent!r}; it returns {shown}",
+            line or scope.function.lineno,
+        )
+    return Finding(True, f"{rule['function']} can return {list(rule['values'])!r}", line)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and bool(left == right)
+
+
+def _gone(rule: Rule) -> Finding:
+    return Finding(False, f"there is no function {rule['function']} that is reached")
+
+
+def _fits(rule: Rule, place: Place) -> str:
+    """Why a place is not under the condition the rule names; empty where it is."""
+    absent = set(rule.get("mentions", ())) - governing(place) if rule.get("mentions") else set()
+    if absent:
+        return f"no condition on {', '.join(sorted(absent))} governs it"
+    if "given" in rule and settled(place, rule["given"]) is not True:
+        return f"it is not reached where {dict(rule['given'])!r}"
+    if "otherwise" in rule and settled(place, rule["otherwise"]) is not False:
+        return f"it is reached, too, where {dict(rule['otherwise'])!r}"
+    if rule.get("always") and (place.conditions or place.loops):
+        return "it is not reached on every path"
+    return ""
+
+
+def _first(rule: Rule, what: str, found: list[tuple[Place, str]], scope: Scope) -> Finding:
+    """Holds where one place has no problem; else says the problem of the last."""
+    good = next((place for place, problem in found if not problem), None)
+    if good is not None:
+        return Finding(True, f"{rule['function']} {what}", good.line)
+    if not found:
+        return Finding(
+            False, f"{rule['function']} never {what} on a path that is reached", scope.function.lineno
+        )
+    place, problem = found[-1]
+    return Finding(False, f"{rule['function']} {what} at line {place.line}, but {problem}", place.line)
+
+
+def _calls(rule: Rule, module: Module) -> Finding:
+    scope = scope_of(module, rule["function"])
+    if scope is None:
+        return _gone(rule)
+    found = [
+        (place, keyword_problem(rule, place) or _fits(rule, place))
+        for place in places(scope, rule.get("depth", 2))
+        if isinstance(place.node, ast.Call) and call_matches(place.node, rule["callee"], place.scope)
+    ]
+    return _first(rule, f"calls {rule['callee']}", found, scope)
+
+
+def _raises(rule: Rule, module: Module) -> Finding:
+    scope = scope_of(module, rule["function"])
+    if scope is None:
+        return _gone(rule)
+    found = []
+    for place in places(scope, rule.get("depth", 2)):
+        name = exception_of(place)
+        unwritten = name == "NotImplementedError" != rule["exception"]
+        if name and not unwritten and module.is_a(name, rule["exception"]):
+            found.append((place, _fits(rule, place) or _unhandled(rule, place) or swallowed(place, name)))
+    return _first(rule, f"raises {rule['exception']}", found, scope)
+
+
+def _unhandled(rule: Rule, place: Place) -> str:
+    """Why a raise is not what becomes of an error of the call that the rule names in `handles`."""
+    if "handles" not in rule:
+        return ""
+    inside = (node for one in place.handles for body in one.body for node in ast.walk(body))
+    made = any(
+        isinstance(node, ast.Call) and call_matches(node, rule["handles"], place.scope) for node in inside
+    )
+    return "" if made else f"it does not handle an error of {rule['handles']}"
+
+
+def _branch(rule: Rule, module: Module) -> Finding:
+    scope = scope_of(module, rule["function"])
+    if scope is None:
+        return _gone(rule)
+    found = []
+    for place in places(scope, rule.get("depth", 2)):
+        if not isinstance(place.node, (ast.If, ast.While, ast.Assert)) and not _governed(place):
+            problem = _fits(rule, place) or does_something(place, rule.get("does", ()))
+            found.append((place, problem))
+    good = next((place for place, problem in found if not problem), None)
+    if good is not None:
+        return Finding(True, f"{rule['function']} acts on {', '.join(rule['mentions'])}", good.line)
+    does = f" that does {', '.join(rule['does'])}" if rule.get("does") else ""
+    return Finding(
+        False,
+        f"{rule['function']} has no reached branch on {', '.join(rule['mentions'])}{does}",
+        scope.function.lineno,
+    )
+
+
+def _governed(place: Place) -> bool:
+    """Whether no condition governs a place at all."""
+    return not place.conditions
+
+
+def _bounded_walk(rule: Rule, module: Module) -> Finding:
+    scope = scope_of(module, rule["function"])
+    if scope is None:
+        return _gone(rule)
+    loops = list(walks(scope, rule["follows"]))
+    if not loops:
+        return Finding(
+            False, f"{rule['function']} no longer follows {rule['follows']} in a loop", scope.function.lineno
+        )
+    for place in loops:
+        if not bound(place, rule.get("limit", 10_000)):
+            return Finding(
+                False, f"the walk along {rule['follows']} at line {place.line} has no bound", place.line
+            )
+    return Finding(
+        True, f"the walk is bounded by {bound(loops[0], rule.get('limit', 10_000))}", loops[0].line
+    )
+
+
+def _signature(rule: Rule, module: Module) -> Finding:
+    problem, line = signature_problem(rule, module)
+    return Finding(not problem, problem or f"{rule['name']} admits the call", line)
+
+
+def _tests(rule: Rule, module: Module) -> Finding:
+    line = 0
+    for name in rule["names"]:
+        problem, at = testing.problem(module, name, list(rule.get("uses", ())))
+        if problem:
+            return Finding(False, problem, at)
+        line = line or at
+    return Finding(True, f"{len(rule['names'])} tests exist, run and assert", line)
+
+
+def _fingerprint(rule: Rule, module: Module) -> Finding:
+    scope = scope_of(module, rule["function"])
+    if scope is None:
+        return _gone(rule)
+    form = normal_form(scope.function, rule.get("focus", ()))
+    known = [str(one).strip("\n") for one in rule["known"]]
+    if form in known or digest(form) in known:
+        return Finding(True, f"{rule['function']} is as known ({digest(form)})", scope.function.lineno)
+    texts = [one for one in known if "\n" in one]
+    shown = f"\n{difference(texts[-1], form)}" if texts else ""
+    return Finding(
+        False, f"{rule['function']} has changed (now {digest(form)}){shown}", scope.function.lineno
+    )
+
+
+def _probe(rule: Rule, text: str, path: str) -> Finding:
+    job = Probe(
+        tuple(rule["extract"]),
+        tuple(rule["cases"]),
+        str(rule.get("prelude", "")),
+        str(rule.get("setup", "")),
+        tuple(rule.get("libraries", ())),
+        **{name: rule[name] for name in ("cpu_s", "memory_bytes") if name in rule},
+    )
+    line = _line(parse(text, path), job.extract[0])
+    try:
+        answers, ended = probe(text, path, job)
+    except Gone as error:
+        return Finding(False, str(error))
+    if ended:
+        return Finding(False, f"running {', '.join(job.extract)}: {ended}", line)
+    wrong = mismatches(job.cases, answers)
+    if wrong:
+        return Finding(
+            False, "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""), line
+        )
+    return Finding(True, f"{len(answers)} answers of {', '.join(job.extract)} are as expected", line)
+
+
+def _line(module: Module, name: str) -> int:
+    node = module.function(name) or module.define(name.partition(".")[0])
+    return getattr(node, "lineno", 0)
+
+
+_KINDS: Mapping[str, Callable[[Rule, Module], Finding]] = {
+    "symbol": _symbol,
+    "returns": _returns,
+    "calls": _calls,
+    "raises": _raises,
+    "branch": _branch,
+    "bounded-walk": _bounded_walk,
+    "signature": _signature,
+    "tests": _tests,
+    "fingerprint": _fingerprint,
+}

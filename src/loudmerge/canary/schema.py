@@ -1,0 +1,104 @@
+"""Which fields each kind of rule has, and of which type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loudmerge.canary.syntax import RuleError
+
+_PLACE: Mapping[str, tuple[type, bool]] = {
+    "mentions": (list, False),
+    "given": (dict, False),
+    "otherwise": (dict, False),
+    "always": (bool, False),
+    "depth": (int, False),
+}
+FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
+    "symbol": {
+        "name": (str, True),
+        "type": (str, False),
+        "keys": (list, False),
+        "members": (list, False),
+        "value": (object, False),
+        "contains": (list, False),
+    },
+    "returns": {"function": (str, True), "values": (list, True), "position": (int, False)},
+    "calls": {
+        "function": (str, True),
+        "callee": (str, True),
+        "args": (list, False),
+        "keywords": (dict, False),
+        **_PLACE,
+    },
+    "raises": {"function": (str, True), "exception": (str, True), "handles": (str, False), **_PLACE},
+    "branch": {"function": (str, True), "does": (list, False), **_PLACE, "mentions": (list, True)},
+    "bounded-walk": {"function": (str, True), "follows": (str, True), "limit": (int, False)},
+    "signature": {"name": (str, True), "accepts": (list, False), "call": (str, False)},
+    "tests": {"names": (list, True), "uses": (list, False)},
+    "fingerprint": {"function": (str, True), "known": (list, True), "focus": (list, False)},
+    "probe": {
+        "extract": (list, True),
+        "cases": (list, True),
+        "setup": (str, False),
+        "prelude": (str, False),
+        "libraries": (list, False),
+        "cpu_s": (int, False),
+        "memory_bytes": (int, False),
+    },
+    "all": {"rules": (list, True)},
+    "any": {"rules": (list, True)},
+}
+CASES = ({"call", "equals"}, {"call", "raises"}, {"call", "none"})
+TYPES = frozenset({"function", "class", "variable", "method"})
+
+
+def validate(rule: Mapping[str, Any]) -> None:
+    """Raises RuleError naming the field that is unknown, missing, empty or of the wrong type."""
+    kind = rule.get("kind")
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise RuleError(f"rule.kind is {kind!r}; it must be one of {', '.join(FIELDS)}")
+    fields = FIELDS[kind]
+    for name in rule.keys() - {"kind"}:
+        if name not in fields:
+            raise RuleError(f"a {kind} rule has no field {name!r}; it has {', '.join(fields)}")
+    for name, (wanted, required) in fields.items():
+        if name not in rule:
+            if required:
+                raise RuleError(f"a {kind} rule needs the field {name!r}")
+            continue
+        _field(kind, name, rule[name], wanted, required=required)
+    _inside(kind, rule)
+
+
+def _field(kind: str, name: str, value: Any, wanted: type, *, required: bool) -> None:
+    fits = (
+        isinstance(value, Sequence) and not isinstance(value, str)
+        if wanted is list
+        else isinstance(value, wanted)
+    )
+    if wanted is dict:
+        fits = isinstance(value, Mapping)
+    if not fits or (wanted is int and isinstance(value, bool)):
+        raise RuleError(f"{kind}.{name} is {value!r}, which is not a {wanted.__name__}")
+    if required and not value:
+        raise RuleError(f"{kind}.{name} is empty")
+
+
+def _inside(kind: str, rule: Mapping[str, Any]) -> None:
+    """What the types of the fields alone do not say."""
+    if kind in {"all", "any"}:
+        for one in rule["rules"]:
+            if not isinstance(one, Mapping):
+                raise RuleError(f"{kind}.rules holds {one!r}, which is not a rule")
+            validate(one)
+    if kind == "symbol" and rule.get("type", "function") not in TYPES:
+        raise RuleError(f"symbol.type is {rule['type']!r}; it must be one of {', '.join(sorted(TYPES))}")
+    if kind == "signature" and not {"accepts", "call"} & rule.keys():
+        raise RuleError("a signature rule needs `accepts` or `call`")
+    if kind == "probe":
+        for case in rule["cases"]:
+            if not isinstance(case, Mapping) or set(case) not in CASES:
+                raise RuleError(
+                    f"a probe's case is {{call, equals}}, {{call, raises}} or {{call, none}}, not {case!r}"
+                )

@@ -1,0 +1,339 @@
+"""What a Python file defines and reaches: names, functions, classes, aliases. On ast, never on text."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Union
+
+from loudmerge.canary.pieces import pieces
+
+Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]  # noqa: UP007 (a runtime alias on Python 3.10)
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+MAX_ALIASES = 8
+"""How many `a = b` in a row are followed."""
+
+
+class RuleError(ValueError):
+    """A rule cannot be evaluated: an unknown kind or field, or a source that does not parse."""
+
+
+class Unknown:
+    """The value that static reading cannot tell."""
+
+    def __repr__(self) -> str:
+        return "UNKNOWN"
+
+
+UNKNOWN = Unknown()
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a name or attribute chain; the last attributes alone where the start is no name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if isinstance(node, ast.Name):
+        parts.append(node.id)
+    return ".".join(reversed(parts))
+
+
+def constant(node: ast.AST | None, constants: dict[str, Any]) -> Any:  # noqa: PLR0911 - one for each kind
+    """The value of an expression made of constants, or UNKNOWN. It decides only what no input can change."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return constants.get(node.id, False if node.id == "TYPE_CHECKING" else UNKNOWN)
+    if isinstance(node, ast.Attribute):
+        return False if node.attr == "TYPE_CHECKING" else UNKNOWN
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        inner = constant(node.operand, constants)
+        return UNKNOWN if inner is UNKNOWN else not inner
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
+        return [] if not (node.keys if isinstance(node, ast.Dict) else node.elts) else UNKNOWN
+    if isinstance(node, ast.BoolOp):
+        return _constant_bool(node, constants)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        return _constant_compare(node, constants)
+    return UNKNOWN
+
+
+def _constant_bool(node: ast.BoolOp, constants: dict[str, Any]) -> Any:
+    stops = isinstance(node.op, ast.Or)
+    values = [constant(value, constants) for value in node.values]
+    if any(value is not UNKNOWN and bool(value) is stops for value in values):
+        return stops
+    return UNKNOWN if UNKNOWN in values else not stops
+
+
+def _constant_compare(node: ast.Compare, constants: dict[str, Any]) -> Any:
+    left, right = constant(node.left, constants), constant(node.comparators[0], constants)
+    if left is UNKNOWN or right is UNKNOWN:
+        return UNKNOWN
+    return compare(node.ops[0], left, right)
+
+
+def compare(op: ast.cmpop, left: Any, right: Any) -> Any:
+    """`left op right`, UNKNOWN where Python would raise TypeError."""
+    table: dict[type[ast.cmpop], Callable[[], Any]] = {
+        ast.Eq: lambda: left == right,
+        ast.NotEq: lambda: left != right,
+        ast.Lt: lambda: left < right,
+        ast.LtE: lambda: left <= right,
+        ast.Gt: lambda: left > right,
+        ast.GtE: lambda: left >= right,
+        ast.Is: lambda: left is right,
+        ast.IsNot: lambda: left is not right,
+        ast.In: lambda: left in right,
+        ast.NotIn: lambda: left not in right,
+    }
+    try:
+        return table[type(op)]()
+    except TypeError:
+        return UNKNOWN
+
+
+def targets(node: ast.stmt) -> Iterator[ast.expr]:
+    """The single targets an assignment binds, tuples taken apart."""
+    found: list[ast.expr] = []
+    if isinstance(node, ast.Assign):
+        found = list(node.targets)
+    elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.AsyncFor)):
+        found = [node.target]
+    while found:
+        target = found.pop(0)
+        if isinstance(target, (ast.Tuple, ast.List)):
+            found = [*target.elts, *found]
+        elif isinstance(target, ast.Starred):
+            found.insert(0, target.value)
+        else:
+            yield target
+
+
+@lru_cache(maxsize=16384)
+def binds(node: ast.stmt) -> frozenset[str]:
+    """The names a statement binds in its own scope, blocks inside it included."""
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom)):
+        return binds_directly(node)
+    return binds_directly(node).union(*(binds(inner) for inner in inner_statements(node)))
+
+
+def inner_statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """The statements one level inside a compound statement."""
+    for name in ("body", "orelse", "finalbody"):
+        yield from (item for item in getattr(node, name, []) if isinstance(item, ast.stmt))
+    for handler in getattr(node, "handlers", []):
+        yield from handler.body
+    for case in getattr(node, "cases", []):
+        yield from case.body
+
+
+@lru_cache(maxsize=16384)
+def mentions(node: ast.AST) -> frozenset[str]:
+    """Every name, attribute and string constant inside an expression or statement."""
+    found: set[str] = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            found.add(part.id)
+        elif isinstance(part, ast.Attribute):
+            found.add(part.attr)
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+            found.add(part.value)
+    return frozenset(found)
+
+
+def is_hollow(body: Iterable[ast.stmt]) -> bool:
+    """Whether a body does nothing: docstrings, `...`, `pass`, `return`, or only NotImplementedError."""
+    for node in body:
+        if isinstance(node, (ast.Pass, ast.Global, ast.Nonlocal, ast.Import, ast.ImportFrom)):
+            continue
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node, ast.Return) and (node.value is None or isinstance(node.value, ast.Constant)):
+            return True
+        return isinstance(node, ast.Raise) and "NotImplementedError" in mentions(node)
+    return True
+
+
+@dataclass
+class Module:
+    """One parsed file. `bindings`: the reachable statements that bind each top-level name, in order."""
+
+    tree: ast.Module
+    bindings: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    def last(self, name: str) -> ast.stmt | None:
+        """The statement whose binding of `name` is in force at the end of the file."""
+        found = self.bindings.get(name)
+        return found[-1] if found else None
+
+    def value(self, name: str) -> ast.expr | None:
+        """The expression last assigned to a top-level name."""
+        node = self.last(name)
+        return node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+
+    def define(self, name: str) -> ast.stmt | None:
+        """The statement that defines a top-level name, through `a = b`."""
+        node = self.last(name)
+        for _ in range(MAX_ALIASES):
+            if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not isinstance(node.value, ast.Name):
+                break
+            node = self.last(node.value.id)
+        return node
+
+    def function(self, qualified: str) -> Function | None:
+        """The function or method `f` or `Class.f`, also one inherited from a class of the same file."""
+        owner, _, name = qualified.rpartition(".")
+        if not owner:
+            node = self.define(name)
+            return node if isinstance(node, FUNCTIONS) else None
+        return self.method(owner, name)
+
+    def method(self, owner: str, name: str) -> Function | None:
+        for node in self.lineage(owner):
+            found = self.member(node, name)
+            if found is not None:
+                return found if isinstance(found, FUNCTIONS) else None
+        return None
+
+    def member(self, owner: ast.ClassDef, name: str) -> ast.stmt | None:
+        """The statement in a class's own body that last binds `name`, through `a = b`."""
+        reached = [node for node in reachable(owner.body, self.constants) if name in binds(node)]
+        node = reached[-1] if reached else None
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id != name:
+            return self.member(owner, node.value.id) or self.define(node.value.id)
+        return node
+
+    def lineage(self, name: str) -> list[ast.ClassDef]:
+        """A class and its bases as far as this file defines them."""
+        todo, seen = [name], []
+        while todo:
+            node = self.define(todo.pop(0))
+            if isinstance(node, ast.ClassDef) and node not in seen:
+                seen.append(node)
+                todo += [dotted(base).rpartition(".")[2] for base in node.bases]
+        return seen
+
+    def is_a(self, name: str, parent: str) -> bool:
+        """Whether exception or class `name` is `parent` or derives from it, by this file and Python's own."""
+        names = {name} | {node.name for node in self.lineage(name)}
+        for node in self.lineage(name):
+            names |= {dotted(base).rpartition(".")[2] for base in node.bases}
+        parent = parent.rpartition(".")[2]
+        above = getattr(builtins, parent, None)
+        return parent in names or any(_derives(getattr(builtins, one, None), above) for one in names)
+
+
+def _derives(kind: Any, above: Any) -> bool:
+    return isinstance(kind, type) and isinstance(above, type) and issubclass(kind, above)
+
+
+def reachable(body: Iterable[ast.stmt], constants: dict[str, Any]) -> Iterator[ast.stmt]:
+    """The statements of a module's or class's body that run, blocks opened up, dead ones left out."""
+    for node in body:
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            yield node
+            continue
+        if isinstance(node, (ast.If, ast.While)):
+            truth = constant(node.test, constants)
+            body_runs = truth is UNKNOWN or bool(truth)
+            else_runs = truth is UNKNOWN or not truth
+            yield from reachable(node.body if body_runs else [], constants)
+            yield from reachable(node.orelse if else_runs else [], constants)
+            continue
+        yield node
+        yield from reachable(inner_statements(node), constants)
+        if isinstance(node, ast.Raise):
+            return
+
+
+@lru_cache(maxsize=16)
+def parse(text: str, path: str = "<source>") -> Module:
+    """Parses one file. Raises RuleError where Python's grammar refuses it."""
+    try:
+        found = pieces(text)
+    except (SyntaxError, ValueError) as error:
+        raise RuleError(f"{path}: not readable as Python: {error}") from error
+    tree = ast.Module([node for piece in found for node in piece.body], [])
+    module = Module(tree)
+    module.constants = _constants(tree, frozenset().union(*(piece.shared for piece in found)))
+    for node in reachable(tree.body, module.constants):
+        names = binds_directly(node)
+        for name in names:
+            module.bindings.setdefault(name, []).append(node)
+        if isinstance(node, ast.Delete):
+            for target in node.targets:
+                module.bindings.pop(dotted(target), None)
+    return module
+
+
+def _constants(tree: ast.Module, shared: frozenset[str]) -> dict[str, Any]:
+    """Top-level names bound exactly once, to a plain constant, and none of those declared global anywhere."""
+    counts: dict[str, int] = {}
+    values: dict[str, Any] = {}
+    for node in own_statements(tree.body):
+        for name in binds(node) if not list(inner_statements(node)) else binds_directly(node):
+            counts[name] = counts.get(name, 0) + 1
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            values.update({one.id: node.value.value for one in node.targets if isinstance(one, ast.Name)})
+    return {name: value for name, value in values.items() if counts.get(name) == 1 and name not in shared}
+
+
+def binds_directly(node: ast.stmt) -> frozenset[str]:
+    """The names a statement itself binds, blocks inside it left out."""
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        return frozenset({node.name})
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return frozenset(alias.asname or alias.name.split(".")[0] for alias in node.names)
+    return frozenset(target.id for target in targets(node) if isinstance(target, ast.Name))
+
+
+def own_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Every statement of a body, blocks opened up, functions and classes left closed."""
+    for node in body:
+        yield node
+        if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            yield from own_statements(inner_statements(node))
+
+
+Bound = list[tuple[ast.stmt, Union[int, None]]]  # noqa: UP007 (a runtime alias on Python 3.10)
+
+
+@lru_cache(maxsize=4096)
+def local_bindings(function: Function) -> dict[str, Bound]:
+    """For each local name, the statements that bind it, with its place in the tuple that is unpacked."""
+    found: dict[str, Bound] = {}
+    for node in own_statements(function.body):
+        if isinstance(node, ast.Assign):
+            for name, place in _unpacked(node):
+                found.setdefault(name, []).append((node, place))
+            continue
+        for name in binds_directly(node):
+            found.setdefault(name, []).append((node, None))
+    return found
+
+
+def local_assignments(function: Function, name: str) -> Bound:
+    """The statements of a function that bind a local name."""
+    return local_bindings(function).get(name, [])
+
+
+def _unpacked(node: ast.Assign) -> Iterator[tuple[str, int | None]]:
+    for target in node.targets:
+        if isinstance(target, ast.Name):
+            yield target.id, None
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            yield from ((one.id, place) for place, one in enumerate(target.elts) if isinstance(one, ast.Name))
+
+
+def parameters(function: Function) -> list[str]:
+    """The names of a function's parameters, in order."""
+    args = function.args
+    every = [*args.posonlyargs, *args.args, *args.kwonlyargs]
+    return [arg.arg for arg in every] + [arg.arg for arg in (args.vararg, args.kwarg) if arg is not None]

@@ -1,0 +1,112 @@
+"""Loops that follow a chain of attributes, and what keeps them from running for ever."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from loudmerge.canary.flow import Place, Scope, places
+from loudmerge.canary.syntax import UNKNOWN, dotted
+from loudmerge.canary.values import evaluate
+
+
+def follows(loop: ast.stmt, attribute: str) -> bool:
+    """Whether a loop steps along `.attribute` or getattr(…, "attribute")."""
+    for node in ast.walk(loop):
+        value = (
+            getattr(node, "value", None)
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr))
+            else None
+        )
+        if isinstance(value, ast.expr) and _reads(value, attribute):
+            return True
+    return False
+
+
+def _reads(value: ast.expr, attribute: str) -> bool:
+    for node in ast.walk(value):
+        if isinstance(node, ast.Attribute) and node.attr == attribute:
+            return True
+        if isinstance(node, ast.Call) and dotted(node.func) == "getattr" and len(node.args) > 1:
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and name.value == attribute:
+                return True
+    return False
+
+
+def walks(scope: Scope, attribute: str) -> Iterator[Place]:
+    """The loops that follow the attribute and are entered."""
+    found = places(scope)
+    entered = {id(loop) for place in found for loop in place.loops}
+    for place in found:
+        loop = place.node
+        if isinstance(loop, (ast.For, ast.While)) and id(loop) in entered and follows(loop, attribute):
+            entered.remove(id(loop))
+            yield place
+
+
+def bound(place: Place, limit: int) -> str:
+    """What bounds a loop: "at most N steps", "a set of visited objects", "a counter"; empty for none."""
+    loop, scope = place.node, place.scope
+    if isinstance(loop, ast.For):
+        return _for_bound(loop, scope, limit)
+    if not isinstance(loop, ast.While):
+        return ""
+    tests = [loop.test, *(node.test for node in ast.walk(loop) if isinstance(node, ast.If) and _leaves(node))]
+    for test in tests:
+        if _visited(test, loop):
+            return "a set of visited objects"
+        if _counted(test, loop, scope, limit):
+            return "a counter"
+    return ""
+
+
+def _for_bound(loop: ast.For, scope: Scope, limit: int) -> str:
+    if not isinstance(loop.iter, ast.Call):
+        return "a finite sequence" if isinstance(loop.iter, (ast.Tuple, ast.List)) else ""
+    if dotted(loop.iter.func) != "range":
+        return ""
+    values = [evaluate(value, scope, {}) for value in loop.iter.args]
+    steps = max((value for value in values if isinstance(value, int)), default=0)
+    if any(value is UNKNOWN for value in values) or not 0 < steps <= limit:
+        return ""
+    return f"at most {steps} steps"
+
+
+def _leaves(node: ast.If) -> bool:
+    return any(isinstance(one, (ast.Break, ast.Return, ast.Raise)) for one in node.body)
+
+
+def _visited(test: ast.expr, loop: ast.While) -> bool:
+    """`x in seen` (or `not in`, as the loop's own test), where the loop adds to `seen`."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+            name = dotted(node.comparators[0])
+            if name and _grows(name, loop):
+                return True
+    return False
+
+
+def _grows(name: str, loop: ast.While) -> bool:
+    for node in ast.walk(loop):
+        if isinstance(node, ast.Call) and dotted(node.func) in {f"{name}.add", f"{name}.append"}:
+            return True
+        if isinstance(node, ast.AugAssign) and dotted(node.target) == name:
+            return True
+    return False
+
+
+def _counted(test: ast.expr, loop: ast.While, scope: Scope, limit: int) -> bool:
+    """`n < 16` (or `n >= 16` before a break), where the loop adds to `n`."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
+            sides = [node.left, node.comparators[0]]
+            numbers = [evaluate(side, scope, {}) for side in sides]
+            bounded = any(isinstance(number, int) and number <= limit for number in numbers)
+            if bounded and any(isinstance(side, ast.Name) and _steps(side.id, loop) for side in sides):
+                return True
+    return False
+
+
+def _steps(name: str, loop: ast.While) -> bool:
+    return any(isinstance(node, ast.AugAssign) and dotted(node.target) == name for node in ast.walk(loop))

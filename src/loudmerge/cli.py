@@ -1,0 +1,390 @@
+"""The command line: arguments in, exit codes out (loudmerge.terminal); no logic.
+
+torch and what needs it are imported when a command runs, so that `loudmerge --help` does not wait for them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from loudmerge import __version__
+from loudmerge.arguments import (
+    argument,
+    check_device,
+    check_transformers,
+    choice,
+    details_option,
+    input_options,
+    local_directory,
+    output_options,
+)
+from loudmerge.errors import EnvironmentFailed, MergeRefused
+from loudmerge.terminal import (
+    DONE,
+    ENVIRONMENT,
+    INTERRUPTED,
+    MISMATCH,
+    USAGE,
+    Failure,
+    Outcome,
+    Progress,
+    Result,
+    Terminal,
+    run,
+)
+
+if TYPE_CHECKING:
+    from loudmerge.report import HasDetails
+
+
+def _outcome(result: Result, *, ok: bool) -> Outcome:
+    return Outcome(result, DONE if ok else MISMATCH)
+
+
+def _shown(result: HasDetails, *, details: bool) -> Result:
+    if not details:
+        return result
+    from loudmerge.report import Detailed
+
+    return Detailed(result)
+
+
+def _check_merge(*, resume: bool, dry_run: bool, details: bool, push_to: str | None, no_verify: bool) -> None:
+    if resume and dry_run:
+        raise click.UsageError("--dry-run writes nothing, so there is nothing for --resume to go on with.")
+    if details and dry_run:
+        raise click.UsageError(
+            "--dry-run merges nothing that --details could tell of; `loudmerge inspect ADAPTER --base BASE` "
+            "predicts what is kept."
+        )
+    if push_to and no_verify:
+        raise click.UsageError("--push-to uploads only what was verified: leave out --no-verify.")
+    if push_to and dry_run:
+        raise click.UsageError("--dry-run writes nothing, so there is nothing for --push-to to upload.")
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 2 usage, 3 refused, 4 mismatch, 5 the environment failed, 1 a defect.",
+)
+@click.version_option(__version__, prog_name="loudmerge")
+def commands() -> None:
+    """Merge LoRA adapters of mixture-of-experts models into their base checkpoint, or refuse.
+
+    BASE and ADAPTER are a local directory or a Hub id, owner/name[@revision].
+    """
+
+
+@commands.command("merge", short_help="Merge an adapter into its base, or refuse.")
+@click.argument("base")
+@click.argument("adapter")
+@click.argument("out", type=click.Path(path_type=Path))
+@choice("--orientation", "auto standard swapped", "Which axis of a fused expert parameter lora_A reads.")
+@choice(
+    "--lora-b-layout", "auto rank_major grouped_by_expert", "How the columns of a fused lora_B are packed."
+)
+@choice("--dtype", "keep bfloat16 float16 float32", "The dtype of the floating-point tensors of OUT.")
+@choice(
+    "--rounding",
+    "auto nearest balanced stochastic peft",
+    "How a sum is rounded. auto: so that the whole update is kept; peft: as merge_and_unload does.",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="cpu|cuda[:N]|auto",
+    callback=check_device,
+    help="Where the sums are computed.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one more than cores.")
+@click.option("--dry-run", is_flag=True, help="Plan only: nothing is written.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted merge into the same OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
+@click.option("--push-to", metavar="REPO", help="Upload OUT to this Hub repository once it is verified.")
+@click.option("--no-verify", is_flag=True, help="Do not read OUT back and check it.")
+@details_option
+@output_options
+def merge_command(
+    *,
+    base: str,
+    adapter: str,
+    out: Path,
+    orientation: str,
+    lora_b_layout: str,
+    dtype: str,
+    rounding: str,
+    device: str,
+    threads: int | None,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+    push_to: str | None,
+    no_verify: bool,
+    details: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Merge ADAPTER into BASE: plan, refuse or merge, verify, then publish OUT in one step."""
+    _check_merge(resume=resume, dry_run=dry_run, details=details, push_to=push_to, no_verify=no_verify)
+    terminal = Terminal(as_json, quiet)
+    options: dict[str, Any] = {
+        "orientation": orientation,
+        "lora_b_layout": lora_b_layout,
+        "dtype": dtype,
+        "rounding": rounding,
+        "device": device,
+        "threads": threads,
+        "overwrite": overwrite,
+    }
+
+    def action(progress: Progress | None) -> Outcome:
+        from loudmerge.hub import push, push_target
+        from loudmerge.merge import merge, plan
+
+        if push_to:
+            with argument("--push-to"):
+                push_target(push_to)
+        found = local_directory(base, "BASE"), local_directory(adapter, "ADAPTER")
+        if dry_run:
+            return Outcome(plan(*found, out=out, **options).report(), DONE)
+        report = merge(*found, out, **options, verify=not no_verify, progress=progress, resume=resume)
+        if push_to:
+            terminal.note(f"pushed to {push(out, push_to, base=base, adapter=adapter)}")
+        return Outcome(_shown(report, details=details), DONE)
+
+    def refused(error: MergeRefused) -> Result:
+        from loudmerge.report import refused_report
+
+        return refused_report(base, adapter, str(out), error)
+
+    run(terminal, action, refused)
+
+
+@commands.command("inspect", short_help="Say what an adapter is, and by what evidence.")
+@click.argument("adapter")
+@click.option("--base", metavar="BASE", help="The checkpoint the adapter belongs to.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write it as a page, too.")
+@output_options
+def inspect_command(*, adapter: str, base: str | None, html: Path | None, as_json: bool, quiet: bool) -> None:
+    """Say what ADAPTER is: sites, ranks, layout, and the evidence for it."""
+
+    def action(_: Progress | None) -> Outcome:
+        from loudmerge.inspect import inspect
+
+        found = local_directory(base, "--base") if base else None
+        result = inspect(local_directory(adapter, "ADAPTER"), found)
+        if html is not None:
+            from loudmerge.inspect_page import render
+
+            html.write_text(render(result), encoding="utf-8")
+        return Outcome(result, DONE)
+
+    run(Terminal(as_json, quiet), action)
+
+
+@commands.command("convert", short_help="Rewrite an adapter into another layout.")
+@click.argument("adapter")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["peft-0.18", "peft-0.19", "grouped-by-expert", "per-expert"]),
+    help="The layout of OUT. docs/layouts.md says which one PEFT, vLLM and SGLang read.",
+)
+@click.option("--base", metavar="BASE", help="The checkpoint it belongs to; the shapes tell the layout.")
+@choice("--orientation", "auto standard swapped", "Which axis lora_A reads, if no file tells.")
+@choice("--lora-b-layout", "auto rank_major grouped_by_expert", "How lora_B is packed, if no file tells.")
+@click.option("--transformers", metavar="VERSION", callback=check_transformers, help="OUT is for this one.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
+@output_options
+def convert_command(
+    *,
+    adapter: str,
+    out: Path,
+    to: str,
+    base: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Rewrite ADAPTER into another layout: the same function, or a refusal."""
+
+    def action(_: Progress | None) -> Outcome:
+        from loudmerge.convert import convert
+
+        found = local_directory(base, "--base") if base else None
+        return Outcome(convert(local_directory(adapter, "ADAPTER"), out, to, base=found, **options), DONE)
+
+    run(Terminal(as_json, quiet), action)
+
+
+@commands.command("verify", short_help="Recompute a merged checkpoint and compare.")
+@input_options
+@details_option
+@output_options
+def verify_command(*, out: Path, base: str, adapter: str, details: bool, as_json: bool, quiet: bool) -> None:
+    """Recompute every tensor of OUT by a second way, and compare."""
+
+    def action(progress: Progress | None) -> Outcome:
+        from loudmerge.verify import verify
+
+        found = local_directory(base, "--base"), local_directory(adapter, "--adapter")
+        result = verify(out, *found, progress=progress)
+        return _outcome(_shown(result, details=details), ok=result.ok)
+
+    run(Terminal(as_json, quiet), action)
+
+
+@commands.command("compare", short_help="Compare the behaviour of base, adapter and merge.")
+@input_options
+@click.option("--adapter-only", is_flag=True, help="OUT is ADAPTER converted: compare base with either.")
+@choice("--orientation", "auto standard swapped", "With --adapter-only: as ADAPTER was converted.")
+@choice(
+    "--lora-b-layout",
+    "auto rank_major grouped_by_expert",
+    "With --adapter-only: as ADAPTER was converted.",
+)
+@output_options
+def compare_command(
+    *,
+    out: Path,
+    base: str,
+    adapter: str,
+    adapter_only: bool,
+    orientation: str,
+    lora_b_layout: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Load BASE, BASE with ADAPTER, and OUT; report KL, top-1 agreement and greedy samples.
+
+    With --adapter-only OUT is what `convert` made of ADAPTER: BASE with ADAPTER against BASE with OUT.
+    """
+    laid: dict[str, Any] = {"orientation": orientation, "lora_b_layout": lora_b_layout}
+    if not adapter_only and set(laid.values()) != {"auto"}:
+        raise click.UsageError("--orientation and --lora-b-layout go with --adapter-only; OUT has a report.")
+
+    def action(_: Progress | None) -> Outcome:
+        inputs = local_directory(base, "--base"), local_directory(adapter, "--adapter")
+        if adapter_only:
+            from loudmerge.equivalence import compare_adapters
+
+            same = compare_adapters(out, *inputs, **laid)
+            return _outcome(same, ok=same.ok)
+        from loudmerge.compare import compare
+
+        result = compare(out, *inputs)
+        return _outcome(result, ok=result.ok)
+
+    run(Terminal(as_json, quiet), action)
+
+
+@commands.command("demo", short_help="Train, merge, verify and compare, offline.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Keep the files here.")
+@output_options
+def demo_command(*, directory: Path | None, as_json: bool, quiet: bool) -> None:
+    """Train a tiny MoE adapter, then merge, verify and compare it. Offline."""
+
+    def action(progress: Progress | None) -> Outcome:
+        from loudmerge.demo import run as run_demo
+
+        result = run_demo(directory, progress=progress)
+        return _outcome(result, ok=result.ok)
+
+    run(Terminal(as_json, quiet), action)
+
+
+@commands.command("canary", short_help="Check that upstream still keeps what must hold.")
+@click.option(
+    "--guards",
+    type=click.Path(path_type=Path),
+    help="The directory of the guard files. Default: canary/guards here, else those loudmerge ships.",
+)
+@click.option("--strict", is_flag=True, help="An upstream that cannot be asked fails.")
+@click.option(
+    "--source",
+    "overrides",
+    multiple=True,
+    metavar="UPSTREAM=DIR_OR_ARCHIVE_OR_URL",
+    help="Read an upstream or a package from there.",
+)
+@click.option(
+    "--ref",
+    "refs",
+    multiple=True,
+    metavar="UPSTREAM=REF",
+    help="Judge its guards at this ref, not at their own.",
+)
+@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write a report there.")
+@click.option(
+    "--annotations", is_flag=True, help="Annotate the guards' lines on GitHub. So it does in its workflows."
+)
+@output_options
+def canary_command(
+    *,
+    guards: Path | None,
+    strict: bool,
+    overrides: tuple[str, ...],
+    refs: tuple[str, ...],
+    markdown: Path | None,
+    annotations: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Read upstream's source and say, guard by guard, what of it still holds."""
+
+    def action(_: Progress | None) -> Outcome:
+        with _canary_extra():
+            from loudmerge.canary.guards import default_directory, load_guards
+            from loudmerge.canary.report import Reports
+            from loudmerge.canary.run import CanaryReport, at_refs, parse_ref
+            from loudmerge.canary.run import run as run_canary
+            from loudmerge.canary.sources import SourceOptions, parse_overrides
+        with argument("--guards"):
+            found = load_guards(guards or default_directory(Path()))
+        with argument("--ref"):
+            found = at_refs(found, [parse_ref(text) for text in refs])
+        with argument("--source"):
+            places = parse_overrides(overrides, {name for guard in found for name in guard.names})
+        verdicts = run_canary(found, sources=SourceOptions.from_environment(places))
+        report = CanaryReport(verdicts, strict)
+        # To stderr: stdout is the result. GitHub's runner reads both.
+        for line in Reports.from_environment(markdown, annotations=annotations).write(report, found):
+            click.echo(line, err=True)
+        return Outcome(report, MISMATCH if report.missing else ENVIRONMENT if report.unasked else DONE)
+
+    run(Terminal(as_json, quiet), action)
+
+
+@contextmanager
+def _canary_extra() -> Iterator[None]:
+    """Says which extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("loudmerge"):
+            raise
+        raise EnvironmentFailed(f'{error.name} is missing: pip install "loudmerge[canary]"') from error
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script. `arguments` are the process's own by default. Exits with the code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = commands.main(given, prog_name="loudmerge", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        if "--json" in given:
+            Terminal(as_json=True, quiet=True).result(Failure("usage", error.format_message()))
+        sys.exit(USAGE)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    sys.exit(code)

@@ -1,0 +1,106 @@
+"""`python -m loudmerge.compat [CELL…]` in the project's root: runs cells and renders the table.
+
+0  every cell asked for shows what matrix.toml expects, or is optional and was not reached
+1  a cell falls short, or has regressed
+2  usage: the arguments, or matrix.toml, are wrong
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from loudmerge.compat import table
+from loudmerge.compat.against import REGRESSED
+from loudmerge.compat.cell import PARTS
+from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
+from loudmerge.compat.environment import Installer
+from loudmerge.compat.result import CellResult
+from loudmerge.compat.runner import Options, failures, run
+
+HOME = ".compat"
+DONE, SHORT, USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code. What was asked for goes to stdout, progress to stderr."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        matrix = load(Path(FILE))
+        chosen = matrix.chosen(given.cells)
+        if given.list:
+            _say("\n".join(cell.name for cell in chosen))
+            return DONE
+        if given.github:
+            _say(json.dumps(matrix.github(given.cells)))
+            return DONE
+        older = None if given.against is None else tuple(table.read(given.against).values())
+    except (MatrixError, table.ResultError) as error:
+        parser.error(str(error))
+    return _run(matrix, given, older)
+
+
+def _run(matrix: Matrix, given: argparse.Namespace, older: tuple[CellResult, ...] | None) -> int:
+    root = Path.cwd()
+    installer = Installer.of(root, os.environ, uv=given.uv)
+    options = Options(root, given.results, given.jobs, installer, tuple(given.parts))
+    rows = run(matrix, given.cells, options, _tell)
+    overview = table.write(rows, root / HOME, older)
+    short = failures(matrix.chosen(given.cells), rows)
+    for row in short:
+        _tell(f"{row.cell}: {row.status}: {row.detail}" if row.detail else f"{row.cell}: {row.status}")
+        for each in row.shortfalls:
+            _tell(f"  {each.check}: found {each.found}, expected {each.expected}")
+    regressed = [cell for cell, change in overview.changes.items() if change.word == REGRESSED]
+    for cell in regressed:
+        _tell(f"{cell}: regressed: {overview.changes[cell].detail}")
+    _say(overview.counts)
+    return SHORT if short or regressed else DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nox -s matrix --", description="Runs cells of matrix.toml.")
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="which; all where there is none")
+    parser.add_argument("--list", action="store_true", help="print the cells' names and stop")
+    parser.add_argument("--github", action="store_true", help="print the JSON of a strategy.matrix and stop")
+    parser.add_argument(
+        "-j", "--jobs", type=_at_least_one, default=os.cpu_count() or 1, metavar="N", help="parts at a time"
+    )
+    parser.add_argument("--against", type=Path, metavar="DIR", help="older results: same, regressed or fixed")
+    parser.add_argument("--results", type=Path, default=Path(HOME, "results"), metavar="DIR")
+    parser.add_argument("--parts", type=_parts, default=PARTS, metavar="PART,…", help=f"of {','.join(PARTS)}")
+    parser.add_argument("--uv", action="store_true", help="install with uv (LOUDMERGE_UV=1)")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
+    return number
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    unknown = [part for part in found if part not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"found {unknown[0]!r}, expected some of {','.join(PARTS)}")
+    return found
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

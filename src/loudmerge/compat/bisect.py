@@ -1,0 +1,340 @@
+"""Which release of a package changed something: `nox -s bisect -- --package peft --good 0.18.1 --bad 0.19.1`.
+
+The released versions between the two ends are tried in environments of their own (`.compat/env`, kept), the
+other packages pinned as in a cell. The two ends are tried first. A version that cannot be installed, or that
+crashes, is skipped and named; where the change lies among such versions the answer is a range.
+
+Exit codes: 0 answered, 2 usage, 3 the two ends do not differ, 5 the index was not reached or an end cannot be
+tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from loudmerge.compat import cells, environment
+from loudmerge.compat.cells import PACKAGES, Cell, Matrix
+from loudmerge.compat.environment import Environment, Installer, NotInstalled, Unreachable
+from loudmerge.compat.questions import CHECKS, Check, Checks, Expected, Node, Question
+from loudmerge.compat.releases import Index, PipIndex
+from loudmerge.errors import EnvironmentFailed
+
+SECONDS = 1800
+"""How long one version may take to answer."""
+
+HOME = Path(".compat")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one version showed. state: None where it could not be tried, and `shown` says why."""
+
+    version: str
+    state: tuple[str, ...] | None
+    shown: str
+    installed: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "tried": self.state is not None,
+            "found": self.shown,
+            "installed": dict(self.installed),
+        }
+
+
+Trial = Callable[[str], Finding]
+"""Tries one version. Raises EnvironmentFailed where the index is not reached."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """last: the newest version that is as the older end. first: the oldest known not to be; None where the
+    ends do not differ. skipped: between the two. tried: all findings, in the order of trying.
+    """
+
+    last: Finding
+    first: Finding | None
+    skipped: tuple[Finding, ...]
+    tried: tuple[Finding, ...]
+
+
+def search(versions: Sequence[str], trial: Trial) -> Search:
+    """Finds where the state changes, in versions that are in order of release; the ends are tried first.
+
+    It takes for granted that the state changes once. Raises EnvironmentFailed where an end cannot be tried.
+    """
+    tried = {index: trial(versions[index]) for index in (0, len(versions) - 1)}
+    for end in tried.values():
+        if end.state is None:
+            raise EnvironmentFailed(f"{end.version} cannot be tried: {end.shown}")
+    low, high = tried
+    if tried[low].state == tried[high].state:
+        return Search(tried[low], None, (), tuple(tried.values()))
+    while untried := [index for index in range(low + 1, high) if index not in tried]:
+        middle = min(untried, key=lambda index: abs(2 * index - low - high))
+        found = tried[middle] = trial(versions[middle])
+        if found.state is not None:
+            low, high = (middle, high) if found.state == tried[low].state else (low, middle)
+    skipped = tuple(tried[index] for index in range(low + 1, high))
+    return Search(tried[low], tried[high], skipped, tuple(tried.values()))
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """The answer. base: the cell that pins the other packages. unfit: cells in which an end fails."""
+
+    package: str
+    question: str
+    base: Cell
+    found: Search
+    unfit: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """Some lines for a person."""
+        found = self.found
+        others = ", ".join(
+            f"{name} {pin}" for name, pin in self.base.versions.items() if name != self.package
+        )
+        lines = [self._headline(), f"asked: {self.question}; with {others} ({self.base.name})"]
+        shown = found.tried if found.first is None else (found.last, *found.skipped, found.first)
+        lines += [f"  {_line(finding)}" for finding in shown]
+        lines += [f"not in {reason}" for reason in self.unfit]
+        return "\n".join([*lines, f"tried: {', '.join(each.version for each in found.tried)}"])
+
+    def _headline(self) -> str:
+        first, last = self.found.first, self.found.last
+        if first is None:
+            older, newer = (finding.version for finding in self.found.tried)
+            return (
+                f"{self.package} {older} and {newer} do not differ in this: there is nothing to search for. "
+                "Ask for another check, or name other ends."
+            )
+        if self.found.skipped:
+            return (
+                f"{self.package}: the first version where it changes is after {last.version}, and "
+                f"{first.version} at the latest; {_versions(self.found.skipped)} cannot be tried."
+            )
+        return f"{self.package} {first.version} is the first version where it changes."
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object. first: the answer, null where it is a range or where the ends do not differ."""
+        found = self.found
+        exact = found.first is not None and not found.skipped
+        return {
+            "schema": 1,
+            "package": self.package,
+            "question": self.question,
+            "cell": self.base.name,
+            "versions": {k: v for k, v in self.base.versions.items() if k != self.package},
+            "first": found.first.version if found.first and exact else None,
+            "after": found.last.version,
+            "at_the_latest": found.first.version if found.first else None,
+            "skipped": [finding.version for finding in found.skipped],
+            "tried": [finding.to_json() for finding in found.tried],
+            "unfit": list(self.unfit),
+        }
+
+
+def _line(finding: Finding) -> str:
+    if finding.state is None:
+        return f"{finding.version}  not tried: {finding.shown}"
+    installed = ", ".join(f"{name} {version}" for name, version in finding.installed.items())
+    return f"{finding.version}  {finding.shown}" + (f" [{installed}]" if installed else "")
+
+
+def _versions(findings: Sequence[Finding]) -> str:
+    return ", ".join(finding.version for finding in findings)
+
+
+def between(released: Sequence[str], one: str, other: str) -> tuple[str, ...]:
+    """The releases from the older end to the newer one, oldest first. Raises ValueError."""
+    known = {Version(version): version for version in released}
+    for end in (one, other):
+        if Version(end) not in known:
+            newest = ", ".join(known[version] for version in sorted(known, reverse=True)[:12])
+            raise ValueError(f"{end}: no such release (pre-releases are not tried). The newest are {newest}")
+    low, high = sorted((Version(one), Version(other)))
+    if low == high:
+        raise ValueError(f"found {one} for both ends, expected two versions")
+    return tuple(known[version] for version in sorted(known) if low <= version <= high)
+
+
+def bases(matrix: Matrix, package: str, ends: Sequence[str]) -> tuple[Cell, ...]:
+    """Cells to take the other packages' pins from, the likeliest first.
+
+    First those pins with which the matrix has both ends, then the rest, each newest first. The cell of the
+    first end stands for its pins: what it expects was so at that end.
+    """
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in matrix.cells:
+        if cell.is_pinned:
+            others = tuple(cell.versions[name] for name in PACKAGES if name != package)
+            groups.setdefault(others, []).append(cell)
+
+    def rank(others: tuple[str, ...]) -> tuple[bool, list[Version]]:
+        pinned = {cell.versions[package] for cell in groups[others]}
+        return pinned >= set(ends), [Version(version) for version in others]
+
+    ordered = sorted(groups, key=rank, reverse=True)
+    return tuple(_representative(groups[others], package, ends[0]) for others in ordered)
+
+
+def _representative(group: Sequence[Cell], package: str, end: str) -> Cell:
+    newest = max(group, key=lambda cell: Version(cell.versions[package]))
+    return next((cell for cell in group if cell.versions[package] == end), newest)
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """Makes environments and asks in them.
+
+    root: the checkout. home: where environments and logs are kept. say: takes a line for a person.
+    """
+
+    root: Path
+    home: Path
+    installer: Installer
+    say: Callable[[str], None]
+
+    def trial(self, package: str, base: Cell, question: Question) -> Trial:
+        """Puts the question to one version of the package, the others pinned as in `base`; each once."""
+        known: dict[str, Finding] = {}
+
+        def remembered(version: str) -> Finding:
+            if version not in known:
+                pins = {**base.versions, package: version}
+                known[version] = self._try(
+                    replace(base, name=cells.name_of(pins), versions=pins), version, question
+                )
+                self.say(f"{package} {_line(known[version])}")
+            return known[version]
+
+        return remembered
+
+    def _try(self, cell: Cell, version: str, question: Question) -> Finding:
+        made = Environment(self.home / "env" / cell.name)
+        wanted = environment.requirements(cell.versions)
+        self.say(f"{cell.name} …")
+        try:
+            made.make(self.root, wanted, self.installer, self.home / "logs" / f"{cell.name}.txt")
+        except NotInstalled as error:
+            return Finding(version, None, f"not installed: {error}")
+        except Unreachable as error:
+            raise EnvironmentFailed(f"{cell.name}: {error}") from error
+        with tempfile.TemporaryDirectory() as scratch:
+            return self._ask(made, version, question, Path(scratch))
+
+    def _ask(self, made: Environment, version: str, question: Question, scratch: Path) -> Finding:
+        line = [str(made.python), *question.command(scratch)]
+        try:
+            done = subprocess.run(  # noqa: S603 - a line made here
+                line,
+                cwd=self.root,
+                env=environment.sealed(os.environ),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return Finding(version, None, f"no answer after {SECONDS} s", made.versions())
+        answer = question.read(scratch, done.returncode)
+        if answer is None:
+            said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+            return Finding(version, None, f"crashed ({done.returncode}): {said[:400]}", made.versions())
+        return Finding(version, answer.state, answer.shown, made.versions())
+
+
+def bisect(
+    package: str,
+    versions: Sequence[str],
+    bases: Sequence[Cell],
+    ask: Callable[[Cell], Question],
+    laboratory: Laboratory,
+) -> Bisection:
+    """Searches in the first base in which both ends can be tried. Raises EnvironmentFailed without one."""
+    unfit: list[str] = []
+    for base in bases:
+        question = ask(base)
+        trial = laboratory.trial(package, base, question)
+        failed = next((end for end in map(trial, (versions[0], versions[-1])) if end.state is None), None)
+        if failed is None:
+            return Bisection(package, question.text, base, search(versions, trial), tuple(unfit))
+        unfit.append(f"{base.name}: {package} {_line(failed)}")
+    raise EnvironmentFailed("no cell's pins suit both ends:\n" + "\n".join(unfit))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nox -s bisect --", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--package", required=True, choices=PACKAGES)
+    parser.add_argument("--good", required=True, metavar="VERSION", help="one end; the older may be either")
+    parser.add_argument("--bad", required=True, metavar="VERSION", help="the other end")
+    asked = parser.add_mutually_exclusive_group()
+    checks = f"NAME, NAME=VALUE, NAME<=NUMBER or NAME>=NUMBER, of {', '.join(CHECKS)}; may be given again"
+    asked.add_argument(
+        "--expect", action="append", type=Check.parse, metavar="CHECK", default=[], help=checks
+    )
+    asked.add_argument("--node", type=Node, metavar="NODE", help="a pytest node: tests/…::test_…")
+    parser.add_argument("--cell", metavar="NAME", help="the cell that pins the other packages")
+    parser.add_argument("--json", action="store_true", help="the answer as one JSON document on stdout")
+    parser.add_argument("--uv", action="store_true", help="make environments with uv")
+    return parser
+
+
+def _chosen(asked: argparse.Namespace, root: Path, index: Index) -> tuple[tuple[str, ...], tuple[Cell, ...]]:
+    """The releases to search and the cells to take pins from. Raises ValueError, EnvironmentFailed."""
+    matrix = cells.load(root / cells.FILE)
+    chosen = bases(matrix, asked.package, (asked.good, asked.bad))
+    if asked.cell:
+        chosen = matrix.chosen([asked.cell])
+        if not chosen[0].is_pinned:
+            raise ValueError(f"{asked.cell}: of lane {chosen[0].lane}, expected a cell that pins versions")
+    return between(index.versions(asked.package), asked.good, asked.bad), chosen
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> int:
+    """The command; see the module's docstring. index: by default the one that pip is configured for."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    root = Path.cwd()
+
+    def ask(base: Cell) -> Question:
+        if asked.node:
+            return Node(str(asked.node.node))
+        return Checks(tuple(asked.expect)) if asked.expect else Expected(base.name, base.expects)
+
+    try:
+        versions, chosen = _chosen(asked, root, index or PipIndex())
+    except ValueError as error:
+        parser.error(str(error))
+    except EnvironmentFailed as error:
+        _say(f"error: {error}")
+        return 5
+    laboratory = Laboratory(root, root / HOME, Installer.of(root, os.environ, uv=asked.uv), _say)
+    try:
+        found = bisect(asked.package, versions, chosen, ask, laboratory)
+    except EnvironmentFailed as error:
+        _say(f"error: {error}")
+        return 5
+    sys.stdout.write((json.dumps(found.to_json(), indent=2) if asked.json else found.summary()) + "\n")
+    return 3 if found.found.first is None else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

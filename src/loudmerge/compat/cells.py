@@ -1,0 +1,164 @@
+"""matrix.toml: the cells, and what each must show. Standard library only."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE = "matrix.toml"
+RELEASED, LATEST, DEV = "released", "latest", "dev"
+LANES = (RELEASED, LATEST, DEV)
+PACKAGES = ("transformers", "peft", "trl")
+FUSED, PER_EXPERT = "fused", "per-expert"
+PATHS: Mapping[str, tuple[str | None, ...]] = {FUSED: ("standard", "swapped"), PER_EXPERT: (None,)}
+"""The orientations that an adapter can have on each path."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class MatrixError(ValueError):
+    """matrix.toml, or a cell's name, is wrong."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a cell must show; the names and units are those of result.Figures.
+
+    kl_trained_merged_share, kl_base_merged_within: shares of kl_base_trained. samples: "all", or how many.
+    """
+
+    path: str
+    orientation: str | None
+    kl_base_trained_at_least: float
+    kl_float32_merge_at_most: float
+    kl_trained_merged_share: float
+    kl_base_merged_within: float
+    delta_kept_at_least: float
+    samples: str | int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination. versions: pins (released), nothing (latest), GitHub repositories (dev).
+
+    optional: a run does not fail because the cell could not be reached.
+    """
+
+    name: str
+    lane: str
+    versions: Mapping[str, str]
+    expects: Expectation
+    optional: bool = False
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is the same combination today and tomorrow."""
+        return self.lane == RELEASED
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The cells in matrix.toml's order."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(cell.name for cell in self.cells)
+
+    def chosen(self, names: Sequence[str]) -> tuple[Cell, ...]:
+        """The cells of these names, all where there are none. Raises MatrixError on a name it has not."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise MatrixError(f"{FILE} has no cell {unknown[0]!r}; it has: {', '.join(self.names)}")
+        return tuple(cell for cell in self.cells if not names or cell.name in names)
+
+    def github(self, names: Sequence[str] = ()) -> dict[str, Any]:
+        """What a workflow's `strategy.matrix` takes: one job for each cell.
+
+        https://docs.github.com/actions/how-tos/write-workflows/choose-what-workflows-do/run-job-variations
+        """
+        jobs = [
+            {"cell": cell.name, "lane": cell.lane, "optional": cell.optional, **cell.versions}
+            for cell in self.chosen(names)
+        ]
+        return {"include": jobs}
+
+
+def load(file: Path) -> Matrix:
+    """Reads matrix.toml. Raises MatrixError naming the cell and the key that is missing, unknown or wrong."""
+    try:
+        document = tomllib.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise MatrixError(f"{file}: no such file. Run this in the project's root.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise MatrixError(f"{file}: no TOML: {error}") from error
+    defaults, lanes = _table(document, "expect"), _table(document, "lanes")
+    _only(document, ("expect", "lanes"), FILE)
+    _only(lanes, LANES, "lanes")
+    cells = tuple(_cell(lane, line, defaults) for lane in LANES for line in lanes.get(lane, ()))
+    twice = [cell.name for cell in cells if [other.name for other in cells].count(cell.name) > 1]
+    if twice:
+        raise MatrixError(f"{FILE}: the cell {twice[0]} is there twice")
+    if not cells:
+        raise MatrixError(f"{FILE}: found no cell, expected at least one under [lanes]")
+    return Matrix(cells)
+
+
+def name_of(versions: Mapping[str, str]) -> str:
+    """tf5.5.0-peft0.19.1-trl0.25.1"""
+    return "tf{transformers}-peft{peft}-trl{trl}".format(**versions)
+
+
+def _cell(lane: str, line: Mapping[str, Any], defaults: Mapping[str, Any]) -> Cell:
+    where = f"lanes.{lane} {line.get('name') or [line.get(package) for package in PACKAGES]}"
+    expected = tuple(item.name for item in fields(Expectation))
+    _only(line, ("name", "optional", *PACKAGES, *expected), where)
+    versions = {package: line[package] for package in PACKAGES if package in line}
+    wanted = () if lane == LATEST else PACKAGES
+    if tuple(versions) != wanted:
+        raise MatrixError(f"{where}: found versions of {list(versions)}, expected of {list(wanted)}")
+    name = line["name"] if "name" in line else name_of(versions) if versions else lane
+    if not _NAME.fullmatch(name):
+        raise MatrixError(f"{where}: the name {name!r} cannot be a file's: expected {_NAME.pattern}")
+    return Cell(name, lane, versions, _expectation(where, {**defaults, **line}), line.get("optional", False))
+
+
+def _expectation(where: str, values: Mapping[str, Any]) -> Expectation:
+    known: dict[str, Any] = {item.name: values.get(item.name) for item in fields(Expectation)}
+    absent = [key for key, value in known.items() if value is None and key != "orientation"]
+    if absent:
+        raise MatrixError(f"{where}: {absent[0]} is missing, here and under [expect]")
+    if known["path"] not in PATHS:
+        raise MatrixError(f"{where}: path: found {known['path']!r}, expected one of {list(PATHS)}")
+    orientations = PATHS[known["path"]]
+    if known["orientation"] not in orientations:
+        found = known["orientation"]
+        raise MatrixError(f"{where}: orientation: found {found!r}, expected one of {list(orientations)}")
+    for key, value in known.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in ("path", "orientation") and not number and (key, value) != ("samples", "all"):
+            raise MatrixError(f"{where}: {key}: found {value!r}, expected a number")
+    return Expectation(**known)
+
+
+def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    table = document.get(key)
+    if not isinstance(table, dict):
+        raise MatrixError(f"{FILE}: found no table [{key}]")
+    return table
+
+
+def _only(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise MatrixError(f"{where}: unknown key {unknown[0]!r}, expected only {', '.join(known)}")

@@ -1,0 +1,262 @@
+"""The journey of a cell at the size of Qwen3-30B-A3B, on a GPU: `nox -s e2e_gpu`.
+
+    python -m loudmerge.compat.gpu [--weights DIR|OWNER/NAME] [--layers N] [--device cpu]
+
+Without weights it makes random ones, at full size, from the model's own config. Leaves a row in
+.compat/results, also where there is no GPU: then the row says so.
+
+0  the row shows what it must, or there is no GPU
+1  it falls short
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loudmerge import hub, training
+from loudmerge.checkpoint import CONFIG
+from loudmerge.compat import journey, weights
+from loudmerge.compat.journey import Journey
+from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
+from loudmerge.errors import EnvironmentFailed
+from loudmerge.merge import peak_rss_bytes
+from loudmerge.training import Recipe
+
+MODEL_CONFIG = Path(__file__).with_name("qwen3_30b_a3b.json")
+"""config.json of Qwen/Qwen3-30B-A3B on the Hub, as it is there."""
+
+CELL = "gpu-qwen3-30b-a3b"
+LANE = "gpu"
+RANDOM = "random"
+
+RECIPE = Recipe(
+    rank=32,
+    alpha=64,
+    steps=5,
+    batch=8,
+    tokens=128,
+    learning_rate=1e-3,
+    embedding_gain=35.0,
+    vocabulary=4096,
+    optimizer="adafactor",
+    checkpointing=True,
+    device="cuda",
+)
+"""How hard the model is trained; its size is its config's.
+
+Weights of 61 GB leave 23 GB of an 80 GB GPU. The LoRA factors, 1.26e9 numbers in float32, and their gradients
+take 10 GB: Adam's two moments would take 10 GB more, Adafactor's are sums over rows and columns. Without
+checkpointing each layer would keep its W + dW for the backward pass, 1.2 GB.
+vocabulary: of the tokenizer that is made where there are no weights; the model's is its config's.
+"""
+
+KL_AT_MOST = 1e-4
+"""Nats a token, KL(trained || merged) in bfloat16 arithmetic, as in unslothai/unsloth-zoo#647."""
+ORIGINAL: Mapping[tuple[str, str, str], float] = {
+    ("5.5.0", "0.19.1", "0.25.1"): 1.6e-5,
+    ("5.5.0", "0.18.1", "0.25.1"): 1.3e-5,
+    ("4.57.6", "0.19.1", "0.25.1"): 5.5e-5,
+    ("5.5.0", "0.19.1", "1.4.0"): 2.1e-4,
+}
+"""That table's rows: the same figure of (transformers, peft, trl)."""
+MOVED_AT_LEAST = 0.5
+"""Nats a token, KL(base || trained): less would prove nothing."""
+PROJECTIONS = 3
+"""Of each expert: gate, up, down."""
+
+
+def model_config() -> dict[str, Any]:
+    """Qwen3-30B-A3B's config.json."""
+    found: dict[str, Any] = json.loads(MODEL_CONFIG.read_text("utf-8"))
+    return found
+
+
+@dataclass(frozen=True)
+class Options:
+    """weights: "random", or a directory or Hub id. layers: the first so many, None for all.
+
+    config: of random weights. recipe: its sizes are not read, but for `vocabulary`.
+    """
+
+    weights: str = RANDOM
+    layers: int | None = None
+    recipe: Recipe = RECIPE
+    config: Mapping[str, Any] = field(default_factory=model_config)
+
+
+class Meter:
+    """Seconds, and the peak of the GPU's memory in bytes, of each stage. Call it with a stage that begins."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device != "cpu"
+        self._stage = ""
+        self._since = 0.0
+        self.seconds: dict[str, float] = {}
+        self.gpu_bytes: dict[str, int] = {}
+
+    def __call__(self, stage: str) -> None:
+        self.end()
+        self._stage, self._since = stage, time.monotonic()
+
+    def end(self) -> None:
+        """Of the last stage."""
+        if self._stage:
+            self.seconds[self._stage] = round(time.monotonic() - self._since, 1)
+            if self._on_gpu:
+                self.gpu_bytes[self._stage] = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+        self._stage = ""
+
+    def summary(self) -> str:
+        """`peak memory 70.1 GiB of GPU (train), 9.3 GiB of host`"""
+        host = f"{peak_rss_bytes() / 2**30:.1f} GiB of host"
+        if not self.gpu_bytes:
+            return f"peak memory {host}"
+        stage = max(self.gpu_bytes, key=lambda name: self.gpu_bytes[name])
+        return f"peak memory {self.gpu_bytes[stage] / 2**30:.1f} GiB of GPU ({stage}), {host}"
+
+
+def run(directory: Path, options: Options) -> CellResult:
+    """The journey in `directory`, and its row, judged. No merge in float32: its file would be twice the base.
+
+    Raises as `journey.run` does; EnvironmentFailed where the disk or the Hub fails.
+    """
+    started = time.monotonic()
+    meter = Meter(options.recipe.device)
+    meter("base")
+    base = _base(directory, options)
+    config = json.loads((base / CONFIG).read_text("utf-8"))
+    shown = journey.run(directory, options.recipe, base=base, float32_merge=False, stage=meter)
+    meter.end()
+    shortfalls = tuple(_shortfalls(shown, config))
+    weights_of = "random weights" if options.weights == RANDOM else options.weights
+    return CellResult(
+        cell=name_of(options),
+        lane=LANE,
+        status=FAILED if shortfalls else OK,
+        versions={**shown.versions, "python": platform.python_version()},
+        path=shown.path,
+        orientation=shown.orientation,
+        merged=shown.merged,
+        figures=shown.figures,
+        shortfalls=shortfalls,
+        detail=f"{config['num_hidden_layers']} layers, {weights_of}; {meter.summary()}",
+        seconds=round(time.monotonic() - started, 1),
+        stages=meter.seconds,
+    )
+
+
+def name_of(options: Options) -> str:
+    """gpu-qwen3-30b-a3b, gpu-qwen3-30b-a3b-2-layers"""
+    return CELL if options.layers is None else f"{CELL}-{options.layers}-layers"
+
+
+def _base(directory: Path, options: Options) -> Path:
+    """The checkpoint to train on, written into `directory` unless it is somewhere whole."""
+    base = directory / training.BASE
+    if options.weights != RANDOM:
+        source = hub.resolve(options.weights)
+        if options.layers is None:
+            return source
+        weights.first_layers(source, base, options.layers)
+        return base
+    config = dict(options.config)
+    if options.layers is not None:
+        config["num_hidden_layers"] = options.layers
+    _check_disk(directory, 2 * weights.nbytes(config))
+    weights.write_random(base, config, options.recipe)
+    training.make_tokenizer(options.recipe.vocabulary).save_pretrained(base)
+    return base
+
+
+def _check_disk(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise EnvironmentFailed(
+            f"{directory}: found {free / 1e9:.0f} GB free, expected {needed / 1e9:.0f} GB for base and "
+            "merged model. Give --directory on a larger disk, or --layers."
+        )
+
+
+def _shortfalls(shown: Journey, config: Mapping[str, Any]) -> Iterator[Shortfall]:
+    """Every comparison is written so that it fails on nan."""
+    found = shown.figures
+    projections = config["num_hidden_layers"] * config["num_experts"] * PROJECTIONS
+    if shown.merged != (projections, projections):
+        applied, attempted = shown.merged
+        yield Shortfall("merged", f"{applied} / {attempted}", f"{projections} / {projections}")
+    if not found.kl_base_trained >= MOVED_AT_LEAST:
+        yield Shortfall("kl_base_trained", f"{found.kl_base_trained:.3g}", f"at least {MOVED_AT_LEAST}")
+    limit = most_divergence(shown.versions)
+    if not found.kl_bfloat16_arithmetic <= limit:
+        yield Shortfall("kl_bfloat16_arithmetic", f"{found.kl_bfloat16_arithmetic:.3g}", f"at most {limit:g}")
+    matched, total = found.samples
+    if not 0 < matched == total:
+        yield Shortfall("samples", f"{matched} / {total}", "all the same")
+
+
+def most_divergence(versions: Mapping[str, str]) -> float:
+    """KL_AT_MOST, or the original table's figure for these versions where that is larger."""
+    key = (versions["transformers"], versions["peft"], versions["trl"])
+    return max(KL_AT_MOST, ORIGINAL.get(key, 0.0))
+
+
+def why_not(device: str) -> str | None:
+    """Why nothing can be run on this device, None where it can."""
+    if device == "cpu" or torch.cuda.is_available():
+        return None
+    return f"torch {torch.__version__} finds no CUDA device"
+
+
+def not_run(options: Options, reason: str) -> CellResult:
+    """The row that says why there is none."""
+    versions = {package: version(package) for package in training.SHOWN}
+    return CellResult(name_of(options), LANE, NOT_RUN, versions, detail=reason)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code. The row goes to stdout, too."""
+    given = _parser().parse_args(arguments)
+    recipe = replace(RECIPE, device=given.device, learning_rate=given.learning_rate)
+    options = Options(given.weights, given.layers, recipe)
+    reason = why_not(given.device)
+    if reason is None:
+        if given.directory is not None:
+            given.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="gpu-", dir=given.directory) as directory:
+            row = run(Path(directory), options)
+    else:
+        row = not_run(options, reason)
+    content = json.dumps(row.to_json(), indent=2, ensure_ascii=False) + "\n"
+    given.results.mkdir(parents=True, exist_ok=True)
+    (given.results / f"{row.cell}.json").write_text(content, "utf-8")
+    sys.stdout.write(content)
+    return 1 if row.status == FAILED else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nox -s e2e_gpu --", description="Qwen3-30B-A3B, end to end.")
+    parser.add_argument("--weights", default=RANDOM, help="a directory, a Hub id, or random (the default)")
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first N")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate, metavar="X")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="for 61 GB of base and as much of OUT")
+    parser.add_argument("--results", type=Path, default=Path(".compat", "results"), metavar="DIR")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

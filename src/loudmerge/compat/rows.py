@@ -1,0 +1,105 @@
+"""A cell's row: made of what its parts left, of another cell's row, or of an earlier run's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loudmerge.compat.cell import CROSS, FAMILIES, JOURNEY, TESTS
+from loudmerge.compat.cells import Cell
+from loudmerge.compat.result import (
+    FAILED,
+    NOT_INSTALLED,
+    NOT_RUN,
+    CellResult,
+    Figures,
+    Tests,
+    read_figures,
+    read_tests,
+)
+from loudmerge.compat.verdict import RAN
+
+KEPT = "of an earlier run"
+"""What the row of a cell says that was not asked for now."""
+
+
+def of_parts(
+    cell: Cell, versions: Mapping[str, str], parts: Mapping[str, Mapping[str, Any]], installed_in: float
+) -> CellResult:
+    """The row of a cell that ran. parts: what each part wrote, empty for one that did not run.
+
+    installed_in: seconds that its environment took. It is still to be judged.
+    """
+    journey = parts[JOURNEY]
+    stages = {"environment": round(installed_in, 1)}
+    stages |= {part: found["seconds"] for part, found in parts.items() if "seconds" in found}
+    errors = [f"{part} {found['error']}" for part, found in parts.items() if "error" in found]
+    return CellResult(
+        cell=cell.name,
+        lane=cell.lane,
+        status=FAILED,
+        versions=versions,
+        path=journey.get("path"),
+        orientation=journey.get("orientation"),
+        merged=tuple(journey["merged"]) if "merged" in journey else None,
+        figures=_figures(journey.get("figures")),
+        tests=_tests(parts[TESTS].get("tests"), parts[FAMILIES].get("failures", ())),
+        families=parts[FAMILIES].get("families", {}),
+        crossed=parts[CROSS].get("crossed", {}),
+        detail="; ".join(errors),
+        seconds=round(sum(stages.values()), 1),
+        stages=stages,
+    )
+
+
+def _figures(found: Mapping[str, Any] | None) -> Figures | None:
+    if found is None:
+        return None
+    matched, total = found["samples"]
+    return read_figures({**found, "samples": {"matched": matched, "total": total}})
+
+
+def _tests(found: Mapping[str, Any] | None, others: Any) -> Tests | None:
+    """The counts, with failures beside them of family tests that are of no one family."""
+    if found is None:
+        return None
+    tests = read_tests(found)
+    return replace(tests, failed=tests.failed + len(others), failures=(*tests.failures, *others))
+
+
+def of_twin(cell: Cell, twin: CellResult) -> CellResult:
+    """The row of a cell whose versions are another's, which ran for both."""
+    same = f"the versions of {twin.cell}, which ran for both"
+    detail = f"{same}; {twin.detail}" if twin.detail else same
+    return replace(twin, cell=cell.name, lane=cell.lane, detail=detail)
+
+
+def of_earlier(cell: Cell, file: Path, torch: str) -> CellResult:
+    """The row in `file` if it is of these versions and this torch (a requirement); else one that says why."""
+    empty = CellResult(cell.name, cell.lane, NOT_RUN, cell.versions, detail="not asked for")
+    if not file.is_file():
+        return empty
+    try:
+        found = CellResult.from_json(json.loads(file.read_text("utf-8")))
+    except ValueError as error:
+        return replace(empty, detail=f"not asked for, and its earlier result cannot be read: {error}")
+    if found.status not in (*RAN, NOT_INSTALLED):
+        return empty
+    other = _other_versions(cell, found, torch)
+    if other:
+        return replace(empty, detail=f"not asked for, and its earlier result is of {other}")
+    if found.detail.startswith(KEPT):
+        return found
+    return replace(found, detail=f"{KEPT}; {found.detail}" if found.detail else KEPT)
+
+
+def _other_versions(cell: Cell, found: CellResult, torch: str) -> str:
+    """`torch 2.12.0` where the row is of that and the cell of another; empty where all are the same."""
+    wanted = dict(cell.versions) if cell.is_pinned else {}
+    if torch.startswith("torch==") and found.status in RAN:
+        wanted["torch"] = torch.removeprefix("torch==")
+    had = {name: found.versions.get(name, "none").partition("+")[0] for name in wanted}
+    return ", ".join(f"{name} {had[name]}" for name in wanted if had[name] != wanted[name].partition("+")[0])

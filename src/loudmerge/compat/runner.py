@@ -1,0 +1,267 @@
+"""Runs cells: environments, then each cell's parts, then every adapter in every other cell; a row for each.
+
+    .compat/env/CELL            its virtual environment
+    .compat/cells/CELL          what it trained (journey/), and what each part showed (PART.json)
+    .compat/logs/CELL.txt       what the installer said; CELL-PART.txt: what the part said
+    .compat/results/CELL.json   its row
+
+Standard library only: torch and the rest are in the environments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loudmerge.compat import rows
+from loudmerge.compat.cell import CROSS, FAMILIES, JOURNEY, PARTS, TESTS, Job, source
+from loudmerge.compat.cells import Cell, Matrix
+from loudmerge.compat.environment import (
+    Environment,
+    Installer,
+    NotInstalled,
+    Unreachable,
+    pins,
+    requirements,
+    sealed,
+)
+from loudmerge.compat.result import NOT_INSTALLED, OK, UNREACHABLE, CellResult
+from loudmerge.compat.verdict import judged
+
+MOST_INSTALLATIONS = 2
+"""They share the disk and the index: more at a time take as long."""
+
+PART_SECONDS = 1800
+"""How long a part may take before it is ended."""
+
+OWN_PARTS = (FAMILIES, TESTS, JOURNEY)
+"""All but the last stage; the longest first, so that no processor waits for one at the end."""
+
+Tell = Callable[[str], None]
+"""Called with a line of progress."""
+
+
+class PartFailed(RuntimeError):
+    """A part of a cell did not run to its end."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how cells run. root: the checkout. jobs: how many parts at a time. parts: which, of PARTS.
+
+    source: of the loudmerge that runs, as cell.source names it.
+    """
+
+    root: Path
+    results: Path
+    jobs: int
+    installer: Installer
+    parts: tuple[str, ...] = PARTS
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    source: str = field(default_factory=source)
+
+    @property
+    def home(self) -> Path:
+        return self.root / ".compat"
+
+    def environment(self, cell: str) -> Environment:
+        return Environment(self.home / "env" / cell)
+
+    def directory(self, cell: str) -> Path:
+        return self.home / "cells" / cell
+
+    def log(self, cell: str, part: str = "") -> Path:
+        return self.home / "logs" / (f"{cell}-{part}.txt" if part else f"{cell}.txt")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A cell, what it consists of today, and whether it has an environment.
+
+    twin: the cell that has the same pins, and runs for both. status, detail: why there is no environment.
+    seconds: that the environment took.
+    """
+
+    cell: Cell
+    pins: Mapping[str, str]
+    twin: str | None = None
+    status: str | None = None
+    detail: str = ""
+    seconds: float = 0.0
+
+    @property
+    def runs(self) -> bool:
+        return self.status is None and self.twin is None
+
+    def of_these(self, options: Options) -> dict[str, Any]:
+        """What a part's file names, so that what another combination showed is not taken for this one's."""
+        return {"versions": [options.installer.torch, *requirements(self.pins)], "source": options.source}
+
+
+def run(matrix: Matrix, names: Sequence[str], options: Options, tell: Tell) -> tuple[CellResult, ...]:
+    """Runs the cells of these names, or all, and writes a result for every cell of the matrix.
+
+    Gives a row for every cell, in the matrix's order. Raises MatrixError on an unknown name.
+    """
+    resolved = _resolve(matrix, matrix.chosen(names), options, tell)
+    with ThreadPoolExecutor(min(options.jobs, MOST_INSTALLATIONS)) as pool:
+        prepared = list(pool.map(lambda one: _prepare(one, options, tell), resolved))
+    running = [one for one in prepared if one.runs]
+    own = [part for part in OWN_PARTS if part in options.parts]
+    _run_parts([(one, part) for part in own for one in running], matrix, options, tell)
+    if CROSS in options.parts:
+        _run_parts([(one, CROSS) for one in running], matrix, options, tell)
+    return _rows(matrix, prepared, options)
+
+
+def failures(asked: Sequence[Cell], rows: Sequence[CellResult]) -> tuple[CellResult, ...]:
+    """The rows that fail a run: of the cells asked for, all not ok, but optional ones not reached."""
+    names = {cell.name: cell.optional for cell in asked}
+    return tuple(
+        row
+        for row in rows
+        if row.cell in names and row.status != OK and not (row.status == UNREACHABLE and names[row.cell])
+    )
+
+
+def _resolve(matrix: Matrix, asked: Sequence[Cell], options: Options, tell: Tell) -> list[Prepared]:
+    """What each cell asked for consists of today. One whose pins are a released cell's has it as its twin."""
+    found: dict[str, Prepared] = {}
+    for cell in asked:
+        try:
+            wanted = pins(cell, options.installer, options.environ)
+        except Unreachable as error:
+            tell(f"{cell.name}: {UNREACHABLE}: {error}")
+            found[cell.name] = Prepared(cell, cell.versions, status=UNREACHABLE, detail=str(error))
+            continue
+        same = (
+            []
+            if cell.is_pinned
+            else [one for one in matrix.cells if one.is_pinned and one.versions == wanted]
+        )
+        found[cell.name] = Prepared(cell, wanted, twin=same[0].name if same else None)
+        for twin in same[:1]:
+            tell(f"{cell.name}: the versions of {twin.name}, which runs for both")
+            found.setdefault(twin.name, Prepared(twin, wanted))
+    return list(found.values())
+
+
+def _prepare(one: Prepared, options: Options, tell: Tell) -> Prepared:
+    if not one.runs:
+        return one
+    name, started = one.cell.name, time.monotonic()
+    environment, wanted = options.environment(name), requirements(one.pins)
+    try:
+        made = environment.make(options.root, wanted, options.installer, options.log(name))
+    except (NotInstalled, Unreachable) as error:
+        status = UNREACHABLE if isinstance(error, Unreachable) else NOT_INSTALLED
+        tell(f"{name}: {status}: {error}")
+        return replace(one, status=status, detail=str(error), seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    tell(f"{name}: environment {f'made in {seconds:.0f} s' if made else 'in place'}")
+    return replace(one, seconds=seconds)
+
+
+def _run_parts(tasks: Sequence[tuple[Prepared, str]], matrix: Matrix, options: Options, tell: Tell) -> None:
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = [pool.submit(_run_part, one, part, matrix, options, tell) for one, part in tasks]
+    for each in done:
+        each.result()
+
+
+def _run_part(one: Prepared, part: str, matrix: Matrix, options: Options, tell: Tell) -> None:
+    """Runs a part in the cell's environment; keeps what it showed, or why it did not, with its seconds."""
+    name, started = one.cell.name, time.monotonic()
+    directory = options.directory(name)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{part}.json").unlink(missing_ok=True)
+    if part == JOURNEY:
+        shutil.rmtree(directory / JOURNEY, ignore_errors=True)
+    others = _trained(matrix, options, without=name) if part == CROSS else {}
+    try:
+        shown = _in_environment(Job(part, options.root, directory, others), name, options)
+    except PartFailed as error:
+        shown = {"error": str(error), **({"crossed": dict.fromkeys(others, str(error))} if others else {})}
+    seconds = time.monotonic() - started
+    _write(directory / f"{part}.json", {**shown, "seconds": round(seconds, 1), "of": one.of_these(options)})
+    tell(f"{name}: {part} {shown.get('error', 'done')}, {seconds:.0f} s")
+
+
+def _trained(matrix: Matrix, options: Options, *, without: str) -> dict[str, Path]:
+    """The other cells that trained an adapter, and merged it with this loudmerge: cell -> directory."""
+    places = {name: options.directory(name) for name in matrix.names if name != without}
+    journeys = {name: _read(place / f"{JOURNEY}.json") for name, place in places.items()}
+    ended = [name for name, found in journeys.items() if "digest" in found]
+    return {name: places[name] for name in ended if journeys[name]["of"]["source"] == options.source}
+
+
+def _in_environment(job: Job, name: str, options: Options) -> dict[str, Any]:
+    """What the part showed. Raises PartFailed with the last line of its log."""
+    log = options.log(name, job.part)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    asked, out = job.directory / f"{job.part}-job.json", job.directory / f"{job.part}-out.json"
+    out.unlink(missing_ok=True)
+    _write(asked, job.to_json())
+    command = [str(options.environment(name).python), "-m", "loudmerge.compat.cell", str(asked), str(out)]
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(  # noqa: S603 - a line made here
+                command,
+                cwd=options.root,
+                env=sealed(options.environ),
+                stdout=file,
+                stderr=file,
+                timeout=PART_SECONDS,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            raise PartFailed(f"was not done after {PART_SECONDS} s") from error
+    if code or not out.is_file():
+        lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        raise PartFailed(f"failed: {lines[-1][:300] if lines else 'it said nothing'} (exit code {code})")
+    return _read(out)
+
+
+def _rows(matrix: Matrix, prepared: Sequence[Prepared], options: Options) -> tuple[CellResult, ...]:
+    """A row for every cell of the matrix, judged and written."""
+    found = {one.cell.name: _row(one, options) for one in prepared if one.twin is None}
+    found |= {one.cell.name: rows.of_twin(one.cell, found[one.twin]) for one in prepared if one.twin}
+    for cell in matrix.cells:
+        if cell.name not in found:
+            file = options.results / f"{cell.name}.json"
+            found[cell.name] = rows.of_earlier(cell, file, options.installer.torch)
+    judgements = tuple(judged(cell.expects, found[cell.name]) for cell in matrix.cells)
+    for row in judgements:
+        _write(options.results / f"{row.cell}.json", row.to_json())
+    return judgements
+
+
+def _row(one: Prepared, options: Options) -> CellResult:
+    cell = one.cell
+    if one.status is not None:
+        seconds = round(one.seconds, 1)
+        return CellResult(cell.name, cell.lane, one.status, one.pins, detail=one.detail, seconds=seconds)
+    found = {part: _read(options.directory(cell.name) / f"{part}.json") for part in PARTS}
+    shown = {part: left if left.get("of") == one.of_these(options) else {} for part, left in found.items()}
+    return rows.of_parts(cell, options.environment(cell.name).versions(), shown, one.seconds)
+
+
+def _write(file: Path, document: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The document, empty where there is none."""
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found

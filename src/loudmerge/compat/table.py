@@ -1,0 +1,159 @@
+"""The matrix's one table: COMPAT.md, compat.html and the README's section, from results.
+
+    python -m loudmerge.compat.table RESULTS_DIR [--against DIR] [--readme README.md [--check]]
+
+Exit 1: a cell regressed against the older results, or the README is not current. Exit 2: the arguments, or a
+file that is read, are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from loudmerge import __version__
+from loudmerge.compat import markdown, page, readme
+from loudmerge.compat.against import REGRESSED, rows_and_changes
+from loudmerge.compat.cells import FILE, MatrixError, load
+from loudmerge.compat.overview import Overview
+from loudmerge.compat.result import NOT_RUN, CellResult
+
+MARKDOWN, PAGE = "COMPAT.md", "compat.html"
+
+
+class ResultError(ValueError):
+    """A results folder, or a file in it, is wrong."""
+
+
+def write(
+    results: Sequence[CellResult],
+    out_dir: Path,
+    against: Sequence[CellResult] | None = None,
+    *,
+    lag: Mapping[str, str] | None = None,
+    generated: datetime | None = None,
+) -> Overview:
+    """Writes COMPAT.md and compat.html into out_dir, which it makes; returns what they say.
+
+    results: all rows in order, also those of cells that were not run. against: older results; a cell that
+    only they have is a row, not run. lag: package -> a release newer than any cell's.
+    generated: now if not given.
+    """
+    overview = survey(results, against, lag=lag, generated=generated)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / MARKDOWN).write_text(markdown.render(overview), "utf-8")
+    (out_dir / PAGE).write_text(page.render(overview), "utf-8")
+    return overview
+
+
+def survey(
+    results: Sequence[CellResult],
+    against: Sequence[CellResult] | None = None,
+    *,
+    lag: Mapping[str, str] | None = None,
+    generated: datetime | None = None,
+) -> Overview:
+    """What `write` would write, as a value."""
+    rows, changes = (tuple(results), {}) if against is None else rows_and_changes(results, against)
+    when = generated or datetime.now(timezone.utc)
+    return Overview(rows, when, __version__, changes, lag or {})
+
+
+def read(directory: Path) -> dict[str, CellResult]:
+    """Cell -> its result, of all CELL.json in a folder. Raises ResultError naming the file."""
+    if not directory.is_dir():
+        raise ResultError(f"{directory}: no such folder, expected one of CELL.json files")
+    results = (_read(file) for file in sorted(directory.glob("*.json")))
+    return {result.cell: result for result in results}
+
+
+def _read(file: Path) -> CellResult:
+    try:
+        document = json.loads(file.read_bytes())
+        if not isinstance(document, dict):
+            raise ResultError(f"{file}: found a JSON {type(document).__name__}, expected an object")
+        result = CellResult.from_json(document)
+    except ValueError as error:
+        raise error if isinstance(error, ResultError) else ResultError(f"{file}: {error}") from error
+    if result.cell != file.stem:
+        raise ResultError(f"{file}: found the result of {result.cell!r}, expected that of {file.stem!r}")
+    return result
+
+
+def in_order(results: Mapping[str, CellResult], expected: Sequence[CellResult]) -> tuple[CellResult, ...]:
+    """A row for each expected cell, that given where it has no result; then the results of other cells."""
+    names = {row.cell for row in expected}
+    others = (row for cell, row in results.items() if cell not in names)
+    return (*(results.get(row.cell, row) for row in expected), *others)
+
+
+def _expected(matrix: Path) -> tuple[CellResult, ...]:
+    return tuple(
+        CellResult(cell.name, cell.lane, NOT_RUN, cell.versions, detail="there is no result of it")
+        for cell in load(matrix).cells
+    )
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m loudmerge.compat.table", description="Renders the matrix."
+    )
+    parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="folder of CELL.json files")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="older results: same, regressed or fixed")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder that RESULTS_DIR is in")
+    parser.add_argument("--matrix", type=Path, default=Path(FILE), help="the cells (default: %(default)s)")
+    parser.add_argument("--lag", action="append", default=[], type=_release, metavar="PACKAGE=VERSION")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the table between its markers")
+    parser.add_argument("--check", action="store_true", help="only say whether --readme is current")
+    read_arguments = parser.parse_args(arguments)
+    if read_arguments.check and not read_arguments.readme:
+        parser.error("--check needs --readme FILE")
+    return read_arguments
+
+
+def _release(text: str) -> tuple[str, str]:
+    package, equals, version = text.partition("=")
+    if not (package and equals and version):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected PACKAGE=VERSION")
+    return package, version
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    given = _arguments(arguments)
+    try:
+        rows = in_order(read(given.results), _expected(given.matrix))
+        older = None if given.against is None else tuple(read(given.against).values())
+        overview = write(rows, given.out or given.results.parent, older, lag=dict(given.lag))
+        problems = [*_regressed(overview), *_readme(given, overview)]
+    except (MatrixError, OSError, ResultError, readme.ReadmeError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"{overview.counts}\n")
+    sys.stderr.writelines(f"{problem}\n" for problem in problems)
+    return 1 if problems else 0
+
+
+def _regressed(overview: Overview) -> list[str]:
+    changes = overview.changes.items()
+    return [f"{cell}: regressed: {change.detail}" for cell, change in changes if change.word == REGRESSED]
+
+
+def _readme(given: argparse.Namespace, overview: Overview) -> list[str]:
+    if given.readme is None:
+        return []
+    text = given.readme.read_text("utf-8")
+    if not given.check:
+        given.readme.write_text(readme.replaced(text, overview), "utf-8")
+        return []
+    found = [str(difference) for difference in readme.differences(text, overview)]
+    command = f"python -m loudmerge.compat.table {given.results} --readme {given.readme}"
+    return [*found, f"{given.readme} is not current. Run: {command}"] if found else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""What happens to each output tensor, as it is collected; refuses what would happen twice."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loudmerge.adapter import Adapter, FullTensor, TokenRows
+from loudmerge.checkpoint import Checkpoint
+from loudmerge.errors import Problem
+from loudmerge.evidence import Layout
+from loudmerge.experts import Slot
+from loudmerge.families import Family
+from loudmerge.layout import Axes, Orientation, Span
+from loudmerge.misplaced import missing_base
+from loudmerge.names import Names
+from loudmerge.plan import Counts, MergePlan, Options, OutputTensor, Site, Term
+from loudmerge.sites import Placed, Placement
+from loudmerge.tensorfile import DTYPE_CODES, FLOAT_CODES, TensorEntry
+
+EMBEDDING = "embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+class Draft:
+    """Collects what happens to each output tensor, and refuses what would happen twice."""
+
+    def __init__(
+        self, base: Checkpoint, adapter: Adapter, names: Names, family: Family, options: Options
+    ) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.names = names
+        self.family = family
+        self._options = options
+        self._full_names = {family.canonical(full.name) for full in adapter.full}
+        self.problems: list[Problem] = []
+        self.sites: list[Site] = []
+        self.terms: dict[str, list[Term]] = defaultdict(list)
+        self._claims: dict[tuple[str, int, int], str] = {}
+        self.changes: dict[str, dict[str, Any]] = defaultdict(dict)
+        self.added: dict[str, OutputTensor] = {}
+        self.edits: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.full_head: TensorEntry | None = None
+        self.expert = self.dense = self.replaced = 0
+
+    def add_fused(self, placement: Placement, layout: Layout) -> None:
+        for module in placement.modules:
+            chosen = layout.hypotheses[module.name]
+            for leaf, pair in zip(chosen.assignment, module.pairs, strict=True):
+                parameter, target = module.parameter(leaf), placement.targets[module.name, leaf]
+                reads_input = (chosen.orientation is Orientation.STANDARD) == (target.axes is Axes.OUT_IN)
+                self.sites.append(
+                    Site(
+                        pair,
+                        parameter.name,
+                        module.num_experts,
+                        parameter.rank,
+                        self.adapter.config.scaling_for(parameter.name),
+                        reads_input,
+                        chosen.orientation,
+                        layout.packing[module.name, leaf],
+                    )
+                )
+                self._note_alpha(parameter.name)
+                for expert, rows, slot in target.parts:
+                    self._add_term(expert, rows, slot)
+                self.expert += len(target.parts)
+
+    def add_dense(self, placed: Iterable[Placed]) -> None:
+        for item in placed:
+            pair, slot = item.pair, item.slot
+            self._note_alpha(item.pair.module)
+            self.sites.append(
+                Site(
+                    pair,
+                    item.parameter,
+                    0,
+                    item.rank,
+                    item.scaling,
+                    not pair.embedding,
+                    None,
+                    None,
+                    peft_rounds_delta=pair.embedding or item.wrapped,
+                )
+            )
+            self._add_term(-1, Span(0, slot.out.count), slot)
+            if pair.magnitude is not None:
+                self._change(slot.entry, pair.magnitude, "dora", pair.magnitude)
+            if pair.bias is not None:
+                self._add_bias(pair.bias, item)
+            self._require_bias(item)
+            if item.expert:
+                self.expert += 1
+            else:
+                self.dense += 1
+
+    def _note_alpha(self, name: str) -> None:
+        alphas = self.adapter.config.alphas_for(name)
+        if len(alphas) > 1:
+            self.notes.append(
+                f"{name}: {len(alphas)} keys of alpha_pattern match, with {alphas}; the first counts, as PEFT"
+                " reads the file, but PEFT saves them sorted, and training may have had another first"
+            )
+
+    def _add_term(self, expert: int, rows: Span, slot: Slot) -> None:
+        key = slot.entry.name
+        claim = (key, slot.index, slot.out.start)
+        site = self.sites[-1]
+        if claim in self._claims:
+            self.problems.append(_claimed_twice(site, slot, self._claims[claim]))
+            return
+        self._claims[claim] = site.parameter
+        self.terms[key].append(Term(len(self.sites) - 1, expert, rows, slot.index, slot.axes, slot.out))
+
+    def _require_bias(self, item: Placed) -> None:
+        """PEFT before 0.21 trains the biases of bias="lora_only", but does not save them."""
+        if self.adapter.config.raw.get("bias", "none") == "none" or item.pair.embedding:
+            return
+        name = item.parameter.removesuffix("weight") + "bias"
+        entry = self.names.find(name)
+        if entry is not None and self.family.canonical(name) not in self._full_names:
+            self.problems.append(
+                Problem(
+                    "missing-adapter-tensor",
+                    f"{name}, beside {item.pair.a}",
+                    f"no trained bias, though the config says bias={self.adapter.config.raw['bias']!r}",
+                    "the bias that was trained with the LoRA",
+                    "Merge the live model with save_pretrained_merged, or save it with PEFT >= 0.21.",
+                )
+            )
+
+    def _add_bias(self, bias: TensorEntry, item: Placed) -> None:
+        name = item.parameter.removesuffix("weight") + "bias"
+        entry = self.names.find(name)
+        if entry is None:
+            self.problems.append(missing_base(str(bias), "a LoRA bias", name))
+        elif entry.shape != bias.shape:
+            self.problems.append(wrong_shape(str(bias), bias.shape, entry))
+        else:
+            self._change(entry, bias, "bias", (bias, item.scaling))
+
+    def add_full(self, full: Iterable[FullTensor]) -> None:
+        for tensor in full:
+            entry = self.names.find(tensor.name)
+            canonical = self.family.canonical(tensor.name)
+            resizable = canonical in (EMBEDDING, HEAD)
+            if entry is None and canonical == HEAD:
+                self.full_head = tensor.entry
+            elif entry is None:
+                self.problems.append(missing_base(str(tensor.entry), "a full tensor", tensor.name))
+            elif tensor.entry.shape != entry.shape and not (
+                resizable and tensor.entry.shape[1:] == entry.shape[1:]
+            ):
+                self.problems.append(wrong_shape(str(tensor.entry), tensor.entry.shape, entry))
+            elif tensor.saved_module and entry.name in self.terms:
+                self.problems.append(_lora_and_full(tensor, entry))
+            else:
+                self._change(entry, tensor.entry, "replacement", tensor.entry)
+                self.replaced += 1
+
+    def add_rows(self, rows: Iterable[TokenRows]) -> None:
+        for item in rows:
+            name = f"{item.module}.weight"
+            entry = self.names.find(name)
+            if entry is None:
+                self.problems.append(missing_base(str(item.entry), "trained token rows", name))
+            elif len(entry.shape) != 2 or entry.shape[1] != item.entry.shape[1]:
+                self.problems.append(wrong_shape(str(item.entry), item.entry.shape, entry))
+            elif min(item.indices) < 0 or max(item.indices) >= self.final(entry).shape[0]:
+                self.problems.append(
+                    Problem(
+                        "shape-mismatch",
+                        str(item.entry),
+                        f"token index {max(item.indices)}",
+                        f"indices under {self.final(entry).shape[0]}, the rows of {self.final(entry)}",
+                        "Is this the base that the adapter was trained on?",
+                    )
+                )
+            else:
+                self._change(entry, item.entry, "token_rows", (item.indices, item.entry))
+                self.replaced += 1
+
+    def _change(self, entry: TensorEntry, where: TensorEntry, kind: str, value: object) -> None:
+        if kind in self.changes[entry.name]:
+            self.problems.append(_changed_twice(where, entry))
+        self.changes[entry.name][kind] = value
+
+    def final(self, entry: TensorEntry) -> TensorEntry:
+        """What a base tensor is made from: itself, or the adapter's full tensor."""
+        replacement: TensorEntry = self.changes.get(entry.name, {}).get("replacement", entry)
+        return replacement
+
+    def finish(self, layout: Layout, placement: Placement) -> MergePlan:
+        outputs = []
+        for entry in self.base.entries.values():
+            outputs.append(self._output(entry))
+            if entry.name in self.added:
+                outputs.append(self.added[entry.name])
+        touched = sum(1 for output in outputs if output.touched)
+        self._edit_dtype()
+        return MergePlan(
+            base=self.base,
+            adapter=self.adapter,
+            family=self.family,
+            layout=layout,
+            options=self._options,
+            rounding=self._options.rounding,
+            sites=tuple(self.sites),
+            outputs=tuple(outputs),
+            counts=Counts(self.expert, self.dense, self.replaced, len(outputs) - touched),
+            num_experts=placement.num_experts,
+            config_edits=self.edits,
+            notes=tuple(self.notes),
+        )
+
+    def _output(self, entry: TensorEntry) -> OutputTensor:
+        change = self.changes.get(entry.name, {})
+        replacement = change.get("replacement")
+        source = replacement or entry
+        return OutputTensor(
+            key=entry.name,
+            shard=entry.file.name,
+            source=source,
+            dtype=self.dtype(entry),
+            shape=source.shape,
+            replaced=replacement is not None,
+            terms=tuple(self.terms.get(entry.name, ())),
+            dora=change.get("dora"),
+            bias=change.get("bias"),
+            token_rows=change.get("token_rows"),
+        )
+
+    def dtype(self, entry: TensorEntry) -> str:
+        if self._options.dtype == "keep" or entry.dtype not in FLOAT_CODES:
+            return entry.dtype
+        return _CODES[self._options.dtype]
+
+    def _edit_dtype(self) -> None:
+        if self._options.dtype == "keep":
+            return
+        present = [name for name in ("dtype", "torch_dtype") if name in self.base.config]
+        for name in present or ["torch_dtype"]:
+            self.edits[name] = self._options.dtype
+        for nested, value in self.base.config.items():
+            for name in ("dtype", "torch_dtype"):
+                if isinstance(value, dict) and isinstance(value.get(name), str):
+                    self.edits[f"{nested}.{name}"] = self._options.dtype
+
+    def edit(self, field: str, value: object) -> None:
+        """Edits a field wherever the text model's part of the config has it; at the top if nowhere."""
+        paths = list(_paths(self.base.config, field)) or [field]
+        self.edits.update(dict.fromkeys(paths, value))
+
+
+TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
+"""Where multimodal configs keep the text model's fields."""
+
+_CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_CODES.items()}
+
+
+def _paths(config: Mapping[str, Any], field: str) -> Iterable[str]:
+    if field in config:
+        yield field
+    for name in TEXT_CONFIGS:
+        if isinstance(config.get(name), dict):
+            yield from (f"{name}.{path}" for path in _paths(config[name], field))
+
+
+def wrong_shape(where: str, found: tuple[int, ...], entry: TensorEntry) -> Problem:
+    """A tensor of the adapter does not have the shape of the base's tensor it is for."""
+    return Problem(
+        "shape-mismatch",
+        where,
+        f"{list(found)}",
+        f"a shape that fits {entry}",
+        "Is this the base that the adapter was trained on?",
+    )
+
+
+def _claimed_twice(site: Site, slot: Slot, other: str) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        f"{site.pair.a} for {slot.entry}",
+        f"a second LoRA for weights that the LoRA of {other} already updates",
+        "one LoRA for each weight",
+        "Which of them, or their sum, was trained cannot be known.",
+    )
+
+
+def _changed_twice(where: TensorEntry, entry: TensorEntry) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        str(where),
+        f"a second tensor that replaces, or is added to, {entry}",
+        "one",
+        "Which of them was trained cannot be known.",
+    )
+
+
+def _lora_and_full(tensor: FullTensor, entry: TensorEntry) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        str(tensor.entry),
+        f"a full tensor of modules_to_save, and a LoRA, for {entry}",
+        "one of the two",
+        "PEFT wraps a module once; which was trained cannot be known.",
+    )

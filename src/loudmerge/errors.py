@@ -1,0 +1,99 @@
+"""The exceptions of loudmerge.
+
+    Exception
+    └── RuntimeError
+        ├── MergeRefused        the inputs cannot be merged correctly      exit code 3
+        ├── Mismatch            verify or compare found a difference       exit code 4
+        └── EnvironmentFailed   disk, network, permission, missing extra   exit code 5
+
+Every refusal is one or more `Problem`s. The first word of the message is the
+first problem's code, one of `REFUSAL_CODES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+REFUSAL_CODES = frozenset(
+    {
+        "ambiguous-layout",
+        "unknown-layout",
+        "shape-mismatch",
+        "rank-mismatch",
+        "num-experts-mismatch",
+        "experts-incomplete",
+        "unconsumed-adapter-tensor",
+        "missing-adapter-tensor",
+        "missing-base-tensor",
+        "unsupported-adapter",
+        "unsupported-base",
+        "non-finite",
+        "corrupt-file",
+        "unsafe-file",
+        "out-exists",
+    }
+)
+
+SHOWN_PROBLEMS = 20
+"""How many further problems the message of a refusal names before it only counts them."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason to refuse.
+
+    code: one of REFUSAL_CODES.
+    where: the tensor, module or file, with its role and expert where it has one.
+    found, expected: what is there, and what would have been right.
+    hint: the option or step that helps.
+    """
+
+    code: str
+    where: str
+    found: str
+    expected: str
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in REFUSAL_CODES:
+            raise ValueError(f"{self.code!r} is not a refusal code")
+
+    def __str__(self) -> str:
+        text = f"{self.code}: {self.where}: found {self.found}, expected {self.expected}."
+        return f"{text} {self.hint}" if self.hint else text
+
+
+class MergeRefused(RuntimeError):
+    """The inputs cannot be merged correctly; nothing was written to OUT.
+
+    `.code`, `.where` and `.hint` are those of the first problem, `.problems` has all.
+    """
+
+    def __init__(self, problems: Problem | Sequence[Problem]) -> None:
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        first = self.problems[0]
+        self.code, self.where, self.hint = first.code, first.where, first.hint
+        super().__init__(_message(self.problems))
+
+    def __reduce__(self) -> tuple[type[MergeRefused], tuple[tuple[Problem, ...]]]:
+        return MergeRefused, (self.problems,)
+
+
+class Mismatch(RuntimeError):
+    """`verify` or `compare` found that OUT is not the merge of BASE and ADAPTER."""
+
+
+class EnvironmentFailed(RuntimeError):
+    """Something outside the inputs failed: network, an extra that is not installed, a device."""
+
+
+def _message(problems: Sequence[Problem]) -> str:
+    lines = [str(problems[0])]
+    rest = problems[1:]
+    if rest:
+        lines.append(f"{len(rest)} more problem{'s' if len(rest) > 1 else ''}:")
+        lines += [f"  {problem}" for problem in rest[:SHOWN_PROBLEMS]]
+    if len(rest) > SHOWN_PROBLEMS:
+        lines.append(f"  … and {len(rest) - SHOWN_PROBLEMS} more")
+    return "\n".join(lines)

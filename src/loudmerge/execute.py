@@ -1,0 +1,421 @@
+"""Executes a plan into staged weight files: streaming, piece by piece, in a few threads.
+
+A piece is a run of rows of one matrix of one tensor; it is read, updated, rounded and written at its known
+place, so pieces may be done in any order and the bytes do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loudmerge.balance import BAND
+from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight, factors
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.layout import Axes
+from loudmerge.plan import MergePlan, OutputTensor, Site, Term
+from loudmerge.preflight import check_weights
+from loudmerge.resume import Finished, ShardRecord
+from loudmerge.rounding import DROPPED, NEAREST_KEEPS, Dither, dither_table
+from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
+from loudmerge.writer import ShardFile, page_aligned
+
+PIECE_BYTES = 16 << 20
+"""Bytes of a tensor that one thread holds at a time."""
+
+FACTOR_BYTES = 192 << 20
+"""Bytes of factors that are held at a time: a layer's, and some of the next, which is read ahead."""
+
+SAMPLES, SAMPLE_ROWS = 2, 32
+"""How many runs of how many rows tell what rounding to the nearest keeps of a matrix's update."""
+
+SYNC_BYTES = 128 << 20
+"""Bytes after which a shard is sent on to the disk, so that the disk works while the next are computed."""
+
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total), in bytes."""
+
+
+class Piece(NamedTuple):
+    """Rows first, …, first + rows - 1 of one matrix; `offset` counts elements from the tensor's start."""
+
+    output: OutputTensor
+    matrix: int
+    first: int
+    rows: int
+    columns: int
+    offset: int
+    terms: tuple[Term, ...]
+
+
+Prepared = Sequence[Future[Factors]]
+"""The factors of a piece's terms, in their order, as soon as they are read."""
+
+
+@dataclass
+class Outcome:
+    """What an execution did.
+
+    notes: on the adapter's weights. kept: by key, for the tensors that were merged. terms: those applied.
+    rounded: the same by how they were rounded.
+    """
+
+    notes: tuple[str, ...] = ()
+    kept: dict[str, Kept] = field(default_factory=lambda: defaultdict(Kept))
+    terms: set[tuple[str, int, int]] = field(default_factory=set)
+    rounded: dict[str, set[tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(set))
+
+    def record(self, outputs: Iterable[OutputTensor]) -> ShardRecord:
+        """What is known of some outputs."""
+        keys = {output.key for output in outputs}
+        kept = {key: (kept.along, kept.total) for key, kept in self.kept.items() if key in keys}
+        rounded = {how: [term for term in found if term[0] in keys] for how, found in self.rounded.items()}
+        return ShardRecord(kept, sorted(term for term in self.terms if term[0] in keys), rounded)
+
+    def restore(self, record: ShardRecord) -> None:
+        """Takes over what an interrupted merge did."""
+        self.kept.update({key: Kept(along, total) for key, (along, total) in record.kept.items()})
+        self.terms.update(record.terms)
+        for how, terms in record.rounded.items():
+            self.rounded[how].update(terms)
+
+    @property
+    def overall(self) -> Kept:
+        total = Kept()
+        for kept in self.kept.values():
+            total.add(kept)
+        return total
+
+
+def execute(
+    plan: MergePlan,
+    directory: Path,
+    *,
+    device: str,
+    threads: int,
+    progress: Progress | None = None,
+    finished: Finished | None = None,
+) -> Outcome:
+    """Writes every shard of the plan into `directory`, but for those that are `finished` already.
+
+    Raises MergeRefused `non-finite` when the adapter has a NaN or an infinity, or a result does not fit its
+    dtype, and `corrupt-file` when an input ends early; OSError from the disk.
+    """
+    # Left in the opposite order: no file is closed while a thread may still read or write it.
+    with (
+        TensorReader() as reader,
+        ExitStack() as shards,
+        ThreadPoolExecutor(1, "loudmerge-sync") as syncer,
+        ThreadPoolExecutor(1, "loudmerge-factors") as background,
+        ThreadPoolExecutor(threads, "loudmerge") as pool,
+    ):
+        notes = check_weights(plan, reader, pool)
+        worker = Worker(plan, reader, torch.device(device), notes, background)
+        total = sum(output.nbytes for output in plan.outputs)
+        done = unsynced = 0
+        syncs: list[Future[None]] = []
+        for name, outputs in _by_shard(plan).items():
+            record = finished.get(name) if finished is not None else None
+            if record is not None:
+                worker.outcome.restore(record)
+                done += sum(output.nbytes for output in outputs)
+                continue
+            metadata = {"format": "pt", **plan.base.metadata[plan.base.path / name]}
+            shard = shards.enter_context(ShardFile(directory / name, outputs, metadata))
+            for nbytes in _in_order(pool, worker, shard, outputs, threads):
+                done += nbytes
+                unsynced += nbytes
+                if unsynced >= SYNC_BYTES:
+                    syncs.append(syncer.submit(shard.sync))
+                    unsynced = 0
+                if progress is not None:
+                    progress("merge", done, total)
+            syncs.append(syncer.submit(_finish, shard, worker.outcome.record(outputs), finished))
+        for sync in syncs:
+            # A write-back error is reported once, to the descriptor that was open: it must not be lost.
+            sync.result()
+        return worker.outcome
+
+
+def _finish(shard: ShardFile, record: ShardRecord, finished: Finished | None) -> None:
+    """Makes a shard durable, and only then says that it is finished."""
+    shard.sync()
+    if finished is not None:
+        finished.put(shard.path.name, record)
+
+
+def split(output: OutputTensor) -> Iterator[Piece]:
+    """A tensor's pieces, in the order of its bytes; a single one for what has no rows to split at."""
+    count = math.prod(output.shape)
+    if len(output.shape) < 2 or count == 0:
+        yield Piece(output, -1, 0, 1, count, 0, output.terms)
+        return
+    stacked = len(output.shape) == 3 and any(term.index >= 0 for term in output.terms)
+    matrices, rows = (output.shape[0], output.shape[1]) if stacked else (1, output.shape[0])
+    columns = count // (matrices * rows)
+    by_matrix: dict[int, list[Term]] = defaultdict(list)
+    for term in output.terms:
+        by_matrix[max(term.index, 0)].append(term)
+    itemsize = max(output.source.nbytes, output.nbytes) / count
+    step = rows if output.dora is not None else _whole_bands(int(PIECE_BYTES / (columns * itemsize)))
+    for matrix in range(matrices):
+        for first in range(0, rows, step):
+            held = min(step, rows - first)
+            offset = (matrix * rows + first) * columns
+            yield Piece(output, matrix, first, held, columns, offset, tuple(by_matrix[matrix]))
+
+
+def _whole_bands(rows: int) -> int:
+    """So many rows, or less, that no band is cut; one band at least."""
+    return max(BAND, rows - rows % BAND)
+
+
+def _by_shard(plan: MergePlan) -> dict[str, list[OutputTensor]]:
+    shards: dict[str, list[OutputTensor]] = {path.name: [] for path in plan.base.shards}
+    for output in plan.outputs:
+        shards[output.shard].append(output)
+    return shards
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, worker: Worker, shard: ShardFile, outputs: Iterable[OutputTensor], threads: int
+) -> Iterator[int]:
+    """Runs a shard's pieces with a bounded number in flight, and yields each one's bytes.
+
+    So are their factors bounded: those of the next layer are asked for as the last one's are done with.
+    """
+    waiting: deque[tuple[Piece, Future[int]]] = deque()
+    for piece in (piece for output in outputs for piece in split(output)):
+        while waiting and worker.factor_bytes([piece, *(one for one, _ in waiting)]) > FACTOR_BYTES:
+            yield waiting.popleft()[1].result()
+        waiting.append((piece, pool.submit(worker.run, piece, shard, worker.prepare(piece))))
+        if len(waiting) > 4 * threads:
+            yield waiting.popleft()[1].result()
+    for _, future in waiting:
+        yield future.result()
+
+
+class Worker:
+    """Does pieces. Shared by the threads; each has buffers of its own."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        reader: TensorReader,
+        device: torch.device,
+        notes: tuple[str, ...],
+        background: Executor,
+    ) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._device = device
+        self._local = threading.local()
+        self._factors = _FactorCache(plan, reader, device, background)
+        self._lock = threading.Lock()
+        self.outcome = Outcome(notes)
+
+    def prepare(self, piece: Piece) -> Prepared:
+        """Has the factors read that the piece will need: of each of its terms."""
+        return [self._factors.ask(term.site) for term in piece.terms]
+
+    def factor_bytes(self, pieces: Iterable[Piece]) -> int:
+        """Bytes of the files that hold the factors of these pieces."""
+        return self._factors.nbytes({term.site for piece in pieces for term in piece.terms})
+
+    def run(self, piece: Piece, shard: ShardFile, prepared: Prepared) -> int:
+        """Reads, updates and writes one piece; returns the bytes written."""
+        output, source = piece.output, piece.output.source
+        count = piece.rows * piece.columns
+        if source.dtype == output.dtype and not output.touched:
+            itemsize = source.nbytes // max(math.prod(source.shape), 1)
+            content = self._bytes("source", count * itemsize)
+            self._reader.read_bytes(source, piece.offset * itemsize, content)
+            shard.write(output.key, piece.offset * itemsize, content)
+            return content.numel()
+        result = self.compute(piece, prepared)
+        shard.write(output.key, piece.offset * result.element_size(), result.cpu())
+        return result.nbytes
+
+    def compute(self, piece: Piece, prepared: Prepared) -> Tensor:
+        """The piece as OUT has it, in a buffer of this thread, and its part of the outcome."""
+        return self._update(piece, self._read(piece), prepared)
+
+    def _read(self, piece: Piece, buffer: str = "source") -> Tensor:
+        source = piece.output.source
+        dtype = DTYPES[source.dtype]
+        content = self._bytes(buffer, piece.rows * piece.columns * dtype.itemsize)
+        self._reader.read_bytes(source, piece.offset * dtype.itemsize, content)
+        return content.view(dtype).view(piece.rows, piece.columns).to(self._device)
+
+    def _update(self, piece: Piece, values: Tensor, prepared: Prepared) -> Tensor:
+        found = [factors.result() for factors in prepared]
+        output = piece.output
+        dtype = DTYPES[output.dtype]
+        if output.dora is not None:
+            result = self._dora(piece, values, output.dora, *found)
+            kept = Kept(math.nan)
+        else:
+            result = values
+            if values.dtype != dtype:
+                result = self._bytes("result", values.numel() * dtype.itemsize, self._device).view(dtype)
+                result = result.view(values.shape).copy_(values)
+            kept = self._apply_terms(piece, values, result, found)
+        if output.bias is not None:
+            entry, scaling = output.bias
+            added = self._reader.read(entry).to(self._device, torch.float32).view_as(values) * scaling
+            result = (values.to(torch.float32) + added).to(dtype)
+        if output.token_rows is not None:
+            self._replace_rows(piece, result, *output.token_rows)
+        # The sums over what was merged are finite only if the results are: then they need no second look.
+        plain = values.dtype == dtype and not (output.replaced or output.bias or output.token_rows)
+        if not (plain and math.isfinite(kept.along + kept.total)):
+            self._check(piece, result)
+        return result
+
+    def _apply_terms(self, piece: Piece, values: Tensor, result: Tensor, found: Sequence[Factors]) -> Kept:
+        total, dither = Kept(), None
+        updates = [Update.of(term, its) for term, its in zip(piece.terms, found, strict=True)]
+        rounding = self._rounding(piece, values, updates, result.dtype)
+        if rounding in {"stochastic", "balanced"}:
+            dither = Dither(self._table, piece.output.key, max(piece.matrix, 0))
+        for update in updates:
+            total.add(update.apply(values, piece.first, rounding, self._space(), result, dither))
+        if updates:
+            self._record(piece, total, rounding)
+        return total
+
+    def _rounding(self, piece: Piece, values: Tensor, updates: Sequence[Update], dtype: torch.dtype) -> str:
+        """How a piece is rounded, the same for all of a matrix.
+
+        What disturbs less, "auto", is to the nearest where that keeps the update of a few of its rows, and
+        balanced elsewhere. Rows that are replaced afterwards do not belong to a balance.
+        """
+        balanced = "balanced" if piece.output.token_rows is None else "stochastic"
+        if self._plan.rounding == "balanced":
+            return balanced
+        if self._plan.rounding != "auto":
+            return self._plan.rounding
+        if dtype not in DROPPED or not updates:
+            return "nearest"
+        kept, rows = Kept(), piece.output.shape[-2]
+        for first in range(0, rows, max(SAMPLE_ROWS, rows // SAMPLES)):
+            count = min(SAMPLE_ROWS, rows - first)
+            if piece.rows == rows:
+                sample = values[first : first + count]
+            else:
+                offset = piece.offset + (first - piece.first) * piece.columns
+                sample = self._read(piece._replace(first=first, rows=count, offset=offset), "sample")
+            rounded = self._bytes("rounded", sample.numel() * dtype.itemsize, self._device)
+            rounded = rounded.view(dtype).view(sample.shape)
+            for update in updates:
+                kept.add(update.apply(sample, first, "nearest", self._space(), rounded))
+        return balanced if kept.ratio < NEAREST_KEEPS else "nearest"
+
+    @cached_property
+    def _table(self) -> Tensor:
+        return dither_table(self._device)
+
+    def _replace_rows(
+        self, piece: Piece, result: Tensor, indices: tuple[int, ...], entry: TensorEntry
+    ) -> None:
+        rows = self._reader.read(entry).to(self._device, result.dtype)
+        for number, index in enumerate(indices):
+            if piece.first <= index < piece.first + piece.rows:
+                result[index - piece.first] = rows[number]
+
+    def _dora(self, piece: Piece, values: Tensor, dora: TensorEntry, found: Factors) -> Tensor:
+        (term,) = piece.terms
+        delta = found.left[0] @ found.right[0] * found.scaling
+        weight = values.to(torch.float32)
+        plain = weight if term.axes is Axes.OUT_IN else weight.T
+        magnitude = self._reader.read(dora).to(self._device, torch.float32)
+        merged = dora_weight(plain, delta, magnitude)
+        exact = merged if term.axes is Axes.OUT_IN else merged.T
+        result = exact.to(DTYPES[piece.output.dtype])
+        wanted = (exact - weight).reshape(-1)
+        got = (result.to(torch.float32) - weight).reshape(-1)
+        self._record(piece, Kept(float(torch.dot(got, wanted)), float(torch.dot(wanted, wanted))))
+        return result.contiguous()
+
+    def _record(self, piece: Piece, kept: Kept, rounding: str = "nearest") -> None:
+        with self._lock:
+            self.outcome.kept[piece.output.key].add(kept)
+            done = {(piece.output.key, term.index, term.out.start) for term in piece.terms}
+            self.outcome.terms |= done
+            self.outcome.rounded[rounding] |= done
+
+    def _check(self, piece: Piece, result: Tensor) -> None:
+        bad = int((~result.isfinite()).sum())
+        if not bad:
+            return
+        inherited = int((~self._read(piece).isfinite()).sum())
+        raise MergeRefused(
+            Problem(
+                "non-finite",
+                piece.output.key,
+                f"{bad} values of the result that {piece.output.dtype} cannot hold"
+                + (f", of which the base itself has {inherited}" if inherited else ""),
+                "finite numbers",
+                "Give --dtype bfloat16 or --dtype float32, whose range is larger.",
+            )
+        )
+
+    def _bytes(self, name: str, nbytes: int, device: torch.device | None = None) -> Tensor:
+        """A buffer of this thread, reused: fresh memory for every piece would cost its page faults."""
+        held: dict[str, Tensor] = self._local.__dict__.setdefault("bytes", {})
+        if name not in held or held[name].numel() < nbytes:
+            size = max(nbytes, PIECE_BYTES)
+            on_cpu = device is None or device.type == "cpu"
+            held[name] = page_aligned(size) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)
+        return held[name][:nbytes]
+
+    def _space(self) -> Workspace:
+        if not hasattr(self._local, "space"):
+            self._local.space = Workspace(self._device)
+        space: Workspace = self._local.space
+        return space
+
+
+class _FactorCache:
+    """The factors of the last sites asked for, up to FACTOR_BYTES of files; another thread reads them."""
+
+    def __init__(self, plan: MergePlan, reader: TensorReader, device: torch.device, pool: Executor) -> None:
+        self._sites = plan.sites
+        self._reader = reader
+        self._device = device
+        self._pool = pool
+        self._held: OrderedDict[int, Future[Factors]] = OrderedDict()
+
+    def ask(self, site: int) -> Future[Factors]:
+        """Starts to read a site's pair, unless it is held. From one thread only."""
+        if site not in self._held:
+            while self._held and self.nbytes([*self._held, site]) > FACTOR_BYTES:
+                self._held.popitem(last=False)
+            self._held[site] = self._pool.submit(self._load, self._sites[site])
+        self._held.move_to_end(site)
+        return self._held[site]
+
+    def nbytes(self, sites: Iterable[int]) -> int:
+        """Bytes of the files that hold the pairs of these sites."""
+        pairs = [self._sites[site].pair for site in sites]
+        return sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
+
+    def _load(self, site: Site) -> Factors:
+        a, b = (self._reader.read(entry).to(self._device) for entry in (site.pair.a, site.pair.b))
+        return factors(site, a, b)
+
+
+def merged_keys(outputs: Sequence[OutputTensor]) -> set[tuple[str, int, int]]:
+    """What `Outcome.terms` must hold when every term of the plan was applied."""
+    return {(output.key, term.index, term.out.start) for output in outputs for term in output.terms}

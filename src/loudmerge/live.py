@@ -1,0 +1,273 @@
+"""A live `peft.PeftModel`: its base written as it is in memory, its adapter saved, and the two merged.
+
+Going through files keeps one merge for everything: the same plan, the same refusals, the same verification.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from loudmerge.adapter import WEIGHTS, read_adapter
+from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
+from loudmerge.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
+from loudmerge.merge import Pathish, merge
+from loudmerge.report import MergeReport
+from loudmerge.tensorfile import TensorEntry, TensorReader
+from loudmerge.writer import refuse_existing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MAX_HOPS = 16
+"""How many `base_layer` links are followed; PEFT nests one for each targeted parameter of a module."""
+
+COMPARED_BYTES = 16 << 20
+"""Bytes of a tensor that are compared at a time."""
+
+_TOKENIZER_FILE = re.compile(r"token|vocab|merges|chat_template|\.model$|\.jinja$")
+"""Side files that a tokenizer given to `save_pretrained_merged` takes the place of."""
+
+_PREFIX = "base_model.model."
+
+
+def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **options: Any) -> MergeReport:
+    """Merges a live PeftModel's active adapter into its base and publishes the result as `out`.
+
+    model: a peft.PeftModel with one active LoRA adapter; it is not changed. tokenizer: saved beside the
+    weights when given. options: those of `loudmerge.merge`. The base is taken from memory, so what was
+    changed since it was loaded is in the file. Where it was loaded from a local checkpoint and is still the
+    same, byte for byte, OUT keeps that checkpoint's shards, side files, and tensors that the model's class
+    does not have.
+
+    Raises MergeRefused like `merge`, and for a base that is quantised, offloaded or has merged adapters;
+    TypeError for what is no PeftModel; ValueError when there is not exactly one active adapter, or adapters
+    are disabled.
+    """
+    name = _active_adapter(model)
+    base = model.get_base_model()
+    tensors = base_state_dict(base)
+    _refuse_base(model, base, tensors)
+    target = Path(out).absolute()
+    refuse_existing(target, overwrite=bool(options.get("overwrite", False)))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.live-", dir=target.parent) as scratch:
+        weights, adapter = Path(scratch, "base"), Path(scratch, "adapter")
+        with _own_copies(model, base, name):
+            # Embeddings are written with the base: what is in memory is what was trained on.
+            model.save_pretrained(adapter, selected_adapters=[name], save_embedding_layers=False)
+            adapter = adapter if name == "default" else adapter / name
+            _add_lost_biases(adapter, tensors)
+            read_adapter(adapter)
+            base.save_pretrained(weights, state_dict=tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(weights)
+        _keep_disk_layout(weights, base, with_tokenizer=tokenizer is None)
+        return merge(weights, adapter, target, **options)
+
+
+def base_state_dict(base: nn.Module) -> dict[str, Tensor]:
+    """The base's own tensors, under the names they had before PEFT wrapped its modules; not copied."""
+    return {
+        plain: tensor for key, tensor in base.state_dict().items() if (plain := _plain_name(key)) is not None
+    }
+
+
+def num_experts_of(module: object) -> int:
+    """The number of experts of a live experts module, wrapped or not.
+
+    Follows `base_layer` at most MAX_HOPS times, survives cycles, and runs no property of a foreign class.
+    Raises MergeRefused `num-experts-mismatch` when the count is not there, or two places disagree.
+    """
+    counts = {count for layer in _chain(module) for count in _counts(layer)}
+    if len(counts) == 1:
+        return counts.pop()
+    raise MergeRefused(
+        Problem(
+            "num-experts-mismatch",
+            type(module).__name__,
+            f"the expert counts {sorted(counts)}" if counts else "no expert count",
+            f"one, on the module or within {MAX_HOPS} base_layer links",
+            "Is this the experts module?",
+        )
+    )
+
+
+def _active_adapter(model: Any) -> str:
+    if not any(cls.__name__ == "PeftModel" for cls in type(model).__mro__):
+        raise TypeError(f"found a {type(model).__name__}, expected a peft.PeftModel")
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ValueError(f"found the active adapters {active}, expected exactly one: call set_adapter first")
+    tuned = (module for module in model.modules() if _plain_attribute(module, "lora_A") is not None)
+    if any(_plain_attribute(module, "_disable_adapters") for module in tuned):
+        raise ValueError("the adapters are disabled: call enable_adapter_layers first")
+    return str(active[0])
+
+
+def _refuse_base(model: Any, base: Any, tensors: Mapping[str, Tensor]) -> None:
+    hint = "Save the adapter, and merge it into the unquantised checkpoint with loudmerge.merge."
+    if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
+        found, expected = "a quantised base in memory", "full weights"
+    elif any(_plain_attribute(module, "merged_adapters") for module in model.modules()):
+        found, expected = "adapters that are merged into the base in memory", "the base without them"
+        hint = "Call unmerge_adapter first."
+    elif any(tensor.is_meta for tensor in tensors.values()):
+        found, expected = "weights that are not in memory (offloaded)", "all weights in memory"
+        hint = "Save the adapter, and merge it into the checkpoint on disk with loudmerge.merge."
+    else:
+        return
+    raise MergeRefused(Problem("unsupported-base", type(base).__name__, found, expected, hint))
+
+
+@contextmanager
+def _own_copies(model: Any, base: Any, name: str) -> Iterator[None]:
+    """Saving writes into the configs (dtype, architectures, base_model_name_or_path): it gets copies."""
+    held = {
+        field: getattr(base, field)
+        for field in ("config", "generation_config")
+        if getattr(base, field, None) is not None
+    }
+    adapter = model.peft_config[name]
+    try:
+        for field, value in held.items():
+            setattr(base, field, copy.deepcopy(value))
+        model.peft_config[name] = copy.deepcopy(adapter)
+        yield
+    finally:
+        model.peft_config[name] = adapter
+        for field, value in held.items():
+            setattr(base, field, value)
+
+
+def _add_lost_biases(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
+    """PEFT before 0.21 trains the biases of bias="lora_only" but saves none: the base in memory has them.
+
+    Source: peft/utils/save_and_load.py looks for q_proj.bias, which is q_proj.base_layer.bias when wrapped.
+    """
+    if json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8")).get("bias") != "lora_only":
+        return
+    saved = load_file(adapter / WEIGHTS)
+    modules = {key.partition(".lora_")[0].removeprefix(_PREFIX) for key in saved if ".lora_" in key}
+    known = {key.replace(".base_layer.", ".") for key in saved}
+    lost = {
+        f"{_PREFIX}{name}": tensors[name].detach().cpu().contiguous()
+        for name in sorted(f"{module}.bias" for module in modules)
+        if name in tensors and f"{_PREFIX}{name}" not in known
+    }
+    if lost:
+        save_file({**saved, **lost}, adapter / WEIGHTS, metadata={"format": "pt"})
+
+
+def _keep_disk_layout(weights: Path, base: Any, *, with_tokenizer: bool) -> None:
+    """Puts links to the checkpoint that the base was loaded from in place of its copy in `weights`.
+
+    Only where that checkpoint is a local directory whose type and sizes (layers, widths, experts) are the
+    model's, and has every tensor that the model saves with the same key, dtype and bytes. What it has beside
+    them (tensors that no class knows, remote code, the tokenizer) then goes to OUT too.
+    """
+    name = getattr(base, "name_or_path", "")
+    source = Path(name).absolute()
+    if not name or not (source / CONFIG).is_file():
+        return
+    try:
+        disk = open_checkpoint(source)
+    except MergeRefused:
+        return  # The copy of the memory is complete without it.
+    saved = open_checkpoint(weights)
+    if disk.model_type != saved.model_type:
+        return
+    loaded = type(base.config).from_pretrained(source).to_dict()
+    if dict(_sizes(loaded)) != dict(_sizes(base.config.to_dict())) or not _same_tensors(saved, disk):
+        return
+    for shard in saved.shards:
+        shard.unlink()
+    (weights / INDEX).unlink(missing_ok=True)
+    names = [shard.name for shard in disk.shards] + [INDEX] * (disk.index is not None)
+    names += [name for name in disk.side_files if with_tokenizer or not _TOKENIZER_FILE.search(name)]
+    for name in names:
+        if not (weights / name).exists():
+            (weights / name).parent.mkdir(parents=True, exist_ok=True)
+            (weights / name).symlink_to(source / name)
+
+
+def _sizes(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a config, by dotted path; token ids are no sizes."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{path}", number) for path, number in _sizes(value))
+        elif isinstance(value, int) and not isinstance(value, bool) and not name.endswith("_id"):
+            yield name, value
+
+
+def _same_tensors(saved: Checkpoint, disk: Checkpoint) -> bool:
+    pairs = [(entry, disk.entries.get(name)) for name, entry in saved.entries.items()]
+    if any(other is None or (other.dtype, other.shape) != (mine.dtype, mine.shape) for mine, other in pairs):
+        return False
+    with TensorReader() as reader:
+        return all(other is not None and _same_bytes(reader, mine, other) for mine, other in pairs)
+
+
+def _same_bytes(reader: TensorReader, first: TensorEntry, second: TensorEntry) -> bool:
+    for start in range(0, first.nbytes, COMPARED_BYTES):
+        count = min(COMPARED_BYTES, first.nbytes - start)
+        buffers = torch.empty((2, count), dtype=torch.uint8)
+        reader.read_bytes(first, start, buffers[0])
+        reader.read_bytes(second, start, buffers[1])
+        if not torch.equal(buffers[0], buffers[1]):
+            return False
+    return True
+
+
+def _plain_name(key: str) -> str | None:
+    """A key of a wrapped module's state dict -> the base's key; None for what PEFT added."""
+    parts = key.split(".")
+    if any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
+        return None
+    if "trainable_tokens_delta" in parts or "trainable_tokens_original" in parts:
+        return None
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
+
+
+def _chain(module: object) -> Iterator[object]:
+    seen: set[int] = set()
+    for _ in range(MAX_HOPS + 1):
+        if module is None or id(module) in seen:
+            return
+        seen.add(id(module))
+        yield module
+        module = _plain_attribute(module, "base_layer")
+
+
+def _counts(layer: object) -> Iterator[int]:
+    for name in EXPERT_COUNT_FIELDS:
+        value = _plain_attribute(layer, name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            yield value
+    for leaf in FUSED_LEAVES:
+        parameter = _plain_attribute(layer, leaf)
+        shape: Sequence[int] = getattr(parameter, "shape", ())
+        if len(shape) == 3:
+            yield int(shape[0])
+
+
+def _plain_attribute(owner: object, name: str) -> object:
+    """An attribute that is simply there, a submodule or a parameter; properties are not run."""
+    own: Mapping[str, Any] = getattr(owner, "__dict__", {})
+    for place in (own, own.get("_modules"), own.get("_parameters")):
+        if place and name in place:
+            return place[name]
+    value = inspect.getattr_static(type(owner), name, None)
+    return None if hasattr(type(value), "__get__") else value

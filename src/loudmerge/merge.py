@@ -1,0 +1,213 @@
+"""merge() and plan(): what a user calls. Plans, executes into a staged directory, verifies, publishes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from loudmerge.adapter import read_adapter
+from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
+from loudmerge.errors import EnvironmentFailed, Mismatch
+from loudmerge.execute import Outcome, Progress, execute, merged_keys
+from loudmerge.plan import MergePlan, Options
+from loudmerge.planner import make_plan
+from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding
+from loudmerge.resume import Finished, identity
+from loudmerge.threads import one_torch_thread
+from loudmerge.writer import Staging, edited_json, index_json, refuse_existing, refuse_inputs
+
+REPORT = "merge_report.json"
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "orientation": ("auto", "standard", "swapped"),
+    "lora_b_layout": ("auto", "rank_major", "grouped_by_expert"),
+    "dtype": ("keep", "bfloat16", "float16", "float32"),
+    "rounding": ("auto", "nearest", "balanced", "stochastic", "peft"),
+}
+
+Pathish = str | os.PathLike[str]
+
+
+def plan(
+    base: Pathish,
+    adapter: Pathish,
+    *,
+    out: Pathish | None = None,
+    orientation: str = "auto",
+    lora_b_layout: str = "auto",
+    dtype: str = "keep",
+    rounding: str = "auto",
+    device: str = "cpu",  # noqa: ARG001 - plan() takes what merge() takes
+    threads: int | None = None,  # noqa: ARG001
+    overwrite: bool = False,
+    verify: bool = True,  # noqa: ARG001
+    progress: Progress | None = None,  # noqa: ARG001
+) -> MergePlan:
+    """What `merge` with the same arguments would do; nothing is written, and of the weights only
+    some of the adapter's are read, which tell how its lora_B are packed.
+
+    base, adapter: local directories. Raises MergeRefused with every problem found, ValueError for an
+    option's value that does not exist.
+    """
+    options = Options(orientation, lora_b_layout, dtype, rounding)
+    _check_options(options)
+    if out is not None:
+        refuse_existing(Path(out), overwrite=overwrite)
+        refuse_inputs(Path(out), [Path(base), Path(adapter)])
+    return make_plan(open_checkpoint(Path(base)), read_adapter(Path(adapter)), options)
+
+
+def merge(
+    base: Pathish,
+    adapter: Pathish,
+    out: Pathish,
+    *,
+    orientation: str = "auto",
+    lora_b_layout: str = "auto",
+    dtype: str = "keep",
+    rounding: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> MergeReport:
+    """Merges an adapter into a base checkpoint and publishes the result as the directory `out`, in one step.
+
+    base, adapter: local directories, never changed. rounding: "nearest" rounds W + dW once to OUT's dtype;
+    "stochastic" rounds up or down by chance, the same for equal inputs; "balanced" keeps each input's update
+    with the least error (loudmerge.balance); "auto" is "nearest" or "balanced" for each matrix, by what the
+    nearest would keep of its update; "peft" rounds dW first where PEFT's merge_and_unload does. threads: of
+    the merge, default one more than the machine has cores. verify: recompute every tensor by a second path
+    before publishing. progress: called with (stage, bytes done, bytes in all). resume: go on from the shards
+    that an interrupted merge of the same inputs into `out` had finished; and leave one's own, should this
+    one be.
+
+    Raises MergeRefused when the inputs cannot be merged correctly, and Mismatch when the verification fails:
+    `out` does not exist then, or is untouched. OSError and EnvironmentFailed for the disk and the device.
+    """
+    started = time.monotonic()
+    made = plan(
+        base,
+        adapter,
+        out=out,
+        orientation=orientation,
+        lora_b_layout=lora_b_layout,
+        dtype=dtype,
+        rounding=rounding,
+        overwrite=overwrite,
+    )
+    # One more than there are cores: while one waits for the disk, another computes.
+    workers = threads or (os.cpu_count() or 1) + 1
+    with Staging(Path(out), overwrite=overwrite, resume=resume) as staging:
+        finished = Finished(staging.done, identity(made))
+        finished.discard_others(staging.weights)
+        with one_torch_thread():
+            outcome = execute(
+                made,
+                staging.weights,
+                device=_device(device),
+                threads=workers,
+                progress=progress,
+                finished=finished,
+            )
+        _check_applied(made, outcome)
+        _write_files(made, staging)
+        if verify:
+            _verify(made, staging, workers, progress)
+        report = _report(made, Path(out), outcome, verified=verify, started=started)
+        staging.write_file(REPORT, dump(report))
+        staging.publish()
+    return report
+
+
+def _check_options(options: Options) -> None:
+    for name, choices in _CHOICES.items():
+        value = getattr(options, name)
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentFailed(
+            f"device {name}: torch {torch.__version__} finds no CUDA device. Use --device cpu."
+        )
+    return name
+
+
+def _check_applied(made: MergePlan, outcome: Outcome) -> None:
+    missing = merged_keys(made.outputs) - outcome.terms
+    if missing:
+        raise AssertionError(f"{len(missing)} planned updates were not applied, the first: {min(missing)}")
+
+
+def _write_files(made: MergePlan, staging: Staging) -> None:
+    for name in made.side_files:
+        staging.copy_file(made.base.path / name, name)
+    if made.base.index is not None:
+        staging.write_file(INDEX, index_json(made.base.index, made.outputs))
+    content = (made.base.path / CONFIG).read_bytes()
+    staging.write_file(CONFIG, edited_json(content, made.config_edits))
+
+
+def _verify(made: MergePlan, staging: Staging, threads: int, progress: Progress | None) -> None:
+    from loudmerge.verify import verify_plan
+
+    result = verify_plan(made, staging.weights, files=staging.files, threads=threads, progress=progress)
+    if not result.ok:
+        raise Mismatch(f"the merge is not published: its verification failed.\n{result.summary()}")
+
+
+def _report(made: MergePlan, out: Path, outcome: Outcome, *, verified: bool, started: float) -> MergeReport:
+    least = min(outcome.kept.items(), key=lambda item: item[1].ratio, default=None)
+    files = [*made.side_files, CONFIG, REPORT, *(shard.name for shard in made.base.shards)]
+    if made.base.index is not None:
+        files.append(INDEX)
+    measured = {
+        "notes": [*made.notes, *outcome.notes],
+        "delta_kept": {
+            "overall": outcome.overall.ratio,
+            "least": None if least is None else {"tensor": least[0], "kept": least[1].ratio},
+        },
+        "rounding": {how: len(terms) for how, terms in sorted(outcome.rounded.items()) if terms},
+        "verified": verified,
+        "files": sorted(files),
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    return merged_report(made, out, measured, _details(made, outcome))
+
+
+def _details(made: MergePlan, outcome: Outcome) -> list[TensorKept]:
+    rounded: dict[str, set[str]] = defaultdict(set)
+    for how, terms in outcome.rounded.items():
+        for key, _, _ in terms:
+            rounded[key].add(how)
+    return [
+        TensorKept(output.key, outcome.kept[output.key].ratio, one_rounding(rounded[output.key]))
+        for output in made.outputs
+        if output.key in outcome.kept
+    ]
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set that this process has had, as the operating system says, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Unlike getrusage's figure, this one does not start from that of the process that forked us.
+        for line in status.read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,43 @@
+"""The names of a checkpoint's tensors, as memory knows them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from loudmerge.checkpoint import Checkpoint
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.families import Family
+from loudmerge.tensorfile import TensorEntry
+
+
+class Names:
+    """The checkpoint's tensors by canonical name. `canonical` is the canonical name of each key."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
+        self._entries = checkpoint.entries
+        self._family = family
+        self.canonical: Mapping[str, str] = {key: family.canonical(key) for key in checkpoint.entries}
+        self._keys: dict[str, list[str]] = defaultdict(list)
+        for key, name in self.canonical.items():
+            self._keys[name].append(key)
+
+    def find(self, name: str) -> TensorEntry | None:
+        """The tensor that a name in memory means, None when the base has none.
+
+        Raises MergeRefused `unsupported-base` when it could mean two.
+        """
+        if name in self._entries:
+            return self._entries[name]
+        keys = self._keys.get(self._family.canonical(name), [])
+        if len(keys) > 1:
+            raise MergeRefused(
+                Problem(
+                    "unsupported-base",
+                    name,
+                    f"two tensors it could mean: {self._entries[keys[0]]} and {self._entries[keys[1]]}",
+                    "one",
+                    "Two models seem to share this checkpoint; say so in a bug report.",
+                )
+            )
+        return self._entries[keys[0]] if keys else None

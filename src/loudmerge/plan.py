@@ -1,0 +1,161 @@
+"""adapter x checkpoint -> MergePlan: every output tensor, every adapter tensor used exactly once.
+
+The plan is a frozen, printable value. Making it reads headers and configs, never a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loudmerge.adapter import Adapter, LoraPair
+from loudmerge.checkpoint import Checkpoint
+from loudmerge.evidence import Layout
+from loudmerge.families import Family
+from loudmerge.layout import Axes, LoraBLayout, Orientation, Span
+from loudmerge.tensorfile import DTYPES, TensorEntry
+
+if TYPE_CHECKING:
+    from loudmerge.report import MergeReport
+
+
+@dataclass(frozen=True)
+class Site:
+    """One LoRA pair, with everything that fixes its function.
+
+    parameter: the full name in memory of the parameter it updates.
+    num_experts: experts in the pair, 0 for a dense pair. rank: for one expert.
+    reads_input: the factors are R = A (rank, in) and L = B (out, rank), so that dW = s * L @ R as a
+    Linear's weight (out, in). Else the pair is transposed: R = B^T (rank, in) and L = A^T (out, rank).
+    peft_rounds_delta: whether PEFT's merge rounds dW to the weight's dtype before it adds it. For parameters
+    and embeddings it does, for Linears it adds the float32 dW (peft/tuners/lora/layer.py, `merge`).
+    """
+
+    pair: LoraPair
+    parameter: str
+    num_experts: int
+    rank: int
+    scaling: float
+    reads_input: bool
+    orientation: Orientation | None
+    lora_b_layout: LoraBLayout | None
+    peft_rounds_delta: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One low-rank update of one matrix of one output tensor.
+
+    site: index in the plan's sites. expert: which expert's slices of the pair, -1 for a dense pair.
+    rows: which rows of L (out axis) are used.
+    index: which matrix along the output tensor's first axis, -1 for the tensor itself.
+    axes: the order of that matrix's axes. out: where the rows go along its out axis.
+    """
+
+    site: int
+    expert: int
+    rows: Span
+    index: int
+    axes: Axes
+    out: Span
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of OUT.
+
+    source: the base's tensor; or the adapter's, when `replaced`. dtype: safetensors code in OUT.
+    terms: low-rank updates, applied to disjoint parts. dora: the magnitude vector (then one dense term).
+    bias: a vector to add, with its scaling. token_rows: (indices, entry) rows to put in place.
+    """
+
+    key: str
+    shard: str
+    source: TensorEntry
+    dtype: str
+    shape: tuple[int, ...]
+    replaced: bool = False
+    terms: tuple[Term, ...] = ()
+    dora: TensorEntry | None = None
+    bias: tuple[TensorEntry, float] | None = None
+    token_rows: tuple[tuple[int, ...], TensorEntry] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in OUT. A dtype that cannot be computed with is only ever copied."""
+        if self.dtype == self.source.dtype:
+            return self.source.nbytes
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def touched(self) -> bool:
+        """Whether OUT's tensor differs from the base's in more than its dtype."""
+        return bool(self.replaced or self.terms or self.bias or self.token_rows)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a merge has to do. expert: per-expert projections, each of gate, up and down for each expert."""
+
+    expert: int
+    dense: int
+    replaced: int
+    copied: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to merge; the same names as the command's options."""
+
+    orientation: str = "auto"
+    lora_b_layout: str = "auto"
+    dtype: str = "keep"
+    rounding: str = "auto"
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that a merge will do.
+
+    outputs: every tensor of OUT, in the order of the base's shards and of the tensors in them.
+    num_experts: experts of a fused or per-expert module that the adapter touches, None when it touches none.
+    config_edits: changes to config.json, by dotted path. notes: what a person should know before merging.
+    """
+
+    base: Checkpoint
+    adapter: Adapter
+    family: Family
+    layout: Layout
+    options: Options
+    rounding: str
+    sites: tuple[Site, ...]
+    outputs: tuple[OutputTensor, ...]
+    counts: Counts
+    num_experts: int | None
+    config_edits: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """Files that OUT copies byte for byte from the base, as relative paths."""
+        return self.base.side_files
+
+    def report(self) -> MergeReport:
+        """The report of this plan, with status "planned"."""
+        from loudmerge.report import planned_report  # noqa: PLC0415 - the report is a floor above
+
+        return planned_report(self)
+
+    @property
+    def consumed(self) -> Counter[str]:
+        """How often the plan uses each of the adapter's tensors."""
+        used = Counter(entry.name for site in self.sites for entry in site.pair.entries)
+        used.update(copy.name for _, copy in self.adapter.copies)
+        used.update(entry.name for entry in self.adapter.originals)
+        used.update(output.token_rows[1].name for output in self.outputs if output.token_rows is not None)
+        # A resized embedding may be two outputs: itself, and the head that was tied to it.
+        used.update({output.source.name for output in self.outputs if output.replaced})
+        return used

@@ -1,0 +1,69 @@
+"""Makes a MergePlan: places the adapter, decides its layout, and accounts for every tensor of both sides.
+
+Every problem found is reported together. Of the weights, only what tells how lora_B is packed is read.
+"""
+
+from __future__ import annotations
+
+from loudmerge.adapter import Adapter
+from loudmerge.checkpoint import Checkpoint
+from loudmerge.draft import Draft
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.evidence import Layout, decide
+from loudmerge.experts import Experts
+from loudmerge.families import family_of
+from loudmerge.names import Names
+from loudmerge.plan import MergePlan, Options
+from loudmerge.siblings import missing_siblings
+from loudmerge.sites import place
+from loudmerge.vocabulary import settle
+from loudmerge.weighing import weigh
+
+
+def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan:
+    """Raises MergeRefused with every problem found."""
+    family = family_of(base.model_type)
+    if family.refused:
+        raise MergeRefused(
+            Problem(
+                "unsupported-base",
+                f"model_type {base.model_type} of {base.path}",
+                family.refused,
+                "a family that can be merged into",
+            )
+        )
+    names = Names(base, family)
+    experts = Experts(base, names, family)
+    placement, problems = place(adapter, names, experts, family)
+    problems += missing_siblings(base, adapter.config, placement, names, family)
+    draft = Draft(base, adapter, names, family, options)
+    layout = Layout({}, {}, ())
+    try:
+        layout = decide(
+            placement.modules, adapter.config, family, options.orientation, options.lora_b_layout, weigh
+        )
+        draft.add_fused(placement, layout)
+    except MergeRefused as refusal:
+        problems += refusal.problems
+    draft.add_dense(placement.dense)
+    draft.add_full(adapter.full)
+    draft.add_rows(adapter.rows)
+    settle(draft, placement.untied_head)
+    problems += draft.problems
+    if problems:
+        raise MergeRefused(problems)
+    plan = draft.finish(layout, placement)
+    _account(plan)
+    return plan
+
+
+def _account(plan: MergePlan) -> None:
+    """Every adapter tensor is used exactly once, whatever the rooms before this one did."""
+    used = plan.consumed
+    problems = [
+        Problem("unconsumed-adapter-tensor", str(entry), f"used {used[name]} times by the plan", "used once")
+        for name, entry in plan.adapter.entries.items()
+        if used[name] != 1
+    ]
+    if problems:
+        raise MergeRefused(problems)

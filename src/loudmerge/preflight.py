@@ -1,0 +1,103 @@
+"""What only an adapter's weights can show, looked at before a byte is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from functools import partial
+
+import torch
+
+from loudmerge.delta import factors
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.plan import MergePlan, Site
+from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
+
+CHUNK_BYTES = 4 << 20
+"""Bytes of a tensor that are looked at at a time: fresh memory for all of it costs more than the look."""
+
+
+def check_weights(plan: MergePlan, reader: TensorReader, pool: Executor) -> tuple[str, ...]:
+    """Reads every tensor of the adapter once, in the threads of `pool`; returns what a person should know.
+
+    Raises MergeRefused: `non-finite` for a NaN or an infinity, `unconsumed-adapter-tensor` when the second
+    copy of a full tensor is not equal to the first, `unsupported-adapter` for a wrongly scaled conversion.
+    """
+    problems: list[Problem] = []
+    zero = set()
+    entries = list(plan.adapter.entries.values())
+    for entry, (bad, empty) in zip(entries, pool.map(partial(_look, reader), entries), strict=True):
+        if bad:
+            problems.append(_non_finite(entry, bad))
+        elif empty:
+            zero.add(entry.name)
+    problems += _unequal_copies(plan, reader)
+    problems += _wrong_conversions(plan, reader)
+    if problems:
+        raise MergeRefused(problems)
+    return tuple(_untrained(plan.sites, zero))
+
+
+def _look(reader: TensorReader, entry: TensorEntry) -> tuple[int, bool]:
+    """How many of a tensor's values are not finite, and whether all of them are zero."""
+    buffer = torch.empty(min(entry.nbytes, CHUNK_BYTES), dtype=torch.uint8)
+    bad, zero = 0, True
+    for start in range(0, entry.nbytes, CHUNK_BYTES):
+        content = buffer[: entry.nbytes - start]
+        reader.read_bytes(entry, start, content)
+        values = content.view(DTYPES[entry.dtype])
+        # The sum is not finite when an element is not; it may overflow by itself, so look again then.
+        total = values.sum(dtype=torch.float32)
+        if not math.isfinite(total):
+            bad += int((~values.isfinite()).sum())
+        zero = zero and bool(total == 0) and not bool(values.any())
+    return bad, zero
+
+
+def _non_finite(entry: TensorEntry, count: int) -> Problem:
+    return Problem(
+        "non-finite",
+        str(entry),
+        f"{count} NaN or infinite value{'s' if count > 1 else ''}",
+        "finite numbers",
+        "The training diverged, or the file is damaged.",
+    )
+
+
+def _unequal_copies(plan: MergePlan, reader: TensorReader) -> Iterable[Problem]:
+    for first, copy in plan.adapter.copies:
+        if not torch.equal(reader.read(first), reader.read(copy)):
+            found = f"other values than {first}"
+            yield Problem("unconsumed-adapter-tensor", str(copy), found, "the same bytes")
+
+
+def _wrong_conversions(plan: MergePlan, reader: TensorReader) -> Iterable[Problem]:
+    """Per-expert adapters that PEFT >= 0.19 fused on loading: with rslora gate_up counts sqrt(2) times.
+
+    It writes rank 2r and alpha 2 alpha (peft/utils/transformers_weight_conversion.py). Its lora_B has blocks
+    for gate and up and exact zeros elsewhere, which training would fill.
+    """
+    config = plan.adapter.config
+    for site in plan.sites if config.use_rslora else ():
+        alpha = (*config.alphas_for(site.parameter), config.alpha)[0]
+        if not site.num_experts or site.rank != 2 * config.rank or alpha != 2 * config.alpha:
+            continue
+        left = factors(site, reader.read(site.pair.a), reader.read(site.pair.b)).left
+        rows, rank = left.shape[1] // 2, site.rank // 2
+        blocks = not left[:, :rows, rank:].any() and not left[:, rows:, :rank].any()
+        if blocks and left.any():
+            yield Problem(
+                "unsupported-adapter",
+                f"{site.pair.b} of {site.parameter}",
+                "use_rslora, and gate and up fused by PEFT, which scales them by sqrt(2) too much",
+                "the adapter as transformers 4 saved it, one LoRA for each expert's Linear",
+                "Merge that one, or set alpha_pattern for this parameter to lora_alpha * sqrt(2).",
+            )
+
+
+def _untrained(sites: Iterable[Site], zero: set[str]) -> Iterable[str]:
+    """PEFT loses the LoRA of gate and up when it fuses an adapter that has none on down; its B stays zero."""
+    idle = [site.parameter for site in sites if site.pair.b.name in zero or site.pair.a.name in zero]
+    if idle:
+        yield f"{len(idle)} LoRA pairs are zero, the first for {idle[0]}: not trained, or lost on the way"

@@ -1,0 +1,97 @@
+"""Layers that the adapter should have: those that its config targets and the base has."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from loudmerge.adapter_config import AdapterConfig
+from loudmerge.checkpoint import Checkpoint
+from loudmerge.errors import Problem
+from loudmerge.experts import split_expert_name
+from loudmerge.families import Family
+from loudmerge.names import Names
+from loudmerge.sites import Placement
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def missing_siblings(
+    base: Checkpoint, config: AdapterConfig, placement: Placement, names: Names, family: Family
+) -> list[Problem]:
+    """Modules that are targeted and in the base like a trained one, but not trained.
+
+    They differ from it only in indices. A module is known by its canonical name; an experts module by that
+    of its group, whatever its parameters are called in memory.
+    """
+    trained = set(_trained(placement, family))
+    examples: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, leaf, module in sorted(trained):
+        if not any(leaf == other for other, _ in examples[_template(name)]):
+            examples[_template(name)].append((leaf, module))
+    known = {(name, leaf) for name, leaf, _ in trained}
+    missing: dict[str, str] = {}
+    for name in _base_modules(names, {template.count(".") for template in examples}):
+        for leaf, module in examples.get(_template(name), ()):
+            sibling = _with_indices(module, name)
+            if (name, leaf) in known or _is_extra_layer(base, name):
+                continue
+            if _targets(config, sibling, leaf):
+                missing[sibling] = module
+    return [_missing_sibling(sibling, module) for sibling, module in missing.items()]
+
+
+def _trained(placement: Placement, family: Family) -> Iterable[tuple[str, str, str]]:
+    """(canonical name, parameter or "", name in memory) of every trained module."""
+    for module in placement.modules:
+        for parameter in module.parameters:
+            parts = split_expert_name(family.canonical(parameter.name))
+            yield (parts[0] if parts else family.canonical(module.name)), parameter.leaf, module.name
+    for placed in placement.dense:
+        yield family.canonical(placed.parameter).rpartition(".")[0], "", placed.pair.module
+
+
+def _base_modules(names: Names, dots: set[int]) -> Iterable[str]:
+    """Canonical names of the base's modules that have as many dots as one of the trained ones."""
+    seen = set()
+    for key in names.canonical.values():
+        parts = key.split(".")
+        for count in dots:
+            name = ".".join(parts[: count + 1])
+            if len(parts) > count and name not in seen:
+                seen.add(name)
+                yield name
+
+
+def _targets(config: AdapterConfig, module: str, leaf: str) -> bool:
+    if leaf:
+        return leaf in config.targeted_parameters(module)
+    return config.targets_module(module) or "weight" in config.targeted_parameters(module)
+
+
+def _template(name: str) -> str:
+    return _INDEX.sub("*", name)
+
+
+def _with_indices(module: str, name: str) -> str:
+    """`module` with the indices of `name`; renames keep the number and order of indices."""
+    indices = iter(_INDEX.findall(name))
+    return _INDEX.sub(lambda match: next(indices, match[0]), module)
+
+
+def _is_extra_layer(base: Checkpoint, name: str) -> bool:
+    """Layers past num_hidden_layers are on disk only (multi-token prediction): no model trains them."""
+    counts = [count for count in base.config_values("num_hidden_layers") if isinstance(count, int)]
+    layer = _INDEX.search(name)
+    return bool(counts) and layer is not None and int(layer[0]) >= max(counts)
+
+
+def _missing_sibling(sibling: str, module: str) -> Problem:
+    return Problem(
+        "missing-adapter-tensor",
+        sibling,
+        f"no LoRA, though the config targets it as it targets {module}",
+        "a LoRA for every layer that the config targets and the base has",
+        "The adapter file is not complete, or the base has more layers than the one it was trained on.",
+    )

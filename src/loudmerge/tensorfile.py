@@ -1,0 +1,140 @@
+"""One safetensors file: its header, and the bytes of its tensors.
+
+Tensors are read with positioned reads into memory that the caller owns, not through a
+memory map: pages of a map count as resident memory, and a merge must stay small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loudmerge.errors import MergeRefused, Problem
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' dtype codes that can be read as numbers; the other codes can only be copied."""
+
+DTYPE_CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+
+FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16"})
+
+MERGEABLE_CODES = frozenset({"F32", "F16", "BF16"})
+"""Weights that can be updated: the arithmetic is float32."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies. `start` is the absolute offset in the file, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {list(self.shape)} {self.dtype} in {self.file.name}"
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The entries and the metadata of a safetensors file.
+
+    Raises MergeRefused `corrupt-file` when safetensors' own reader rejects the file.
+    """
+    try:
+        with safe_open(file, framework="pt", backend="pread"):
+            pass
+    except SafetensorError as error:
+        raise MergeRefused(
+            Problem(
+                "corrupt-file",
+                str(file),
+                f"a file that safetensors cannot open ({error})",
+                "a complete safetensors file",
+                "Download or save it again.",
+            )
+        ) from error
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    data = 8 + length
+    entries = {
+        name: TensorEntry(
+            name,
+            item["dtype"],
+            tuple(item["shape"]),
+            file,
+            data + item["data_offsets"][0],
+            item["data_offsets"][1] - item["data_offsets"][0],
+        )
+        for name, item in header.items()
+    }
+    return entries, metadata
+
+
+class TensorReader:
+    """Reads tensors of any number of files; one open file descriptor each. Use as a context manager.
+
+    Positioned reads keep no state, so threads may share one reader.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read_bytes(self, entry: TensorEntry, start: int, buffer: Tensor) -> None:
+        """Fills `buffer` (uint8, one axis) with the bytes of `entry` from byte `start` on."""
+        view = memoryview(buffer.numpy().data)
+        position = entry.start + start
+        while view:
+            count = os.preadv(self._descriptor(entry.file), [view], position)
+            if count == 0:
+                raise MergeRefused(
+                    Problem(
+                        "corrupt-file",
+                        str(entry),
+                        f"the end of the file at byte {position}",
+                        f"{entry.nbytes} bytes of data from byte {entry.start} on",
+                        "The file changed while it was read, or was cut short; get it again.",
+                    )
+                )
+            view = view[count:]
+            position += count
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """The whole tensor, in its own dtype and shape."""
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self.read_bytes(entry, 0, buffer)
+        return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]

@@ -1,0 +1,151 @@
+"""Reads what is needed of an adapter's weights to tell how each lora_B is packed.
+
+Some rows of each lora_B, those of some experts of each lora_A, in some of the layers: 6 MB and a third of a
+second for a site of 128 experts of rank 32, less for a smaller one. The more sites, the surer. A parameter is
+packed alike in all layers; its markers do not tell layers apart either.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loudmerge.adapter import Adapter, LoraPair
+from loudmerge.clustering import SiteTraces, Verdict, sampled_rows, site_traces, verdict
+from loudmerge.hypotheses import FusedModule, FusedParameter
+from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
+
+LAYERS, FIRST = 16, 4
+"""The layers that are looked at, for each parameter of an experts module: so many at most, and so few where
+these settle it."""
+
+
+@dataclass(frozen=True)
+class FusedSite:
+    """A pair of fused expert LoRA. name: of its parameter, whose last part is leaf."""
+
+    name: str
+    leaf: str
+    pair: LoraPair
+    experts: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What the weights say. verdicts: by parameter leaf. sites: those looked at."""
+
+    verdicts: Mapping[str, Verdict]
+    sites: tuple[tuple[FusedSite, SiteTraces], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verdicts": {leaf: one.to_json() for leaf, one in self.verdicts.items()},
+            "sites": [
+                {"site": site.name, "columns": traces.columns, "pairs": traces.pairs}
+                for site, traces in self.sites
+            ],
+        }
+
+
+UNREAD = Weighed({}, ())
+"""No weight was looked at."""
+
+
+def fused_site(module: FusedModule, parameter: FusedParameter, pair: LoraPair) -> FusedSite:
+    """One parameter of an experts module, and its pair."""
+    return FusedSite(parameter.name, parameter.leaf, pair, module.num_experts, parameter.rank)
+
+
+def sites_of(adapter: Adapter) -> tuple[FusedSite, ...]:
+    """The fused expert LoRA of an adapter whose base is not there: the config has the ranks.
+
+    Which of a module's parameters a pair is for is guessed, the last by name innermost, as PEFT nests
+    gate_up_proj and down_proj. What cannot be LoRA of two experts or more is left out.
+    """
+    by_module: dict[str, list[LoraPair]] = defaultdict(list)
+    for pair in adapter.pairs:
+        by_module[pair.module].append(pair)
+    found = []
+    for module, pairs in by_module.items():
+        leaves = adapter.config.targeted_parameters(module)
+        outermost_first = sorted(pairs, key=lambda pair: pair.depth)
+        for leaf, pair in zip(leaves, outermost_first, strict=False):
+            rank = adapter.config.rank_for(f"{module}.{leaf}")
+            experts, left = divmod(pair.a.shape[0], rank)
+            if experts > 1 and not left and pair.b.shape[1] == pair.a.shape[0]:
+                found.append(FusedSite(f"{module}.{leaf}", leaf, pair, experts, rank))
+    return tuple(found)
+
+
+def weigh(sites: Iterable[FusedSite]) -> Weighed:
+    """Looks at the sites whose packing matters: with one expert, or rank 1, both packings are the same."""
+    by_leaf: dict[str, list[FusedSite]] = defaultdict(list)
+    for site in sites:
+        if site.experts > 1 and site.rank > 1:
+            by_leaf[site.leaf].append(site)
+    chosen = [site for same in by_leaf.values() for site in _some(same, LAYERS)]
+    first = [site for same in by_leaf.values() for site in _some(_some(same, LAYERS), FIRST)]
+    with TensorReader() as reader:
+        looked = _looked_at(first, reader)
+        verdicts = combined(looked)
+        if not verdicts or not all(one.settled for one in verdicts.values()):
+            looked += _looked_at([site for site in chosen if site not in first], reader)
+            verdicts = combined(looked)
+    order = {site.name: number for number, site in enumerate(chosen)}
+    return Weighed(verdicts, tuple(sorted(looked, key=lambda one: order[one[0].name])))
+
+
+def _looked_at(sites: Iterable[FusedSite], reader: TensorReader) -> list[tuple[FusedSite, SiteTraces]]:
+    return [(site, traces) for site in sites if (traces := _traces(site, reader)) is not None]
+
+
+def combined(looked: Sequence[tuple[FusedSite, SiteTraces]]) -> dict[str, Verdict]:
+    """By leaf; of all leaves together where none says another packing than they all do."""
+    by_leaf: dict[str, list[SiteTraces]] = defaultdict(list)
+    for site, traces in looked:
+        by_leaf[site.leaf].append(traces)
+    alone = {leaf: verdict(traces) for leaf, traces in by_leaf.items()}
+    together = verdict([traces for _, traces in looked])
+    # What is exactly 0, as of a parameter that was not trained, leans to no side.
+    leanings = {shown > 0 for one in alone.values() for shown in (one.columns, one.pairs) if shown}
+    said = {one.says for one in alone.values()} - {None}
+    if len(leanings) == 1 and together.says is not None and said <= {together.says}:
+        return dict.fromkeys(alone, together)
+    return alone
+
+
+def _some(sites: Sequence[FusedSite], most: int) -> list[FusedSite]:
+    """At most so many of them, evenly spread."""
+    count = min(most, len(sites))
+    return [sites[number * len(sites) // count] for number in range(count)]
+
+
+def _traces(site: FusedSite, reader: TensorReader) -> SiteTraces | None:
+    """None for weights that are not finite, which a merge refuses, and that say nothing."""
+    pair, total = site.pair, site.pair.b.shape[0]
+    rows = sampled_rows(total)
+    b = torch.cat([_rows(pair.b, run.start, len(run), reader) for run in rows])
+    lower = torch.cat([torch.arange(run.start, run.stop) for run in rows]) >= (total + 1) // 2
+    if not b.isfinite().all():
+        return None
+    return site_traces(partial(_rows_of, site, reader), b, lower, site.experts, site.rank)
+
+
+def _rows_of(site: FusedSite, reader: TensorReader, experts: Sequence[int]) -> Tensor:
+    """The rows of lora_A of some experts."""
+    return torch.cat([_rows(site.pair.a, one * site.rank, site.rank, reader) for one in experts])
+
+
+def _rows(entry: TensorEntry, first: int, count: int, reader: TensorReader) -> Tensor:
+    """(count, columns) in float32."""
+    row = entry.shape[1] * DTYPES[entry.dtype].itemsize
+    buffer = torch.empty(count * row, dtype=torch.uint8)
+    reader.read_bytes(entry, first * row, buffer)
+    return buffer.view(DTYPES[entry.dtype]).view(count, entry.shape[1]).to(torch.float32)

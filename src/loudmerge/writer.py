@@ -1,0 +1,320 @@
+"""The only module that writes: a staged directory, durable files, one rename.
+
+While a merge runs, its files lie in two directories inside `.OUT.loudmerge-staging` beside OUT: weights
+without a config, and the other files without weights. Neither looks like a checkpoint. Once all are
+complete and verified they are brought together and renamed to OUT.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loudmerge.checkpoint import INDEX
+from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem
+from loudmerge.plan import OutputTensor
+
+_PAGE = 4096
+"""Alignment, in bytes, of a direct write: of its place in the file, its length and its address in memory."""
+
+
+_INTERRUPTIONS = (OSError, EnvironmentFailed, KeyboardInterrupt)
+"""What says nothing against the shards that are finished."""
+
+
+class Staging:
+    """The staged directory of one merge. Leaving it without `publish` removes it.
+
+    resume: what an interrupted merge left is kept to go on from; and should this one be interrupted by the
+    disk or the user, so is what it leaves.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool, resume: bool = False) -> None:
+        self.out = out.absolute()
+        self._overwrite = overwrite
+        self._resume = resume
+        self.root = self.out.parent / f".{self.out.name}.loudmerge-staging"
+        self.weights = self.root / "weights"
+        self.files = self.root / "files"
+        self.done = self.root / "done"
+        self._replaced = self.root / "replaced"
+        self._lock = -1
+
+    def __enter__(self) -> Staging:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(exist_ok=True)
+        self._lock = self._take_lock()
+        try:
+            self._recover()
+            refuse_existing(self.out, overwrite=self._overwrite)
+            for left_over in (self.files,) if self._resume else (self.files, self.weights, self.done):
+                # A merge that was killed left these; its lock is gone, so nobody writes them any more.
+                shutil.rmtree(left_over, ignore_errors=True)
+            for directory in (self.files, self.weights, self.done):
+                directory.mkdir(exist_ok=True)
+        except BaseException:
+            self._leave(keep=self._resume)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave(keep=self._resume and isinstance(error, _INTERRUPTIONS))
+
+    def _leave(self, *, keep: bool) -> None:
+        if not keep:
+            shutil.rmtree(self.root, ignore_errors=True)
+        os.close(self._lock)
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed the directory since it was opened.
+            free = self.root.exists() and os.path.samestat(os.fstat(descriptor), self.root.stat())
+        except BlockingIOError:
+            free = False
+        if free:
+            return descriptor
+        os.close(descriptor)
+        raise EnvironmentFailed(
+            f"another merge writes {self.out}: it holds {self.root}. Wait for it, or take another OUT."
+        )
+
+    def _recover(self) -> None:
+        """Puts back an older OUT that a killed merge had moved aside and not yet replaced."""
+        if not os.path.lexists(self._replaced):
+            return
+        if os.path.lexists(self.out):
+            shutil.rmtree(self._replaced)
+        else:
+            self._replaced.rename(self.out)
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Writes one of the files that hold no weights."""
+        path = self.files / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    def copy_file(self, source: Path, name: str) -> None:
+        """Copies a file that holds no weights, byte for byte."""
+        path = self.files / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+
+    def publish(self) -> None:
+        """Makes every file durable and renames the directory to OUT, replacing an older OUT if allowed."""
+        _sync_tree(self.files)
+        _sync_tree(self.weights)
+        for path in sorted(self.files.iterdir(), key=_last_config):
+            path.rename(self.weights / path.name)
+        _sync(self.weights)
+        refuse_existing(self.out, overwrite=self._overwrite)
+        if os.path.lexists(self.out):
+            self.out.rename(self._replaced)
+        try:
+            self.weights.rename(self.out)
+        except OSError:
+            self._recover()
+            raise
+        _sync(self.out.parent)
+
+
+class ShardFile:
+    """One safetensors file that is being written, at positions known beforehand.
+
+    What is aligned to pages goes straight to the disk (O_DIRECT) where the file system can: a copy in the
+    page cache, which nobody reads before the merge is done, would cost more than the update itself.
+    """
+
+    def __init__(self, path: Path, outputs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        header, self._starts, size = _layout(outputs, metadata)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._direct: int | None = None
+        try:
+            # A full disk shows now, not at the end; and blocks that exist are written faster.
+            os.posix_fallocate(self._descriptor, 0, size)
+            _write_all(self._descriptor, memoryview(header), 0)
+            self._direct = _open_direct(path)
+        except OSError:
+            os.close(self._descriptor)
+            raise
+
+    def write(self, key: str, offset: int, data: Tensor) -> None:
+        """Writes the bytes of `data` (contiguous, on the CPU) `offset` bytes into the tensor `key`."""
+        content = data.reshape(-1).view(torch.uint8)
+        view = memoryview(content.numpy().data)
+        position = self._starts[key] + offset
+        if self._direct is not None and not (position | view.nbytes | content.data_ptr()) % _PAGE:
+            written = _write_direct(self._direct, view, position)
+            view, position = view[written:], position + written
+        _write_all(self._descriptor, view, position)
+
+    def sync(self) -> None:
+        """Sends what was written to the disk, and gives its memory back to be used for what comes next."""
+        os.fdatasync(self._descriptor)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
+
+
+def page_aligned(nbytes: int) -> Tensor:
+    """A new buffer (uint8, on the CPU) that starts on a page of memory, as a direct write needs it."""
+    buffer = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
+    skip = -buffer.data_ptr() % _PAGE
+    return buffer[skip : skip + nbytes]
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Raises MergeRefused `out-exists` when OUT exists, and may not be replaced."""
+    if os.path.lexists(out) and not overwrite:
+        raise MergeRefused(
+            Problem(
+                "out-exists",
+                str(out),
+                "something of that name",
+                "a name that is free",
+                "Give another OUT, or --overwrite to replace it once the new one is complete.",
+            )
+        )
+
+
+def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
+    """Raises MergeRefused `out-exists` when writing OUT would touch an input."""
+    target = out.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if target == source or target in source.parents or source in target.parents:
+            raise MergeRefused(
+                Problem(
+                    "out-exists",
+                    str(out),
+                    f"a directory that is, holds or lies in the input {path}",
+                    "a directory apart from BASE and ADAPTER",
+                    "Give another OUT.",
+                )
+            )
+
+
+def index_json(index: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> bytes:
+    """model.safetensors.index.json of OUT: the base's, with OUT's keys; total_size is in bytes."""
+    weight_map = {output.key: output.shard for output in outputs}
+    ordered = {key: weight_map[key] for key in index["weight_map"]}
+    ordered.update(weight_map)
+    metadata = dict(index.get("metadata") or {})
+    metadata["total_size"] = sum(output.nbytes for output in outputs)
+    return _json({**index, "metadata": metadata, "weight_map": ordered})
+
+
+def edited_json(content: bytes, edits: Mapping[str, Any]) -> bytes:
+    """A JSON file with some values changed, by dotted path; the same bytes when there are no edits."""
+    if not edits:
+        return content
+    value = json.loads(content)
+    for path, new in edits.items():
+        *parents, last = path.split(".")
+        place = value
+        for parent in parents:
+            place = place[parent]
+        place[last] = new
+    return _json(value)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _layout(
+    outputs: Sequence[OutputTensor], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """The header, each tensor's start in the file, and the file's size, in bytes.
+
+    Tensors of whole pages come first and start on a page; the others follow, wide dtypes first, as
+    safetensors' own writer has them, so that each starts at a multiple of its item size.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for output in sorted(outputs, key=_place):
+        end = position + output.nbytes
+        header[output.key] = {
+            "dtype": output.dtype,
+            "shape": list(output.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    start = 8 + len(text)
+    starts = {output.key: start + header[output.key]["data_offsets"][0] for output in outputs}
+    return len(text).to_bytes(8, "little") + text, starts, start + position
+
+
+def _place(output: OutputTensor) -> tuple[bool, int]:
+    count = max(math.prod(output.shape), 1)
+    return output.nbytes % _PAGE != 0, -(output.nbytes // count)
+
+
+def _open_direct(path: Path) -> int | None:
+    """A second descriptor that writes past the page cache, or None where the file system cannot."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+
+
+def _write_direct(descriptor: int, view: memoryview, position: int) -> int:
+    """The bytes written: none where the file system wants another alignment than a page's."""
+    try:
+        return os.pwrite(descriptor, view, position)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
+
+
+def _write_all(descriptor: int, view: memoryview, position: int) -> None:
+    while view:
+        written = os.pwrite(descriptor, view, position)
+        view = view[written:]
+        position += written
+
+
+def _last_config(path: Path) -> tuple[int, str]:
+    order = {INDEX: 1, "config.json": 2}
+    return order.get(path.name, 0), path.name
+
+
+def _sync_tree(root: Path) -> None:
+    for directory, _, files in os.walk(root):
+        for name in files:
+            _sync(Path(directory, name))
+        _sync(Path(directory))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,128 @@
+"""Qwen3-30B-A3B end to end where there is a GPU; the same code with a small config on the CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loudmerge.compat import gpu, weights
+from loudmerge.compat.gpu import Options
+from loudmerge.compat.result import NOT_RUN, OK, CellResult
+from loudmerge.errors import EnvironmentFailed
+
+SMALL = {
+    **gpu.model_config(),
+    "hidden_size": 128,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "num_experts": 16,
+    "vocab_size": 640,
+    "initializer_range": 128**-0.5,
+}
+ON_CPU = replace(
+    gpu.RECIPE, device="cpu", vocabulary=512, tokens=64, learning_rate=5e-3, embedding_gain=8.0, batch=8
+)
+NO_GPU = gpu.why_not("cuda")
+
+
+@dataclass(frozen=True)
+class Ran:
+    row: CellResult
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    directory = tmp_path_factory.mktemp("gpu")
+    yield Ran(gpu.run(directory, Options(recipe=ON_CPU, config=SMALL)), directory)
+    shutil.rmtree(directory)
+
+
+@pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")
+def test_qwen3_30b_a3b_on_the_gpu(tmp_path: Path) -> None:
+    row = gpu.run(tmp_path, Options())
+    assert row.merged == (18432, 18432)
+    assert row.status == OK, row.shortfalls
+
+
+def test_the_small_model_shows_what_the_large_one_must(ran: Ran) -> None:
+    assert ran.row.status == OK, (ran.row.shortfalls, ran.row.figures)
+    assert ran.row.merged == (3 * 16 * 3, 3 * 16 * 3)
+    assert ran.row.figures is not None
+    assert ran.row.figures.samples == (3, 3)
+
+
+def test_the_row_is_one_of_the_table_and_names_its_memory(ran: Ran) -> None:
+    assert ran.row.detail.startswith("3 layers, random weights; peak memory ")
+    assert set(ran.row.stages) >= {"base", "train", "run trained", "run base", "merge", "run merged"}
+    again = CellResult.from_json(json.loads(json.dumps(ran.row.to_json(), allow_nan=False)))
+    assert repr(again) == repr(ran.row)  # nan is not equal to itself
+
+
+def test_the_config_is_that_of_a_model_of_61_gb_and_18432_expert_matrices() -> None:
+    config = gpu.model_config()
+    tensors = [name for shapes in weights.shards(config) for name in shapes]
+    assert weights.nbytes(config) == 61_064_245_248  # total_size of the Hub's index
+    assert len(tensors) == 18_867
+    assert sum(".experts." in name for name in tensors) == 18_432
+
+
+def test_the_first_layers_of_given_weights_are_trained(ran: Ran, tmp_path: Path) -> None:
+    source = ran.directory / "base"
+    row = gpu.run(tmp_path, Options(weights=str(source), layers=1, recipe=ON_CPU))
+    assert row.cell == "gpu-qwen3-30b-a3b-1-layers"
+    assert row.detail.startswith(f"1 layers, {source}; ")
+    assert row.merged == (16 * 3, 16 * 3)
+    kept = {name for file in (tmp_path / "base").glob("*.safetensors") for name in load_file(file)}
+    shorter = {**SMALL, "num_hidden_layers": 1}
+    assert kept == {name for shapes in weights.shards(shorter) for name in shapes}
+
+
+def test_more_layers_than_there_are_is_an_error(ran: Ran, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="found 3 layers, expected at least 4"):
+        weights.first_layers(ran.directory / "base", tmp_path / "base", 4)
+
+
+def test_a_training_that_moves_nothing_falls_short(tmp_path: Path) -> None:
+    still = replace(ON_CPU, learning_rate=1e-9)
+    row = gpu.run(tmp_path, Options(recipe=still, config={**SMALL, "num_hidden_layers": 1}))
+    assert [shortfall.check for shortfall in row.shortfalls] == ["kl_base_trained"]
+    assert row.status == "failed"
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * 10**9))
+    with pytest.raises(EnvironmentFailed, match="found 100 GB free, expected 122 GB"):
+        gpu.run(tmp_path, Options(recipe=replace(gpu.RECIPE, device="cpu")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu_the_row_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--results", str(tmp_path / "results"), "--layers", "2"]) == 0
+    document = json.loads((tmp_path / "results" / "gpu-qwen3-30b-a3b-2-layers.json").read_text("utf-8"))
+    row = CellResult.from_json(document)
+    assert row.status == NOT_RUN
+    assert row.detail == f"torch {torch.__version__} finds no CUDA device"
+    assert json.loads(capsys.readouterr().out) == document
+
+
+def test_a_row_may_reach_what_the_original_table_has() -> None:
+    versions = {"transformers": "5.5.0", "peft": "0.19.1", "trl": "1.4.0"}
+    assert gpu.most_divergence(versions) == pytest.approx(2.1e-4)
+    assert gpu.most_divergence({**versions, "trl": "0.25.1"}) == pytest.approx(gpu.KL_AT_MOST)

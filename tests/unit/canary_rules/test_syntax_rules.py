@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import pytest
+
+from loudmerge.canary.rules import RuleError, check, validate
+from tests.unit.canary_rules.code import found, holds
+
+GUARD = """
+STATE = {"fallback": 0}
+
+def merge(save):
+    BODY
+"""
+RAISES = {
+    "kind": "raises",
+    "function": "merge",
+    "exception": "RuntimeError",
+    "mentions": ["STATE", "fallback"],
+    "given": {"STATE": {"fallback": 1}},
+    "otherwise": {"STATE": {"fallback": 0}},
+}
+
+
+def merge(body: str) -> str:
+    return GUARD.replace("BODY", body.replace("\n", "\n    "))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'if STATE["fallback"] > 0:\n    raise RuntimeError("partial")',
+        'if not STATE["fallback"]:\n    return save\nraise RuntimeError("partial")',
+        'n = STATE.get("fallback")\nif n:\n    error = RuntimeError(n)\n    raise error',
+        'try:\n    if STATE["fallback"] > 0:\n        raise RuntimeError("x")\nexcept ValueError:\n    pass',
+        'try:\n    if STATE["fallback"] > 0:\n        raise RuntimeError(0)\nexcept Exception:\n    raise',
+        'if STATE["fallback"] <= 0:\n    pass\nelse:\n    raise RuntimeError("partial")',
+    ],
+)
+def test_raises_holds_however_the_condition_is_written(body: str) -> None:
+    assert holds(merge(body), **RAISES)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'raise RuntimeError("always")',
+        'if STATE["fallback"] < 0:\n    raise RuntimeError("partial")',
+        'if STATE["fallback"] > 99:\n    raise RuntimeError("partial")',
+        'if STATE["fallback"] > 0 and False:\n    raise RuntimeError("partial")',
+        'return save\nif STATE["fallback"] > 0:\n    raise RuntimeError("partial")',
+        'try:\n    if STATE["fallback"] > 0:\n        raise RuntimeError("x")\nexcept Exception:\n    pass',
+        'try:\n    if STATE["fallback"] > 0:\n        raise RuntimeError("x")\nfinally:\n    return save',
+        'def never():\n    if STATE["fallback"] > 0:\n        raise RuntimeError("partial")',
+        'if STATE["fallback"] > 0:\n    raise KeyError("partial")',
+        'if STATE["fallback"] > 0:\n    print("partial")',
+    ],
+)
+def test_raises_fails_where_the_raise_is_dead_swallowed_unconditional_or_another(body: str) -> None:
+    assert not holds(merge(body), **RAISES)
+
+
+def test_raises_is_found_in_a_helper_that_is_called() -> None:
+    helper = 'def refuse(n):\n    if n > 0:\n        raise RuntimeError("partial")\n'
+    assert holds(helper + merge('refuse(STATE["fallback"])'), **RAISES)
+    assert not holds(helper + merge("return save"), **RAISES)
+
+
+def test_what_a_handler_catches_is_a_condition_of_its_raise() -> None:
+    rule = {"kind": "raises", "function": "merge", "exception": "RuntimeError", "mentions": ["Exception"]}
+    handler = "except Exception as error:\n    raise RuntimeError(0) from error"
+    other = "if save:\n    raise RuntimeError(1)"
+    assert holds(merge(f"try:\n    write(save)\n{handler}\n{other}"), **rule)
+    assert not holds(merge(f"try:\n    write(save)\nexcept Exception:\n    pass\n{other}"), **rule)
+
+
+def test_a_raise_can_be_asked_to_handle_the_error_of_a_call() -> None:
+    rule = {"kind": "raises", "function": "merge", "exception": "RuntimeError", "handles": "write"}
+    handler = "except Exception as error:\n    raise RuntimeError(0) from error"
+    assert holds(merge(f"try:\n    write(save)\n{handler}"), **rule)
+    assert not holds(merge(f"try:\n    read(save)\n{handler}\nwrite(save)"), **rule)
+    assert not holds(merge("write(save)\nraise RuntimeError(1)"), **rule)
+
+
+def test_the_condition_of_a_loop_variable_is_traced_to_what_it_runs_over() -> None:
+    source = "def f(given):\n    for one in given.shapes:\n        if one != 3:\n            raise ValueError"
+    rule = {"kind": "raises", "function": "f", "exception": "ValueError"}
+    assert holds(source, **rule, mentions=["shapes"])
+    assert not holds(source, **rule, mentions=["axes"])
+
+
+def test_raises_says_what_swallows_it() -> None:
+    body = 'try:\n    if STATE["fallback"] > 0:\n        raise RuntimeError("x")\nexcept Exception:\n    pass'
+    finding = found(merge(body), **RAISES)
+    assert "the except at line 8 swallows it" in finding.detail
+    assert finding.line == 7
+
+
+@pytest.mark.parametrize(
+    ("body", "reached"),
+    [
+        ("check(save)", True),
+        ("if save:\n    check(save)", True),
+        ("inspect = check\ninspect(save)", True),
+        ("def inner():\n    check(save)\ninner()", True),
+        ("if False:\n    check(save)", False),
+        ("off = False\nif off:\n    check(save)", False),
+        ("while True:\n    pass\ncheck(save)", False),
+        ("lambda: check(save)", False),
+        ("save and check", False),
+        ("def inner():\n    check(save)", False),
+        ("for _ in ():\n    check(save)", False),
+        ("False and check(save)", False),
+    ],
+)
+def test_calls_holds_only_on_a_path_that_is_reached(body: str, reached: bool) -> None:
+    source = "def check(x):\n    return x\n" + merge(body)
+    assert holds(source, kind="calls", function="merge", callee="check") is reached
+
+
+def test_calls_sees_through_import_aliases_and_asks_for_keywords() -> None:
+    source = merge("from zoo import check as look\nlook(save, strict=True)")
+    rule = {"kind": "calls", "function": "merge", "callee": "check"}
+    assert holds(source, **rule, keywords={"strict": True}, args=["save"])
+    assert not holds(source, **rule, keywords={"strict": False})
+    assert not holds(source, **rule, args=["tokenizer"])
+
+
+def test_returns_reads_names_branches_dicts_and_calls() -> None:
+    source = """
+    NAMES = {"a": "swapped"}
+    def other(x):
+        return "standard" if x else "unknown"
+    def layout(x):
+        if x:
+            kind, r = NAMES["a"], 1
+            return kind, r
+        return other(x), 2
+    """
+    rule = {"kind": "returns", "function": "layout", "position": 0}
+    assert holds(source, **rule, values=["swapped", "standard", "unknown"])
+    assert not holds(source, **rule, values=["grouped"])
+    assert not holds(source.replace("if x:", "if False:"), **rule, values=["swapped"])
+
+
+@pytest.mark.parametrize(
+    ("loop", "bounded"),
+    [
+        ("for _ in range(16):\n    m = getattr(m, 'base_layer', None)", True),
+        ("while m is not None:\n    m = m.base_layer", False),
+        ("while True:\n    m = m.base_layer", False),
+        ("for _ in range(10 ** 9):\n    m = m.base_layer", False),
+        ("seen = set()\nwhile id(m) not in seen:\n    seen.add(id(m))\n    m = m.base_layer", True),
+        ("seen = set()\nwhile id(m) not in seen:\n    m = m.base_layer", False),
+        ("n = 0\nwhile n < 16:\n    n += 1\n    m = m.base_layer", True),
+        ("n = 0\nwhile n < 16:\n    m = m.base_layer", False),
+        ("while 0:\n    if id(m) in seen:\n        break\n    seen.add(id(m))\n    m = m.base_layer", False),
+        ("pass", False),
+    ],
+)
+def test_a_walk_is_bounded_by_a_range_a_counter_or_a_visited_set(loop: str, bounded: bool) -> None:
+    source = "def walk(m):\n    " + loop.replace("\n", "\n    ")
+    assert holds(source, kind="bounded-walk", function="walk", follows="base_layer") is bounded
+
+
+def test_a_symbol_must_be_reachable_and_do_something() -> None:
+    rule = {"kind": "symbol", "name": "f", "type": "function"}
+    assert holds("def f(x):\n    return x + 1", **rule)
+    assert holds("def g(x):\n    return x + 1\nf = g", **rule)
+    assert not holds("def f(x):\n    '''Says much.'''\n    pass", **rule)
+    assert not holds("if False:\n    def f(x):\n        return x + 1", **rule)
+    assert not holds("def f(x):\n    return x + 1\nf = lambda x: None", **rule)
+    assert not holds("def f(x):\n    return x + 1\ndel f", **rule)
+
+
+def test_a_signature_admits_the_call() -> None:
+    source = "class C:\n    def __init__(self, a, *, b=1):\n        self.a = a"
+    assert holds(source, kind="signature", name="C", call="C(1, b=2)")
+    assert not holds(source, kind="signature", name="C", call="C(1, c=2)")
+    assert holds(source, kind="signature", name="C", accepts=["a", "b"])
+    fields = "@dataclass\nclass P:\n    a: int\nclass C(P):\n    b: int = 2"
+    assert holds(fields, kind="signature", name="C", call="C(a=1)")
+    assert not holds(fields, kind="signature", name="C", call="C(b=1)")
+
+
+@pytest.mark.parametrize(
+    ("test", "guards"),
+    [
+        ("def test_a():\n    assert f() == 1", True),
+        ("def test_a():\n    with pytest.raises(ValueError):\n        f()", True),
+        ("def check():\n    assert f() == 1\ndef test_a():\n    check()", True),
+        ("class TestA:\n    def test_a(self):\n        assert f()", True),
+        ("def test_a():\n    f()", False),
+        ("def test_a():\n    assert True", False),
+        ("def test_a():\n    assert f() == f()", False),
+        ("def test_a():\n    pytest.skip('later')\n    assert f()", False),
+        ("@pytest.mark.xfail\ndef test_a():\n    assert f()", False),
+        ("pytestmark = pytest.mark.skip\ndef test_a():\n    assert f()", False),
+        ("@pytest.mark.parametrize('x', [])\ndef test_a(x):\n    assert f()", False),
+        ("def test_a():\n    try:\n        assert f()\n    except Exception:\n        pass", False),
+        ("def test_b():\n    assert f()", False),
+    ],
+)
+def test_a_test_guards_only_if_it_runs_and_can_fail(test: str, guards: bool) -> None:
+    assert holds(test, kind="tests", names=["test_a"]) is guards
+
+
+def test_a_branch_must_act() -> None:
+    rule = {"kind": "branch", "function": "f", "mentions": ["kind"]}
+    assert holds("def f(kind):\n    if kind == 1:\n        return 2", **rule)
+    assert not holds("def f(kind):\n    if kind == 1:\n        pass", **rule)
+    assert not holds("def f(kind):\n    if kind == 1:\n        print(kind)", **rule)
+    assert not holds("def f(kind):\n    if kind == 1:\n        return 2", **rule, does=["raise"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ({"kind": "grep"}, "rule.kind is 'grep'"),
+        ({"kind": "symbol"}, "a symbol rule needs the field 'name'"),
+        ({"kind": "symbol", "name": "a", "pattern": "b"}, "a symbol rule has no field 'pattern'"),
+        ({"kind": "returns", "function": "f", "values": []}, "returns.values is empty"),
+        ({"kind": "calls", "function": 1, "callee": "f"}, "calls.function is 1"),
+        ({"kind": "probe", "extract": ["f"], "cases": [{"call": "f()"}]}, "a probe's case is"),
+        ({"kind": "all", "rules": [{"kind": "grep"}]}, "rule.kind is 'grep'"),
+    ],
+)
+def test_a_rule_that_says_nothing_is_refused(rule: dict[str, object], says: str) -> None:
+    with pytest.raises(RuleError, match=says.replace("(", r"\(")):
+        validate(rule)
+
+
+def test_a_source_that_is_not_python_cannot_be_evaluated() -> None:
+    with pytest.raises(RuleError, match="not readable as Python"):
+        check({"kind": "symbol", "name": "f"}, "<html>", "page.html")

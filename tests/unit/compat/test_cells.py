@@ -1,0 +1,131 @@
+"""matrix.toml is read as it stands; what is missing, unknown or wrong in one is named with its cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loudmerge.compat.cells import LANES, MatrixError, load
+
+EXPECT = """
+[expect]
+kl_base_trained_at_least = 0.5
+kl_float32_merge_at_most = 1e-8
+kl_trained_merged_share = 1e-3
+kl_base_merged_within = 0.01
+delta_kept_at_least = 0.99
+samples = "all"
+"""
+ONE = 'transformers = "5.5.0", peft = "0.19.1", trl = "0.25.1"'
+FUSED = 'path = "fused", orientation = "standard"'
+SHIPPED = Path("matrix.toml")
+
+
+def written(tmp_path: Path, lanes: str, expect: str = EXPECT) -> Path:
+    file = tmp_path / "matrix.toml"
+    file.write_text(f"{expect}\n[lanes]\n{lanes}\n", "utf-8")
+    return file
+
+
+def test_a_cell_is_one_line_and_named_by_its_versions(tmp_path: Path) -> None:
+    cell = load(written(tmp_path, f"released = [{{ {ONE}, {FUSED} }}]")).cells[0]
+    assert (cell.name, cell.lane, cell.optional) == ("tf5.5.0-peft0.19.1-trl0.25.1", "released", False)
+    assert cell.versions == {"transformers": "5.5.0", "peft": "0.19.1", "trl": "0.25.1"}
+    assert (cell.expects.path, cell.expects.orientation) == ("fused", "standard")
+    assert cell.expects.kl_base_trained_at_least == 0.5
+
+
+def test_a_cell_may_say_otherwise_than_the_defaults(tmp_path: Path) -> None:
+    lanes = f"released = [{{ {ONE}, {FUSED}, samples = 2, kl_base_merged_within = 0.02 }}]"
+    expects = load(written(tmp_path, lanes)).cells[0].expects
+    assert (expects.samples, expects.kl_base_merged_within, expects.delta_kept_at_least) == (2, 0.02, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "says"),
+    [
+        ("nightly = []", "unknown key 'nightly', expected only released, latest, dev"),
+        ("released = []", "found no cell"),
+        (
+            f"released = [{{ {ONE}, {FUSED}, peff = 1 }}]",
+            r"\['5.5.0', '0.19.1', '0.25.1'\]: unknown key 'peff'",
+        ),
+        (f'released = [{{ transformers = "5.5.0", {FUSED} }}]', r"found versions of \['transformers'\]"),
+        (
+            f'latest = [{{ name = "latest", peft = "1", {FUSED} }}]',
+            r"found versions of \['peft'\], expected of \[\]",
+        ),
+        (f'released = [{{ {ONE}, path = "dense" }}]', "path: found 'dense', expected one of"),
+        (f'released = [{{ {ONE}, path = "fused" }}]', "orientation: found None, expected one of"),
+        (
+            f'released = [{{ {ONE}, path = "per-expert", orientation = "standard" }}]',
+            r"orientation: found 'standard', expected one of \[None\]",
+        ),
+        (f'released = [{{ {ONE}, {FUSED}, samples = "most" }}]', "samples: found 'most', expected a number"),
+        (f"released = [{{ {ONE}, {FUSED}, delta_kept_at_least = true }}]", "found True, expected a number"),
+        (f'released = [{{ {ONE}, {FUSED}, name = "a/b" }}]', "the name 'a/b' cannot be a file's"),
+        (f"released = [{{ {ONE}, {FUSED} }}, {{ {ONE}, {FUSED} }}]", "is there twice"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, lanes: str, says: str) -> None:
+    with pytest.raises(MatrixError, match=says):
+        load(written(tmp_path, lanes))
+
+
+def test_an_expectation_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    expect = EXPECT.replace("delta_kept_at_least = 0.99", "")
+    with pytest.raises(MatrixError, match="delta_kept_at_least is missing, here and under"):
+        load(written(tmp_path, f"released = [{{ {ONE}, {FUSED} }}]", expect))
+
+
+def test_no_file_and_no_toml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MatrixError, match="no such file"):
+        load(tmp_path / "matrix.toml")
+    (tmp_path / "matrix.toml").write_text("[", "utf-8")
+    with pytest.raises(MatrixError, match="no TOML"):
+        load(tmp_path / "matrix.toml")
+
+
+def test_the_shipped_matrix_holds_what_was_promised() -> None:
+    """The four combinations of the original repair, the two other regimes of PEFT, and the lanes."""
+    cells = {cell.name: cell for cell in load(SHIPPED).cells}
+    assert {cell.lane for cell in cells.values()} == set(LANES)
+    assert [cells[name].expects.orientation for name in cells if name.startswith("tf5")] == [
+        *("standard", "swapped", "standard", "swapped", "standard"),
+    ]
+    assert all(cells[name].expects.path == "per-expert" for name in cells if name.startswith("tf4"))
+    assert cells.keys() >= {
+        "tf5.5.0-peft0.19.1-trl0.25.1",
+        "tf5.5.0-peft0.18.1-trl0.25.1",
+        "tf4.57.6-peft0.19.1-trl0.25.1",
+        "tf5.5.0-peft0.19.1-trl1.4.0",
+        "tf5.5.0-peft0.19.0-trl0.25.1",
+        "tf4.57.6-peft0.17.1-trl0.25.1",
+    }
+    assert [name for name, cell in cells.items() if cell.optional] == ["dev"]
+    assert all(cell.expects.kl_base_trained_at_least >= 0.5 for cell in cells.values())
+
+
+def test_cells_are_chosen_by_name_in_the_matrix_s_order() -> None:
+    matrix = load(SHIPPED)
+    last, first = matrix.names[3], matrix.names[0]
+    assert [cell.name for cell in matrix.chosen([last, first])] == [first, last]
+    assert matrix.chosen(()) == matrix.cells
+    with pytest.raises(MatrixError, match=r"no cell 'tf9'; it has: tf5\.5\.0"):
+        matrix.chosen(["tf9"])
+
+
+def test_a_workflow_gets_a_job_for_each_cell() -> None:
+    matrix = load(SHIPPED)
+    jobs = matrix.github()["include"]
+    assert [job["cell"] for job in jobs] == list(matrix.names)
+    assert jobs[0] == {
+        "cell": "tf5.5.0-peft0.19.1-trl0.25.1",
+        "lane": "released",
+        "optional": False,
+        "transformers": "5.5.0",
+        "peft": "0.19.1",
+        "trl": "0.25.1",
+    }
+    assert [job["cell"] for job in matrix.github(["dev"])["include"]] == ["dev"]

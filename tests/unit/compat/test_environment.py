@@ -1,0 +1,181 @@
+"""Environments by the real venv and pip, of tiny packages in a folder: no package index is asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from loudmerge.compat import environment, links
+from loudmerge.compat.environment import Environment, Installer, NotInstalled, Stamp, Unreachable
+from tests.unit.compat import checkout
+from tests.unit.compat.made import VERSIONS, cell
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return checkout.make(tmp_path, monkeypatch)
+
+
+def make(root: Path, pins: Mapping[str, str], name: str = "one") -> tuple[Environment, bool]:
+    made = Environment(root / ".compat" / "env" / name)
+    wanted = environment.requirements(pins)
+    return made, made.make(root, wanted, Installer.of(root, {}), root / ".compat" / "logs" / "one.txt")
+
+
+def test_an_environment_is_made_reused_rebuilt_and_reported(root: Path) -> None:
+    """Reused while the pins are the same; rebuilt when they move; a failure leaves none that counts."""
+    one, made = make(root, VERSIONS)
+    assert made
+    assert one.versions().items() >= {**VERSIONS, "torch": "2.13.0"}.items()
+    (one.directory / "mine").touch()
+    assert not make(root, VERSIONS)[1]
+    assert (one.directory / "mine").exists()
+
+    older = {**VERSIONS, "peft": "0.18.1"}
+    assert make(root, older)[1]
+    assert one.versions()["peft"] == "0.18.1"
+    assert not (one.directory / "mine").exists()
+
+    with pytest.raises(NotInstalled, match=r"No matching distribution found for peft==0\.1"):
+        make(root, {**VERSIONS, "peft": "0.1"})
+    stamp = Stamp.of(root, environment.requirements(older), Installer.of(root, {}))
+    assert not one.is_of(stamp)
+    log = (root / ".compat" / "logs" / "one.txt").read_text("utf-8")
+    assert "peft==0.1" in log.splitlines()[1]
+    assert "ERROR: No matching distribution found for peft==0.1" in log
+
+
+def test_environments_share_their_large_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both hold is on the disk once; where that cannot be, the log says why, and each has its own."""
+    monkeypatch.setattr(links, "LEAST_BYTES", 1)
+    large = "peft-0.19.1.dist-info/WHEEL"
+    one, _ = make(root, VERSIONS)
+    two, _ = make(root, VERSIONS, "two")
+    assert _found(one, large).samefile(_found(two, large))
+    log = root / ".compat" / "logs" / "one.txt"
+    assert "MiB shared with the other environments, 1" in log.read_text("utf-8")
+
+    def no_link(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_link)
+    three, made = make(root, VERSIONS, "three")
+    assert made
+    assert not _found(one, large).samefile(_found(three, large))
+    assert "Operation not permitted" in log.read_text("utf-8")
+
+
+def _found(one: Environment, place: str) -> Path:
+    (file,) = one.directory.glob(f"lib/*/site-packages/{place}")
+    return file
+
+
+@pytest.mark.parametrize("change", ["requirements", "torch", "index", "project"])
+def test_a_stamp_is_of_all_that_an_environment_is_made_of(root: Path, change: str) -> None:
+    wanted, installer = environment.requirements(VERSIONS), Installer.of(root, {})
+    before = Stamp.of(root, wanted, installer)
+    assert Stamp.of(root, wanted, installer) == before
+    if change == "requirements":
+        wanted = environment.requirements({**VERSIONS, "trl": "1.4.0"})
+    elif change == "torch":
+        installer = Installer.of(root, {"LOUDMERGE_TORCH": "torch==2.12.0"})
+    elif change == "index":
+        installer = Installer.of(root, {"LOUDMERGE_TORCH_INDEX": "https://example.invalid/cpu"})
+    else:
+        text = checkout.PROJECT.replace('version = "1.0"', 'version = "1.0"\ndependencies = ["click"]')
+        (root / "pyproject.toml").write_text(text, "utf-8")
+    assert Stamp.of(root, wanted, installer) != before
+
+
+def test_torch_is_pinned_in_one_place_and_an_environment_variable_replaces_it(root: Path) -> None:
+    assert Installer.of(root, {}) == Installer("torch==2.13.0")
+    environ = {"LOUDMERGE_TORCH": "torch==2.12.0", "LOUDMERGE_TORCH_INDEX": "https://example.invalid/cpu"}
+    found = Installer.of(root, environ)
+    assert (found.torch, found.index) == ("torch==2.12.0", "https://example.invalid/cpu")
+    line = found.install(Path("python"), ["torch==2.12.0", "peft==1"])
+    assert line[-4:] == ["--extra-index-url", "https://example.invalid/cpu", "torch==2.12.0", "peft==1"]
+
+
+def test_uv_takes_the_place_of_venv_and_pip() -> None:
+    by_uv = Installer("torch==2.13.0", "https://example.invalid/cpu", uv=True)
+    assert by_uv.create(Path("env"))[:2] == ["uv", "venv"]
+    line = by_uv.install(Path("env/bin/python"), ["peft==1"])
+    assert line[:5] == ["uv", "pip", "install", "--python", "env/bin/python"]
+    assert {"--extra-index-url", "unsafe-best-match"} <= set(line)
+    assert Installer.of(Path.cwd(), {"LOUDMERGE_UV": "1"}).uv
+
+
+def test_an_installer_that_is_not_there_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(root))
+    made = Environment(root / "env")
+    with pytest.raises(NotInstalled, match="uv is not installed"):
+        made.make(root, (), Installer("torch==2.13.0", uv=True), root / "log.txt")
+
+
+def test_the_newest_is_what_the_index_serves(root: Path) -> None:
+    found = environment.pins(cell(lane="latest", versions={}), Installer.of(root, {}), {})
+    assert found == VERSIONS
+
+
+def test_an_index_without_an_answer_is_unreachable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(Unreachable, match="transformers"):
+        environment.newest(Installer.of(root, {}))
+    with pytest.raises(Unreachable, match="torch"):
+        make(root, VERSIONS)
+
+
+def test_heads_are_pinned_to_their_commits(tmp_path: Path) -> None:
+    repositories = {name: f"owner/{name}" for name in ("transformers", "peft")}
+    commits = {name: _repository(tmp_path / "owner" / name) for name in repositories}
+    base = tmp_path.as_uri()
+    found = environment.pins(
+        cell(lane="dev", versions=repositories), Installer("torch"), {"LOUDMERGE_GITHUB": base}
+    )
+    assert found == {name: f"git+{base}/owner/{name}@{commits[name]}" for name in repositories}
+    assert environment.requirements(found)[1] == f"peft @ git+{base}/owner/peft@{commits['peft']}"
+
+
+def _repository(directory: Path) -> str:
+    git = ["git", "-C", str(directory), "-c", "user.name=n", "-c", "user.email=e"]
+    directory.mkdir(parents=True)
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    done = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_heads_that_cannot_be_reached_say_so_without_the_address(tmp_path: Path) -> None:
+    base = (tmp_path / "user:secret").as_uri()
+    with pytest.raises(Unreachable, match="fatal: ") as raised:
+        environment.heads({"peft": "huggingface/peft"}, base)
+    assert "://" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("Collecting peft\nERROR: no such thing\nmore", "ERROR: no such thing"),
+        (
+            "ERROR: Cannot install a and b\n\nThe conflict\nERROR: ResolutionImpossible: for help visit https://p.io/x",
+            "ERROR: Cannot install a and b",
+        ),
+        ("just this\n\n", "just this"),
+        ("", "it said nothing"),
+        ("ERROR: https://me:secret@index.invalid/simple failed", "ERROR: … failed"),
+    ],
+)
+def test_the_telling_line_of_an_installer(words: str, line: str) -> None:
+    assert environment.said(words) == line
+
+
+def test_a_cell_runs_in_this_python(root: Path) -> None:
+    assert Installer.of(root, {}).create(Path("env")) == [sys.executable, "-m", "venv", "env"]

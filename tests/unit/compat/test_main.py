@@ -1,0 +1,115 @@
+"""`nox -s matrix -- …`: what it prints, how it ends, and that it needs nothing but Python."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loudmerge.compat.__main__ import main
+from loudmerge.compat.cells import load
+from tests.unit.compat import checkout
+from tests.unit.compat.made import EXPECT, VERSIONS, cell, result
+
+FUSED = 'path = "fused", orientation = "standard"'
+HEADS = 'transformers = "h/t", peft = "h/p", trl = "h/l"'
+MATRIX = f"""{EXPECT}
+[lanes]
+released = [
+    {{ name = "one", transformers = "5.5.0", peft = "0.19.1", trl = "0.25.1", {FUSED} }},
+]
+dev = [
+    {{ name = "dev", {HEADS}, {FUSED}, optional = true }},
+]
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout to be in, whose cell `one` has its environment."""
+    root = checkout.make(tmp_path, monkeypatch)
+    (root / "matrix.toml").write_text(MATRIX, "utf-8")
+    checkout.in_place(root, cell("one", versions=VERSIONS))
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("LOUDMERGE_GITHUB", (root / "nowhere").as_uri())
+    return root
+
+
+def test_list_prints_a_name_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == list(load(Path("matrix.toml")).names)
+
+
+def test_github_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--github"]) == 0
+    assert json.loads(capsys.readouterr().out) == load(Path("matrix.toml")).github()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["three"], "matrix.toml has no cell 'three'; it has: one, dev"),
+        (["-j", "0"], "found 0, expected at least 1"),
+        (["--parts", "tests,lunch"], "found 'lunch', expected some of tests,journey,families,cross"),
+        (["--against", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_wrong_arguments_are_usage(
+    root: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (root / ".compat" / "results").exists()
+
+
+def test_a_cell_that_falls_short_is_said_and_exits_1(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["one", "--parts", "tests"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "2 cells: 1 failed, 1 not-run\n"
+    assert (
+        "one: failed\n  journey: found no figures, expected figures of a trained and merged model\n"
+        in said.err
+    )
+    assert "one" in (root / ".compat" / "COMPAT.md").read_text("utf-8")
+    assert "one" in (root / ".compat" / "compat.html").read_text("utf-8")
+    assert {file.stem for file in (root / ".compat" / "results").iterdir()} == {"one", "dev"}
+
+
+def test_an_optional_cell_that_was_not_reached_exits_0(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its row is there and is no pass; the results are where they were asked to be."""
+    assert main(["dev", "--results", "elsewhere"]) == 0
+    assert capsys.readouterr().out == "2 cells: 1 unreachable, 1 not-run\n"
+    assert json.loads((root / "elsewhere" / "dev.json").read_text("utf-8"))["status"] == "unreachable"
+
+
+def test_a_cell_that_was_ok_and_is_not_has_regressed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older = root / "older"
+    older.mkdir()
+    (older / "one.json").write_text(json.dumps(result().to_json()), "utf-8")
+    assert main(["one", "--parts", "tests", "--against", "older"]) == 1
+    assert "one: regressed: " in capsys.readouterr().err
+    assert "regressed" in (root / ".compat" / "COMPAT.md").read_text("utf-8")
+
+
+def test_the_matrix_is_run_without_torch_or_any_package() -> None:
+    """Only what runs inside a cell's environment needs what is installed there."""
+    text = (
+        "before = set(sys.modules); import loudmerge.compat.__main__; "
+        "new = {name.partition('.')[0] for name in sys.modules if name not in before}; "
+        "print(sorted(new - set(sys.stdlib_module_names) - {'loudmerge', 'tomli'}))"
+    )
+    source = str(Path("src").resolve())
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {source!r}); {text}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "[]", done.stderr

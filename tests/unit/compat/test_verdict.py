@@ -1,0 +1,130 @@
+"""Each thing that a cell can fail to show turns it red by its own check; a cell that shows all is green."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult, Tests
+from loudmerge.compat.verdict import judged
+from tests.unit.compat.made import EXPECTED, result
+
+
+def checks(row: CellResult, **expected: Any) -> list[str]:
+    found = judged(replace(EXPECTED, **expected), row)
+    assert found.status == (FAILED if found.shortfalls else OK)
+    return [each.check for each in found.shortfalls]
+
+
+def test_a_cell_that_shows_all_is_ok() -> None:
+    assert checks(result()) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [
+        ("path", {"path": "per-expert"}),
+        ("orientation", {"orientation": "swapped"}),
+        ("orientation", {"orientation": None}),
+        ("merged", {"merged": (95, 96)}),
+        ("merged", {"merged": (0, 0)}),
+        ("merged", {"merged": None}),
+        ("kl_float32_merge", {"kl_float32_merge": 1.1e-8}),
+        ("kl_trained_merged", {"kl_trained_merged": 1.9e-3}),
+        ("kl_base_merged", {"kl_base_merged": 1.84}),
+        ("kl_base_merged", {"kl_base_merged": 1.88}),
+        ("delta_kept", {"delta_kept": 0.98}),
+        ("samples", {"samples": (2, 3)}),
+        ("samples", {"samples": (0, 0)}),
+        ("tests", {"tests": Tests(9, 1, 0, {}, ("a::b",))}),
+        ("tests", {"tests": Tests(0, 0, 3, {"why": 3})}),
+        ("tests", {"tests": None}),
+        ("families", {"families": {"mixtral": "ok", "qwen3_moe": "its logits differ"}}),
+        ("families", {"families": {}}),
+        ("crossed", {"crossed": {"two": "other weights than where it was trained"}}),
+        ("journey", {"figures": None}),
+    ],
+)
+def test_each_thing_falls_short_by_its_own_check(check: str, change: dict[str, Any]) -> None:
+    assert checks(result(**change)) == [check]
+
+
+@pytest.mark.parametrize(
+    ("check", "change"),
+    [
+        ("kl_float32_merge", {"kl_float32_merge": math.nan}),
+        ("kl_trained_merged", {"kl_trained_merged": math.nan}),
+        ("kl_base_merged", {"kl_base_merged": math.nan}),
+        ("delta_kept", {"delta_kept": math.nan}),
+    ],
+)
+def test_a_figure_that_is_no_number_falls_short(check: str, change: dict[str, Any]) -> None:
+    assert checks(result(**change)) == [check]
+
+
+def test_a_training_that_moved_nothing_proves_nothing() -> None:
+    """Whatever else is right: the merge of nothing is right, too."""
+    still = result(kl_base_trained=0.01, kl_base_merged=0.01, kl_trained_merged=0.0)
+    assert checks(still) == ["kl_base_trained"]
+    assert "kl_base_trained" in checks(result(kl_base_trained=math.nan))
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "expected"),
+    [
+        # An expert's delta is dropped: the samples may be the same; the weights are not the trained ones.
+        (
+            {"kl_float32_merge": 3e-3, "kl_trained_merged": 3e-3, "delta_kept": 0.97},
+            ["kl_float32_merge", "kl_trained_merged", "delta_kept"],
+        ),
+        # Another reading of A and B: everything is applied, in the wrong place.
+        (
+            {"kl_float32_merge": 1.5, "kl_trained_merged": 1.5, "kl_base_merged": 2.4, "samples": (0, 3)},
+            ["kl_float32_merge", "kl_trained_merged", "kl_base_merged", "samples"],
+        ),
+        # The base itself is written.
+        (
+            {"kl_float32_merge": 1.86, "kl_trained_merged": 1.86, "kl_base_merged": 0.0, "delta_kept": 0.0},
+            ["kl_float32_merge", "kl_trained_merged", "kl_base_merged", "delta_kept"],
+        ),
+    ],
+    ids=["one-expert-dropped", "other-layout", "nothing-merged"],
+)
+def test_the_figures_of_a_wrong_merge_turn_the_cell_red(
+    sabotage: dict[str, Any], expected: list[str]
+) -> None:
+    assert checks(result(**sabotage)) == expected
+
+
+def test_a_shortfall_says_what_was_found_and_what_was_expected() -> None:
+    row = judged(EXPECTED, result(kl_trained_merged=0.5, samples=(1, 3), tests=Tests(9, 1, 0, {}, ("a::b",))))
+    assert [(each.found, each.expected) for each in row.shortfalls] == [
+        ("0.5", "at most 0.001 of kl_base_trained, 0.00186"),
+        ("1 / 3", "3 the same"),
+        ("1 failed: a::b", "none"),
+    ]
+
+
+def test_a_refusal_by_design_is_no_shortfall() -> None:
+    assert checks(result(families={"longcat_flash": "refused by design: experts-incomplete"})) == []
+
+
+def test_a_cell_may_expect_less() -> None:
+    assert (
+        checks(result(samples=(2, 3), kl_float32_merge=1e-7), samples=2, kl_float32_merge_at_most=1e-6) == []
+    )
+    assert checks(result(samples=(1, 3)), samples=2) == ["samples"]
+
+
+@pytest.mark.parametrize("status", [NOT_INSTALLED, NOT_RUN, UNREACHABLE])
+def test_what_did_not_run_keeps_its_status(status: str) -> None:
+    row = CellResult("one", "released", status, {}, detail="why")
+    assert judged(EXPECTED, row) == row
+
+
+def test_shortfalls_of_an_earlier_judgement_are_not_kept() -> None:
+    red = judged(EXPECTED, result(orientation="swapped"))
+    assert checks(red, orientation="swapped") == []

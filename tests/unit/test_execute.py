@@ -1,0 +1,492 @@
+"""A plan is executed piece by piece: every element once, equal bytes for any number of threads."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from loudmerge import execute as module
+from loudmerge import preflight
+from loudmerge.delta import Kept
+from loudmerge.errors import MergeRefused
+from loudmerge.execute import Outcome, execute, merged_keys, split
+from loudmerge.layout import Axes, Span
+from loudmerge.plan import OutputTensor, Term
+from tests.unit.builders import (
+    EMBED,
+    EXPERTS,
+    PREFIX,
+    Q_PROJ,
+    Tensors,
+    entry,
+    expert_tensors,
+    fused_lora,
+    lora,
+    plan_of,
+    values,
+    write_adapter,
+    write_base,
+)
+
+E, H, I, V = 3, 6, 4, 9  # noqa: E741
+Q = {f"{Q_PROJ}.weight": values(8, H)}
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+ROWS = f"{PREFIX}{EMBED}.token_adapter.trainable_tokens_delta"
+SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple)
+
+
+class World:
+    """Runs a plan into a folder and returns what it wrote."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def run(
+        self, base: Tensors, adapter: Tensors, *, threads: int = 1, name: str = "out",
+        model: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        options = {option: fields.pop(option) for option in ("dtype", "rounding") if option in fields}
+        write_base(self.path / "base", base, **(model or {}))
+        write_adapter(self.path / "adapter", adapter, **fields)
+        plan = plan_of(self.path / "base", self.path / "adapter", **options)
+        (self.path / name).mkdir()
+        self.progress: list[tuple[str, int, int]] = []
+        self.outcome = execute(
+            plan,
+            self.path / name,
+            device="cpu",
+            threads=threads,
+            progress=lambda *args: self.progress.append(args),
+        )
+        assert not merged_keys(plan.outputs) - self.outcome.terms
+        return load_file(self.path / name / "model.safetensors")
+
+    def refuse(self, *args: Any, **fields: Any) -> MergeRefused:
+        with pytest.raises(MergeRefused) as caught:
+            self.run(*args, **fields)
+        return caught.value
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def update(adapter: Tensors, name: str, scaling: float = 2.0) -> torch.Tensor:
+    a, b = adapter[f"{PREFIX}{name}.lora_A.weight"], adapter[f"{PREFIX}{name}.lora_B.weight"]
+    return (b.double() @ a.double() * scaling).float()
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+
+def output(shape: tuple[int, ...], *, stacked: bool = False, **more: Any) -> OutputTensor:
+    terms: tuple[Term, ...] = ()
+    if stacked and len(shape) == 3:
+        terms = tuple(
+            Term(0, e, Span(0, shape[1]), e, Axes.OUT_IN, Span(0, shape[1])) for e in range(shape[0])
+        )
+    return OutputTensor("a", "f", entry("a", shape), more.pop("dtype", "F32"), shape, terms=terms, **more)
+
+
+@given(SHAPES, st.booleans(), st.sampled_from(("F32", "BF16", "F64")), st.integers(1, 60))
+def test_pieces_cover_every_element_exactly_once(
+    shape: tuple[int, ...], stacked: bool, dtype: str, piece_bytes: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE_BYTES", piece_bytes)
+        pieces = list(split(output(shape, stacked=stacked, dtype=dtype)))
+    covered = Counter(
+        element
+        for piece in pieces
+        for element in range(piece.offset, piece.offset + piece.rows * piece.columns)
+    )
+    assert covered == Counter(range(math.prod(shape)))
+    assert [piece.offset for piece in pieces] == sorted(piece.offset for piece in pieces)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(1, 80))
+def test_a_piece_of_stacked_matrices_lies_in_one_and_has_its_terms(
+    experts: int, rows: int, columns: int, piece_bytes: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE_BYTES", piece_bytes)
+        patch.setattr(module, "BAND", 2)
+        pieces = list(split(output((experts, rows, columns), stacked=True)))
+    for piece in pieces:
+        assert piece.offset == (piece.matrix * rows + piece.first) * columns
+        assert [term.index for term in piece.terms] == [piece.matrix]
+        assert piece.rows <= 2 or piece.rows * columns * 4 <= piece_bytes
+        assert piece.first % 2 == 0, "no band is cut"
+
+
+def test_dora_needs_the_whole_matrix_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", 8)
+    assert [piece.rows for piece in split(output((6, 4), dora=entry("m", (6,))))] == [6]
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("PIECE_BYTES", 64), ("SYNC_BYTES", 128), ("FACTOR_BYTES", 1), ("BAND", 1)):
+        monkeypatch.setattr(module, name, size)
+
+
+def mixed(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    base = expert_tensors(E, H, I, dtype=dtype) | {f"{Q_PROJ}.weight": values(64, H, dtype=dtype)}
+    return base, fused_lora(EXPERTS, [(H, I), (2 * I, H)], experts=E) | lora(Q_PROJ, 64, H)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_do_not_depend_on_threads_or_pieces(
+    dtype: torch.dtype, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = mixed(dtype)
+    world.run(base, adapter, target_parameters=BOTH, name="large")
+    for name, size in (("PIECE_BYTES", 64), ("SYNC_BYTES", 128), ("FACTOR_BYTES", 1), ("BAND", 1)):
+        monkeypatch.setattr(module, name, size)
+    found = {}
+    for threads in (1, 2):
+        world.run(base, adapter, target_parameters=BOTH, threads=threads, name=str(threads))
+        found[threads] = (world.path / str(threads) / "model.safetensors").read_bytes()
+    assert found[1] == found[2] == (world.path / "large" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("axes", list(Axes))
+@pytest.mark.usefixtures("small_pieces")
+def test_a_fused_tensor_larger_than_a_piece_is_updated_in_all_of_its_matrices(
+    axes: Axes, world: World
+) -> None:
+    base = {f"{EXPERTS}.gate_up_proj": values(E, 2 * I, H), f"{EXPERTS}.down_proj": values(E, H, I)}
+    if axes is Axes.IN_OUT:
+        base = {key: value.transpose(1, 2).contiguous() for key, value in base.items()}
+    adapter = fused_lora(EXPERTS, [(H, I), (2 * I, H)], experts=E)
+    merged = world.run(base, adapter, target_parameters=BOTH)
+    for leaf, place in (("gate_up_proj", f"{EXPERTS}.base_layer"), ("down_proj", EXPERTS)):
+        a, b = adapter[f"{PREFIX}{place}.lora_A.weight"], adapter[f"{PREFIX}{place}.lora_B.weight"]
+        for e in range(E):
+            delta = b[:, e::E] @ a[2 * e : 2 * e + 2] * 2.0
+            expected = base[f"{EXPERTS}.{leaf}"][e] + (delta if axes is Axes.OUT_IN else delta.T)
+            torch.testing.assert_close(merged[f"{EXPERTS}.{leaf}"][e], expected)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_what_is_not_merged_is_copied_byte_for_byte(world: World) -> None:
+    others = {
+        "int": torch.arange(40, dtype=torch.int32).view(5, 8),
+        "bool": torch.tensor([True, False, True]),
+        "double": values(50, dtype=torch.float64),
+        "half": values(30, 3, dtype=torch.float16),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "flat": torch.zeros(0),
+        "nan": torch.tensor([float("nan"), float("inf")]),
+    }
+    merged = world.run({**Q, **others}, lora(Q_PROJ, 8, H))
+    for key, value in others.items():
+        assert (merged[key].dtype, merged[key].shape) == (value.dtype, value.shape)
+        assert torch.equal(merged[key].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), (
+            key
+        )
+    torch.testing.assert_close(
+        merged[f"{Q_PROJ}.weight"], Q[f"{Q_PROJ}.weight"] + update(lora(Q_PROJ, 8, H), Q_PROJ)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.usefixtures("small_pieces")
+def test_another_dtype_casts_floats_and_copies_the_rest(dtype: str, world: World) -> None:
+    base = {
+        **Q,
+        "int": torch.arange(9),
+        "plain": values(7, 5),
+        "empty": torch.zeros(0, 4),
+        "vector": values(33),
+    }
+    merged = world.run(base, lora(Q_PROJ, 8, H), dtype=dtype)
+    wanted = getattr(torch, dtype)
+    for key in ("plain", "empty", "vector"):
+        assert torch.equal(merged[key], base[key].to(wanted)), key
+    assert torch.equal(merged["int"], base["int"])
+    assert merged[f"{Q_PROJ}.weight"].dtype == wanted
+
+
+def test_the_progress_counts_all_bytes(world: World) -> None:
+    world.run({**Q, "int": torch.arange(9)}, lora(Q_PROJ, 8, H))
+    total = 8 * H * 4 + 9 * 8
+    assert [stage for stage, _, _ in world.progress] == ["merge"] * 2
+    assert world.progress[-1] == ("merge", total, total)
+
+
+def test_the_outcome_is_by_tensor_and_overall(world: World) -> None:
+    base, adapter = mixed(torch.bfloat16)
+    world.run(base, adapter, target_parameters=BOTH)
+    assert set(world.outcome.kept) == set(base)
+    assert world.outcome.overall.total == pytest.approx(
+        sum(kept.total for kept in world.outcome.kept.values())
+    )
+    assert 0.5 < world.outcome.overall.ratio < 1.5
+    assert Outcome().overall == Kept()
+
+
+# --- other changes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("small_pieces")
+def test_dora_is_merged_in_either_order_of_the_axes(transposed: bool, world: World) -> None:
+    weight, magnitude = Q[f"{Q_PROJ}.weight"], values(8).abs()
+    adapter = lora(Q_PROJ, 8, H)
+    summed = weight + update(adapter, Q_PROJ)
+    expected = magnitude[:, None] * summed / summed.norm(dim=1, keepdim=True)
+    base = {f"{Q_PROJ}.weight": weight.T.contiguous() if transposed else weight}
+    held = {**adapter, f"{PREFIX}{Q_PROJ}.lora_magnitude_vector": magnitude}
+    merged = world.run(base, held, use_dora=True, fan_in_fan_out=transposed)[f"{Q_PROJ}.weight"]
+    torch.testing.assert_close(merged.T if transposed else merged, expected)
+    assert world.outcome.overall.ratio == pytest.approx(1, abs=1e-5)
+
+
+def test_a_lora_bias_is_added_with_its_scaling(world: World) -> None:
+    base = {**Q, f"{Q_PROJ}.bias": values(8)}
+    held = {**lora(Q_PROJ, 8, H), f"{PREFIX}{Q_PROJ}.lora_B.bias": values(8, seed=9)}
+    merged = world.run(base, held, lora_bias=True)
+    torch.testing.assert_close(merged[f"{Q_PROJ}.bias"], values(8) + 2.0 * values(8, seed=9))
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+@pytest.mark.usefixtures("small_pieces")
+def test_token_rows_replace_rows(dtype: str, world: World) -> None:
+    base, rows = {f"{EMBED}.weight": values(V, H)}, values(2, H, seed=9, dtype=torch.float16)
+    merged = world.run(base, {ROWS: rows}, trainable_token_indices=[7, 0], dtype=dtype)[f"{EMBED}.weight"]
+    expected = base[f"{EMBED}.weight"].clone()
+    expected[[7, 0]] = rows.float()
+    assert torch.equal(merged, expected if dtype == "keep" else expected.to(torch.bfloat16))
+
+
+def test_an_embedding_lora_is_transposed_onto_its_rows(world: World) -> None:
+    a, b = values(2, V), values(H, 2)
+    held = {f"{PREFIX}{EMBED}.lora_embedding_A": a, f"{PREFIX}{EMBED}.lora_embedding_B": b}
+    base = {f"{EMBED}.weight": values(V, H), "lm_head.weight": values(V, H, seed=3)}
+    merged = world.run(base, held)
+    torch.testing.assert_close(merged[f"{EMBED}.weight"], base[f"{EMBED}.weight"] + 2.0 * (b @ a).T)
+    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"])
+
+
+def test_a_tied_models_head_gets_the_update_and_its_embedding_does_not(world: World) -> None:
+    base, adapter = {f"{EMBED}.weight": values(V, H)}, lora("lm_head", V, H)
+    merged = world.run(base, adapter, model={"tie_word_embeddings": True})
+    assert torch.equal(merged[f"{EMBED}.weight"], base[f"{EMBED}.weight"])
+    torch.testing.assert_close(merged["lm_head.weight"], base[f"{EMBED}.weight"] + update(adapter, "lm_head"))
+
+
+def test_a_replacement_takes_the_dtype_of_what_it_replaces(world: World) -> None:
+    base = {"lm_head.weight": values(V, H, dtype=torch.bfloat16)}
+    new = values(V + 2, H, seed=9)
+    held = {f"{PREFIX}lm_head.weight": new, f"{PREFIX}{EMBED}.weight": new.clone()}
+    base[f"{EMBED}.weight"] = values(V, H, seed=1)
+    merged = world.run(base, held)
+    assert torch.equal(merged["lm_head.weight"], new.to(torch.bfloat16))
+    assert torch.equal(merged[f"{EMBED}.weight"], new)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "count"), [(float("nan"), 1), (float("inf"), 2), (float("-inf"), 1)])
+def test_an_adapter_with_a_value_that_is_not_finite_is_refused(
+    value: float, count: int, world: World
+) -> None:
+    held = lora(Q_PROJ, 8, H)
+    held[f"{PREFIX}{Q_PROJ}.lora_A.weight"].view(-1)[:count] = value
+    error = world.refuse(Q, held)
+    assert error.code == "non-finite"
+    assert f"{Q_PROJ}.lora_A.weight [2, 6] F32 in adapter_model.safetensors" in error.where
+    assert f"found {count} NaN or infinite value{'s' if count > 1 else ''}, expected finite numbers." in str(
+        error
+    )
+
+
+def test_an_adapter_is_looked_at_chunk_by_chunk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not finite is counted over all of them, and zero is only what is zero in all of them."""
+    monkeypatch.setattr(preflight, "CHUNK_BYTES", 16)
+    held = lora(Q_PROJ, 8, H)
+    held[f"{PREFIX}{Q_PROJ}.lora_A.weight"].view(-1)[torch.tensor([0, 6, 11])] = float("nan")
+    assert "found 3 NaN or infinite values" in str(world.refuse(Q, held))
+
+    held = {key: torch.zeros_like(value) for key, value in held.items()}
+    for value in held.values():
+        value.view(-1)[-1] = 1.0
+    merged = world.run(Q, held, name="other")
+    assert not world.outcome.notes
+    torch.testing.assert_close(merged[f"{Q_PROJ}.weight"], Q[f"{Q_PROJ}.weight"] + update(held, Q_PROJ))
+
+
+def test_every_tensor_that_is_not_finite_is_named(world: World) -> None:
+    held = {key: torch.full_like(value, float("nan")) for key, value in lora(Q_PROJ, 8, H).items()}
+    assert len(world.refuse(Q, held).problems) == 2
+
+
+def test_a_second_copy_of_a_full_tensor_has_the_same_values(world: World) -> None:
+    base = {"lm_head.weight": values(V, H), f"{EMBED}.weight": values(V, H, seed=2)}
+    names = [f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.modules_to_save.weight"]
+    merged = world.run(base, {name: values(V, H, seed=9) for name in names}, modules_to_save=["lm_head"])
+    assert torch.equal(merged["lm_head.weight"], values(V, H, seed=9))
+    held = {name: values(V, H, seed=number) for number, name in enumerate(names)}
+    error = world.refuse(base, held, modules_to_save=["lm_head"], name="other")
+    assert error.code == "unconsumed-adapter-tensor"
+    assert "lm_head.modules_to_save.weight [9, 6] F32 in adapter_model.safetensors: found other" in str(error)
+
+
+def test_finite_numbers_whose_sum_is_not_are_finite(world: World) -> None:
+    held = lora(Q_PROJ, 8, H)
+    held[f"{PREFIX}{Q_PROJ}.lora_A.weight"].fill_(3e38)
+    held[f"{PREFIX}{Q_PROJ}.lora_B.weight"].zero_()
+    assert torch.equal(world.run(Q, held)[f"{Q_PROJ}.weight"], Q[f"{Q_PROJ}.weight"])
+
+
+def test_a_result_that_its_dtype_cannot_hold_is_refused(world: World) -> None:
+    base = {f"{Q_PROJ}.weight": torch.full((8, H), 60000.0, dtype=torch.float16)}
+    held = {key: torch.full_like(value, 100.0) for key, value in lora(Q_PROJ, 8, H).items()}
+    error = world.refuse(base, held)
+    assert error.code == "non-finite"
+    assert str(error).startswith(
+        f"non-finite: {Q_PROJ}.weight: found 48 values of the result that F16 cannot hold, expected finite"
+    )
+    assert "--dtype bfloat16 or --dtype float32" in error.hint
+
+
+def test_a_cast_that_overflows_is_refused(world: World) -> None:
+    base = {**Q, "scale": torch.tensor([1e6, 1.0])}
+    error = world.refuse(base, lora(Q_PROJ, 8, H), dtype="float16")
+    assert str(error).startswith("non-finite: scale: found 1 values of the result that F16 cannot hold")
+
+
+def test_what_the_base_itself_has_is_told_apart(world: World) -> None:
+    base = {f"{Q_PROJ}.weight": Q[f"{Q_PROJ}.weight"].clone()}
+    base[f"{Q_PROJ}.weight"][0, 0] = float("nan")
+    error = world.refuse(base, lora(Q_PROJ, 8, H))
+    assert "found 1 values of the result that F32 cannot hold, of which the base itself has 1" in str(error)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_an_input_that_ends_while_it_is_read_is_corrupt(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {**Q, "z": values(400)})
+    plan = plan_of(base, write_adapter(tmp_path / "adapter", lora(Q_PROJ, 8, H)))
+    file = base / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MergeRefused, match=r"^corrupt-file: .*found the end of the file at byte \d+"):
+        execute(plan, tmp_path / "out", device="cpu", threads=2)
+
+
+def test_the_disks_error_while_a_shard_is_synced_is_not_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports a failed write back once, to whoever syncs first."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        world.run(Q, lora(Q_PROJ, 8, H))
+
+
+def test_the_caller_may_stop_a_merge_from_its_progress(tmp_path: Path) -> None:
+    plan = plan_of(write_base(tmp_path / "base", Q), write_adapter(tmp_path / "adapter", lora(Q_PROJ, 8, H)))
+    (tmp_path / "out").mkdir()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, tmp_path / "out", device="cpu", threads=2, progress=stop)
+
+
+# --- rounding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rounding", "how"), [("stochastic", "stochastic"), ("balanced", "balanced"), ("auto", "balanced")]
+)
+def test_rounding_by_chance_is_the_same_for_any_threads_and_pieces(
+    rounding: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, columns = 96, 40
+    key = f"{Q_PROJ}.weight"
+    base = {key: (values(rows, columns) * 0.02).bfloat16()}
+    adapter = {name: tensor * 3e-3 for name, tensor in lora(Q_PROJ, rows, columns).items()}
+    found = []
+    for number, (threads, piece) in enumerate(((1, 16 << 20), (2, 16 << 20), (2, 10 * columns * 2))):
+        monkeypatch.setattr(module, "PIECE_BYTES", piece)
+        (tmp_path / str(number)).mkdir()
+        world = World(tmp_path / str(number))
+        found.append(world.run(base, adapter, threads=threads, rounding=rounding)[key])
+        assert world.outcome.rounded == {how: world.outcome.terms}
+        assert not torch.equal(found[-1], base[key])
+    assert torch.equal(found[0], found[1])
+    # The product of another number of rows may differ in its last bit, and decide an element otherwise.
+    assert (found[0] != found[2]).sum() <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "how"),
+    [(3e-3, "keep", "balanced"), (10.0, "keep", "nearest"), (3e-3, "float32", "nearest")],
+)
+def test_auto_balances_what_the_nearest_would_swallow(
+    size: float, dtype: str, how: str, world: World
+) -> None:
+    base = {f"{Q_PROJ}.weight": (values(96, 40) * 0.02).bfloat16()}
+    adapter = {name: tensor * size for name, tensor in lora(Q_PROJ, 96, 40).items()}
+    world.run(base, adapter, rounding="auto", dtype=dtype)
+    assert world.outcome.rounded == {how: world.outcome.terms}
+    assert world.outcome.overall.ratio == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("held", [1, 300, 10_000])
+def test_factors_are_held_for_a_bounded_number_of_bytes(
+    held: int, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the pieces that run, and the one that is next; one pair alone may be larger."""
+    layers = [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
+    base = expert_tensors(E, H, I, layers=len(layers))
+    adapter = {k: v for name in layers for k, v in fused_lora(name, [(H, I), (2 * I, H)], experts=E).items()}
+    plain = world.run(base, adapter, name="plain", target_parameters=BOTH)
+
+    running: list[module.Piece] = []
+    sums: list[tuple[int, int]] = []
+    prepare, run = module.Worker.prepare, module.Worker.run
+
+    def prepared(self: module.Worker, piece: module.Piece) -> module.Prepared:
+        sums.append((len(running), self.factor_bytes([*running, piece])))
+        running.append(piece)
+        return prepare(self, piece)
+
+    def ran(self: module.Worker, piece: module.Piece, *rest: Any) -> int:
+        done = run(self, piece, *rest)
+        running.remove(piece)
+        return done
+
+    monkeypatch.setattr(module, "FACTOR_BYTES", held)
+    monkeypatch.setattr(module.Worker, "prepare", prepared)
+    monkeypatch.setattr(module.Worker, "run", ran)
+    bounded = world.run(base, adapter, name="bounded", threads=2, target_parameters=BOTH)
+    assert all(nbytes <= held or not others for others, nbytes in sums)
+    assert len(sums) == 3 * 3 * E
+    assert {key: value.tolist() for key, value in bounded.items()} == {
+        key: value.tolist() for key, value in plain.items()
+    }

@@ -1,0 +1,165 @@
+"""An interrupted merge is gone on with: the same bytes, and no finished shard is written twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loudmerge
+from loudmerge.errors import EnvironmentFailed, MergeRefused
+from loudmerge.writer import ShardFile
+from tests.unit.builders import lora, write_adapter
+from tests.unit.places import Place, content, make_place, nothing_left, same, undisturbed
+from tests.unit.test_interruptions import killed
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return make_place(tmp_path)
+
+
+@pytest.fixture
+def reference(place: Place) -> dict[str, bytes]:
+    return undisturbed(place)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the shards that are written."""
+    names: list[str] = []
+    init = ShardFile.__init__
+
+    def recording(self: ShardFile, path: Path, *rest: Any) -> None:
+        names.append(path.name)
+        init(self, path, *rest)
+
+    monkeypatch.setattr(ShardFile, "__init__", recording)
+    return names
+
+
+def interrupt(place: Place, error: BaseException, **options: Any) -> None:
+    """A merge that is interrupted in its second shard: the first has two tensors, of one piece each."""
+    pieces = []
+
+    def stop(stage: str, *_: object) -> None:
+        pieces.append(stage)
+        if len(pieces) == 3:
+            raise error
+
+    with pytest.raises(type(error)):
+        place.merge(progress=stop, **{"resume": True, **options})
+
+
+INTERRUPTIONS = [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), EnvironmentFailed("gone")]
+
+
+@pytest.mark.parametrize("error", INTERRUPTIONS, ids=lambda error: type(error).__name__)
+def test_the_next_merge_writes_only_what_is_missing(
+    error: BaseException, place: Place, reference: dict[str, bytes], opened: list[str]
+) -> None:
+    interrupt(place, error)
+    assert opened == [FIRST, SECOND]
+    assert (place.staging / "weights" / FIRST).exists()
+    place.merge(resume=True, verify=True)
+    assert opened == [FIRST, SECOND, SECOND]
+    assert same(content(place.out), reference)
+    assert not place.staging.exists()
+
+
+def test_the_report_is_that_of_the_whole_merge(place: Place, reference: dict[str, bytes]) -> None:
+    interrupt(place, KeyboardInterrupt())
+    place.merge(resume=True)
+    found, wanted = (
+        json.loads((place.out / "merge_report.json").read_text()),
+        json.loads(reference["merge_report.json"]),
+    )
+    for key in ("counts", "delta_kept", "adapter_tensors", "rounding"):
+        assert found[key] == wanted[key]
+    assert found["counts"]["dense"] == {"attempted": 1, "applied": 1}
+
+
+def test_a_merge_that_was_killed_is_gone_on_with(
+    place: Place, reference: dict[str, bytes], opened: list[str]
+) -> None:
+    """Even one that was not told to be resumable: nobody knows beforehand."""
+    (moment,) = killed(place, ["verify:1"])
+    copy = Place(place.root / moment.replace(":", "-"))
+    copy.merge(resume=True, verify=True)
+    assert opened == []
+    assert same(content(copy.out), reference)
+
+
+def test_without_resume_an_interruption_leaves_nothing(place: Place) -> None:
+    interrupt(place, KeyboardInterrupt(), resume=False)
+    assert nothing_left(place)
+
+
+def test_without_resume_a_merge_starts_over(
+    place: Place, reference: dict[str, bytes], opened: list[str]
+) -> None:
+    interrupt(place, KeyboardInterrupt())
+    place.merge()
+    assert opened == [FIRST, SECOND, FIRST, SECOND]
+    assert same(content(place.out), reference)
+
+
+def test_with_nothing_to_go_on_with_a_merge_starts(place: Place, reference: dict[str, bytes]) -> None:
+    place.merge(resume=True)
+    assert same(content(place.out), reference)
+
+
+@pytest.mark.parametrize("change", ["adapter", "base", "option"])
+def test_the_shards_of_another_merge_are_refused(change: str, place: Place) -> None:
+    interrupt(place, KeyboardInterrupt())
+    options: dict[str, Any] = {}
+    if change == "adapter":
+        write_adapter(place.adapter, lora("model.layers.0.self_attn.q_proj", 8, 6))
+    elif change == "base":
+        os.utime(place.base / FIRST, ns=(1, 1))
+    else:
+        options["dtype"] = "bfloat16"
+    with pytest.raises(MergeRefused, match="an interrupted merge of other inputs") as caught:
+        place.merge(resume=True, **options)
+    assert caught.value.code == "out-exists"
+    assert "Run without --resume to start over" in str(caught.value)
+    place.merge(**options)
+
+
+def test_a_shard_that_was_begun_is_written_again(place: Place, reference: dict[str, bytes]) -> None:
+    interrupt(place, KeyboardInterrupt())
+    (place.staging / "weights" / SECOND).write_bytes(b"half")
+    place.merge(resume=True)
+    assert same(content(place.out), reference)
+
+
+def test_a_finished_shard_that_was_damaged_since_is_found_by_verification(place: Place) -> None:
+    interrupt(place, KeyboardInterrupt())
+    shard = place.staging / "weights" / FIRST
+    data = bytearray(shard.read_bytes())
+    data[-30] ^= 0xFF
+    shard.write_bytes(bytes(data))
+    with pytest.raises(loudmerge.Mismatch):
+        place.merge(resume=True, verify=True)
+    assert nothing_left(place)
+
+
+def test_a_refusal_leaves_nothing_even_when_resuming(place: Place) -> None:
+    place.poison()
+    with pytest.raises(MergeRefused, match="NaN"):
+        place.merge(resume=True)
+    assert nothing_left(place)
+
+
+def test_an_out_that_exists_is_refused_and_the_finished_shards_stay(place: Place) -> None:
+    interrupt(place, KeyboardInterrupt())
+    place.out.mkdir()
+    with pytest.raises(MergeRefused):
+        place.merge(resume=True)
+    assert (place.staging / "done" / f"{FIRST}.json").exists()

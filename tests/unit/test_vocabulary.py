@@ -1,0 +1,295 @@
+"""Embedding and head: resized together, tied or apart as training left them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loudmerge.plan import Counts
+from tests.unit.builders import (
+    EMBED,
+    PREFIX,
+    Q_PROJ,
+    Tensors,
+    World,
+    full,
+    lora,
+    outputs,
+    plan_of,
+    values,
+    write_adapter,
+    write_base,
+)
+
+H, V = 6, 9
+Q = {f"{Q_PROJ}.weight": values(8, H)}
+TIED = {f"{EMBED}.weight": values(V, H, seed=7), **Q}
+UNTIED = {**TIED, "lm_head.weight": values(V, H, seed=8)}
+TIE = {"tie_word_embeddings": True}
+ROWS = f"{PREFIX}{EMBED}.token_adapter.trainable_tokens_delta"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def embedding_lora(rows: int = V) -> dict[str, torch.Tensor]:
+    return {
+        f"{PREFIX}{EMBED}.lora_embedding_A": values(2, rows),
+        f"{PREFIX}{EMBED}.lora_embedding_B": values(H, 2),
+    }
+
+
+# --- the vocabulary ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [V + 3, V - 2])
+def test_a_resized_vocabulary_edits_the_config(size: int, world: World) -> None:
+    held = full(f"{EMBED}.weight", size, H) | full("lm_head.weight", size, H)
+    plan = world.plan(UNTIED, held, {"vocab_size": V})
+    assert plan.config_edits == {"vocab_size": size}
+    assert outputs(plan)["lm_head.weight"].shape == (size, H)
+    assert any(f"the vocabulary is resized to {size}" in note for note in plan.notes)
+
+
+def test_a_resized_vocabulary_edits_the_text_models_part(world: World) -> None:
+    held = full(f"{EMBED}.weight", V + 1, H) | full("lm_head.weight", V + 1, H)
+    plan = world.plan(UNTIED, held, {"text_config": {"vocab_size": V}})
+    assert plan.config_edits == {"text_config.vocab_size": V + 1}
+
+
+def test_a_resized_vocabulary_edits_every_place_that_has_it_and_no_other_models(world: World) -> None:
+    held = full(f"{EMBED}.weight", V + 1, H) | full("lm_head.weight", V + 1, H)
+    model = {
+        "vocab_size": V,
+        "thinker_config": {"text_config": {"vocab_size": V}},
+        "audio": {"vocab_size": 5},
+    }
+    plan = world.plan(UNTIED, held, model)
+    assert plan.config_edits == {"vocab_size": V + 1, "thinker_config.text_config.vocab_size": V + 1}
+
+
+def test_a_tied_model_may_resize_its_embedding_alone(world: World) -> None:
+    plan = world.plan(TIED, full(f"{EMBED}.weight", V + 1, H), {"vocab_size": V, "tie_word_embeddings": True})
+    assert plan.config_edits == {"vocab_size": V + 1}
+    assert set(outputs(plan)) == set(TIED)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        full(f"{EMBED}.weight", V + 1, H),
+        full("lm_head.weight", V + 1, H),
+        full(f"{EMBED}.weight", V + 1, H) | full("lm_head.weight", V + 2, H),
+        full(f"{EMBED}.weight", V + 1, H) | full("lm_head.weight", V, H),
+    ],
+    ids=["embedding alone", "head alone", "two sizes", "one resized"],
+)
+def test_embedding_and_head_are_resized_together_or_refused(
+    held: dict[str, torch.Tensor], world: World
+) -> None:
+    error = world.refuse(UNTIED, held)
+    assert error.code == "shape-mismatch"
+    assert re.search(
+        r"found vocabularies of \d+ and \d+, expected one size for embedding and head", str(error)
+    )
+    assert error.hint == "Save the adapter with save_embedding_layers=True."
+
+
+def test_a_resized_trained_embedding_of_a_tied_model_has_no_head_to_go_with_it(world: World) -> None:
+    """modules_to_save unties it; the head it was trained with has the new rows, and is not in the file."""
+    error = world.refuse(TIED, full(f"{EMBED}.weight", V + 1, H), TIE, modules_to_save=["embed_tokens"])
+    assert error.code in {"shape-mismatch", "missing-adapter-tensor"}
+
+
+def test_a_head_that_is_saved_for_a_tied_model_has_the_embeddings_size(world: World) -> None:
+    held = full(f"{EMBED}.weight", V + 1, H) | full("lm_head.weight", V, H)
+    assert world.refuse(TIED, held, TIE).code == "shape-mismatch"
+
+
+# --- tied embeddings -----------------------------------------------------------------------------
+
+
+def test_a_lora_on_the_head_of_a_tied_model_makes_a_head_of_its_own(world: World) -> None:
+    plan = world.plan(TIED, lora("lm_head", V, H), TIE)
+    found = outputs(plan)
+    head, embedding = found["lm_head.weight"], found[f"{EMBED}.weight"]
+    assert (head.source, head.shape, head.dtype, len(head.terms)) == (embedding.source, (V, H), "F32", 1)
+    assert head.shard == embedding.shard
+    assert not embedding.touched
+    assert plan.config_edits == {"tie_word_embeddings": False}
+    assert plan.counts == Counts(expert=0, dense=1, replaced=0, copied=2)
+    assert plan.notes == ("lm_head.weight becomes a weight of its own: the base ties it to the embedding",)
+
+
+def test_a_lora_on_the_embedding_of_a_tied_model_leaves_the_head_as_it_was(world: World) -> None:
+    plan = world.plan(TIED, embedding_lora(), TIE)
+    found = outputs(plan)
+    assert len(found[f"{EMBED}.weight"].terms) == 1
+    assert not found["lm_head.weight"].touched
+    assert found["lm_head.weight"].source.name == f"{EMBED}.weight"
+    assert plan.config_edits == {"tie_word_embeddings": False}
+
+
+def test_loras_on_both_of_a_tied_model_stay_apart(world: World) -> None:
+    found = outputs(world.plan(TIED, embedding_lora() | lora("lm_head", V, H), TIE))
+    assert len(found[f"{EMBED}.weight"].terms) == len(found["lm_head.weight"].terms) == 1
+    assert found[f"{EMBED}.weight"].terms[0].site != found["lm_head.weight"].terms[0].site
+
+
+def test_weights_that_training_kept_tied_stay_tied(world: World) -> None:
+    plan = world.plan(TIED, embedding_lora(), TIE, ensure_weight_tying=True)
+    assert set(outputs(plan)) == set(TIED)
+    assert plan.config_edits == {}
+
+
+def test_token_rows_keep_a_tied_model_tied(world: World) -> None:
+    plan = world.plan(TIED, {ROWS: values(2, H)}, TIE, trainable_token_indices=[5, 0])
+    found = outputs(plan)
+    assert set(found) == set(TIED)
+    rows = found[f"{EMBED}.weight"].token_rows
+    assert rows is not None
+    assert rows[0] == (5, 0)
+    assert (plan.config_edits, plan.counts) == ({}, Counts(0, 0, 1, 1))
+
+
+def test_a_trained_embedding_of_a_tied_model_leaves_the_head_as_it_was(world: World) -> None:
+    held = full(f"{EMBED}.weight", V, H)
+    plan = world.plan(TIED, held, TIE, modules_to_save=["embed_tokens"])
+    found = outputs(plan)
+    assert found[f"{EMBED}.weight"].replaced
+    assert (found["lm_head.weight"].replaced, found["lm_head.weight"].source.name) == (
+        False,
+        f"{EMBED}.weight",
+    )
+    assert plan.config_edits == {"tie_word_embeddings": False}
+
+
+def test_an_embedding_that_was_only_saved_keeps_a_tied_model_tied(world: World) -> None:
+    """save_embedding_layers writes it, trained or not."""
+    plan = world.plan(TIED, full(f"{EMBED}.weight", V, H), TIE)
+    assert set(outputs(plan)) == set(TIED)
+    assert plan.config_edits == {}
+
+
+def test_a_saved_head_of_a_tied_model_becomes_a_weight_of_its_own(world: World) -> None:
+    held = full("lm_head.weight", V, H)
+    plan = world.plan(TIED, held, TIE, modules_to_save=["lm_head"])
+    head = outputs(plan)["lm_head.weight"]
+    assert (head.replaced, head.source.name) == (True, f"{PREFIX}lm_head.weight")
+    assert plan.counts == Counts(0, 0, 1, 2)
+    assert plan.config_edits == {"tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("adapter", [lora("lm_head", V, H), embedding_lora()], ids=["head", "embedding"])
+def test_a_tied_model_that_stores_both_is_untied_by_training_one(adapter: Tensors, world: World) -> None:
+    plan = world.plan(UNTIED, adapter, TIE)
+    assert plan.config_edits == {"tie_word_embeddings": False}
+    assert set(outputs(plan)) == set(UNTIED)
+
+
+def test_a_nested_tied_model_that_stores_both_is_untied_too(world: World) -> None:
+    model = {"text_config": {"tie_word_embeddings": True}}
+    base = {key: value for key, value in UNTIED.items() if "embed" not in key}
+    base["model.language_model.embed_tokens.weight"] = values(V, H)
+    plan = world.plan(base, lora("lm_head", V, H), model)
+    assert plan.config_edits["text_config.tie_word_embeddings"] is False
+
+
+def test_a_tied_model_whose_head_is_not_trained_keeps_its_config(world: World) -> None:
+    assert world.plan(UNTIED, lora(Q_PROJ, 8, H), TIE).config_edits == {}
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("model.embed_tokens.weight", "lm_head.weight"),
+        ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    ],
+)
+def test_the_new_head_stands_where_transformers_looks_for_it(embedding: str, head: str, world: World) -> None:
+    plan = world.plan({**Q, embedding: values(V, H)}, lora("lm_head", V, H), TIE)
+    assert set(outputs(plan)) == {*Q, embedding, head}
+
+
+def test_a_head_without_a_known_place_is_refused(world: World) -> None:
+    error = world.refuse({**Q, "thinker.model.embed_tokens.weight": values(V, H)}, lora("lm_head", V, H), TIE)
+    assert error.code == "missing-base-tensor"
+    assert "found a head of its own for a tied model" in str(error)
+
+
+def test_a_head_without_any_embedding_is_refused(world: World) -> None:
+    for held in (lora("lm_head", V, H), full("lm_head.weight", V, H)):
+        error = world.refuse(Q, held, TIE)
+        assert error.code == "missing-base-tensor"
+        assert "found what was trained on lm_head, expected a tensor that lm_head.weight in memory" in str(
+            error
+        )
+
+
+def test_a_head_that_a_checkpoint_lacks_though_it_is_not_tied_is_refused(world: World) -> None:
+    """A lost tensor: the embedding is no substitute."""
+    for held in (lora("lm_head", V, H), full("lm_head.weight", V, H)):
+        error = world.refuse(TIED, held, {"tie_word_embeddings": False})
+        assert error.code == "missing-base-tensor"
+
+
+def test_a_config_that_does_not_say_is_tied_where_the_head_is_not_on_disk(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", TIED)
+    (base / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    plan = plan_of(base, write_adapter(tmp_path / "adapter", lora("lm_head", V, H)))
+    assert plan.config_edits == {"tie_word_embeddings": False}
+
+
+def test_where_peft_saved_both_tied_weights_both_are_written(world: World) -> None:
+    """ensure_weight_tying trains one weight for both, and saves it under both names."""
+    plan = world.plan(TIED, lora("lm_head", V, H) | embedding_lora(), TIE, ensure_weight_tying=True)
+    assert len(outputs(plan)["lm_head.weight"].terms) == len(outputs(plan)[f"{EMBED}.weight"].terms) == 1
+    assert plan.config_edits == {"tie_word_embeddings": False}
+
+
+def test_a_tied_embedding_of_another_name_that_was_trained_is_refused(world: World) -> None:
+    """What was trained on it would reach the head too."""
+    base = {**Q, "model.wte.weight": values(V, H)}
+    held = {key.replace(EMBED, "model.wte"): value for key, value in embedding_lora().items()}
+    error = world.refuse(base, held, TIE)
+    assert error.code == "unsupported-base"
+    assert "found what was trained on a tied embedding that is not called embed_tokens" in str(error)
+    assert world.plan(base, held, {"tie_word_embeddings": False}).counts.dense == 1
+
+
+def test_a_lora_on_the_head_of_a_tied_model_with_a_resized_vocabulary_is_on_the_new_rows(
+    world: World,
+) -> None:
+    held = full(f"{EMBED}.weight", V + 1, H) | lora("lm_head", V + 1, H)
+    plan = world.plan(TIED, held, {**TIE, "vocab_size": V})
+    head = outputs(plan)["lm_head.weight"]
+    assert (head.shape, head.source.name) == ((V + 1, H), f"{PREFIX}{EMBED}.weight")
+    assert plan.config_edits == {"tie_word_embeddings": False, "vocab_size": V + 1}
+
+
+def test_a_saved_head_of_another_width_is_refused(world: World) -> None:
+    error = world.refuse(TIED, full("lm_head.weight", V, H + 1), TIE)
+    assert error.code == "shape-mismatch"
+
+
+def test_a_lora_on_a_tied_head_must_fit_the_embedding(world: World) -> None:
+    error = world.refuse(TIED, lora("lm_head", V + 1, H), TIE)
+    assert error.code == "shape-mismatch"
+    assert "found a LoRA from 6 to 10, expected from 6 to 9" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("extra", "fields"), [("lora_magnitude_vector", {"use_dora": True}), ("lora_B.bias", {"lora_bias": True})]
+)
+def test_dora_and_a_bias_on_a_tied_head_are_refused(extra: str, fields: dict[str, Any], world: World) -> None:
+    held = lora("lm_head", V, H) | {f"{PREFIX}lm_head.{extra}": values(V)}
+    error = world.refuse(TIED, held, TIE, **fields)
+    assert error.code == "unsupported-adapter"
+    assert "found DoRA or a LoRA bias on a head that the base ties to its embedding" in str(error)
