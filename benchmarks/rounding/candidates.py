@@ -7,14 +7,11 @@ weight, delta: (out, in); weight has bfloat16's values. a: (rank, in), the rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from benchmarks.rounding.balance import balanced as balanced_rounding
-
-Rounding = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
+from benchmarks.rounding.thresholds import Rounding, by_threshold, systematic
 
 
 def to_bfloat16(values: Tensor) -> Tensor:
@@ -257,3 +254,14 @@ def dithered(share: float) -> Rounding:
 ROUNDINGS |= {"dithered0.5": dithered(0.5), "dithered0.25": dithered(0.25)}
 
 ROUNDINGS |= {"balanced": balanced_rounding}
+
+ROUNDINGS |= {
+    "threshold16": by_threshold(16),
+    "threshold64": by_threshold(64),
+    "threshold256": by_threshold(256),
+    "threshold_all": by_threshold(0),
+    "threshold64_random": by_threshold(64, width=0.5),
+    "threshold64_root": by_threshold(64, power=0.5),
+    "systematic_out": systematic(0),
+    "systematic_in": systematic(1),
+}

@@ -41,12 +41,15 @@ class Run:
 
 
 RUNS = (
-    Run("a", "dense", "adamw", 2e-4, 16, 0, (1, 5, 25, 100)),
+    Run("a", "dense", "adamw", 2e-4, 16, 0, (1, 5, 25, 100, 200)),
     Run("b", "dense", "adamw", 1e-5, 16, 0, (5, 25)),
     Run("c", "dense", "adamw", 2e-3, 16, 0, (1, 5, 25)),
     Run("d", "dense", "adamw", 2e-4, 4, 1, (5,)),
     Run("e", "dense", "adamw", 2e-4, 64, 2, (5,)),
     Run("f", "dense", "sgd", 1e-1, 16, 3, (5,)),
+    # As a, from other starts and with the text in another order.
+    Run("g", "dense", "adamw", 2e-4, 16, 4, (5, 25)),
+    Run("h", "dense", "adamw", 2e-4, 16, 5, (5, 25)),
     Run("a", "qwen2_moe", "adamw", 2e-4, 16, 0, (5,)),
     Run("b", "qwen2_moe", "adamw", 1e-3, 16, 1, (3,)),
     Run("a", "mixtral", "adamw", 2e-4, 8, 0, (1, 5)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from loudmerge.balance import BAND
-from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight, factors
+from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.layout import Axes
-from loudmerge.plan import MergePlan, OutputTensor, Site, Term
+from loudmerge.plan import MergePlan, OutputTensor, Term
 from loudmerge.preflight import check_weights
+from loudmerge.readahead import ReadAhead
 from loudmerge.resume import Finished, ShardRecord
 from loudmerge.rounding import DROPPED, NEAREST_KEEPS, Dither, dither_table
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
@@ -221,7 +222,7 @@ class Worker:
         self._reader = reader
         self._device = device
         self._local = threading.local()
-        self._factors = _FactorCache(plan, reader, device, background)
+        self._factors = ReadAhead(plan.sites, reader, device, background, FACTOR_BYTES)
         self._lock = threading.Lock()
         self.outcome = Outcome(notes)
 
@@ -385,35 +386,6 @@ class Worker:
             self._local.space = Workspace(self._device)
         space: Workspace = self._local.space
         return space
-
-
-class _FactorCache:
-    """The factors of the last sites asked for, up to FACTOR_BYTES of files; another thread reads them."""
-
-    def __init__(self, plan: MergePlan, reader: TensorReader, device: torch.device, pool: Executor) -> None:
-        self._sites = plan.sites
-        self._reader = reader
-        self._device = device
-        self._pool = pool
-        self._held: OrderedDict[int, Future[Factors]] = OrderedDict()
-
-    def ask(self, site: int) -> Future[Factors]:
-        """Starts to read a site's pair, unless it is held. From one thread only."""
-        if site not in self._held:
-            while self._held and self.nbytes([*self._held, site]) > FACTOR_BYTES:
-                self._held.popitem(last=False)
-            self._held[site] = self._pool.submit(self._load, self._sites[site])
-        self._held.move_to_end(site)
-        return self._held[site]
-
-    def nbytes(self, sites: Iterable[int]) -> int:
-        """Bytes of the files that hold the pairs of these sites."""
-        pairs = [self._sites[site].pair for site in sites]
-        return sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
-
-    def _load(self, site: Site) -> Factors:
-        a, b = (self._reader.read(entry).to(self._device) for entry in (site.pair.a, site.pair.b))
-        return factors(site, a, b)
 
 
 def merged_keys(outputs: Sequence[OutputTensor]) -> set[tuple[str, int, int]]:

@@ -10,12 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,10 +25,12 @@ from loudmerge.recompute import (
     Matrix,
     Patch,
     RawFiles,
+    Workspace,
+    bias_patch,
     delta_block,
     read_tensor,
 )
-from loudmerge.redraw import Redraw, make_table
+from loudmerge.redraw import Redraw
 
 BLOCK = 1 << 17
 """Elements worked on at a time: 1 MiB of float64."""
@@ -58,26 +57,6 @@ class MatrixResult:
     @property
     def ok(self) -> bool:
         return not self.wrong
-
-
-class Workspace:
-    """Buffers of one thread, reused from block to block: fresh memory would cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-
-    @cached_property
-    def table(self) -> npt.NDArray[np.int32]:
-        """What stochastic rounding draws from."""
-        return make_table()
-
-    def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-        """The buffer of that name as (rows, columns), content undefined."""
-        nbytes = rows * columns * dtype.itemsize
-        held = self._held.get(name)
-        if held is None or held.numel() < nbytes:
-            held = self._held[name] = torch.empty(nbytes, dtype=torch.uint8)
-        return held[:nbytes].view(dtype).view(rows, columns)
 
 
 class _Block(NamedTuple):
@@ -177,7 +156,7 @@ class Judge:
         self._patches = [factors.patch(term) for term in matrix.terms]
         if output.bias is not None:
             self._patches.append(
-                _bias_patch(read_tensor(output.bias[0].file, output.bias[0].name), output.bias[1])
+                bias_patch(read_tensor(output.bias[0].file, output.bias[0].name), output.bias[1])
             )
         self._tokens: dict[int, Tensor] = {}
         if output.token_rows is not None:
@@ -404,13 +383,6 @@ class Judge:
         """Which axis on disk the magnitude runs along: that of lora_B's first axis."""
         reads_input = self._factors.site(term).reads_input
         return 0 if reads_input == (term.axes is Axes.OUT_IN) else 1
-
-
-def _bias_patch(bias: Tensor, scaling: float) -> Patch:
-    """scaling * bias as an update of a column: a bias is verified as a matrix of one column."""
-    left = bias.to(torch.float64).view(-1, 1) * scaling
-    rows = Span(0, left.shape[0])
-    return Patch(rows, Span(0, 1), left, torch.ones(1, 1, dtype=torch.float64), 3)
 
 
 def _unequal(a: Tensor, b: Tensor) -> Tensor:

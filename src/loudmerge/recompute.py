@@ -13,9 +13,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -23,6 +26,7 @@ from torch import Tensor
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.layout import Axes, LoraBLayout, Span
 from loudmerge.plan import OutputTensor, Site, Term
+from loudmerge.redraw import make_table
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -201,6 +205,13 @@ def _within(index: Tensor, span: Span) -> tuple[Tensor, Tensor]:
     return torch.where(inside, place, 0), inside
 
 
+def bias_patch(bias: Tensor, scaling: float) -> Patch:
+    """scaling * bias as an update of a column: a bias is verified as a matrix of one column."""
+    left = bias.to(torch.float64).view(-1, 1) * scaling
+    rows = Span(0, left.shape[0])
+    return Patch(rows, Span(0, 1), left, torch.ones(1, 1, dtype=torch.float64), 3)
+
+
 def delta_block(patches: Sequence[Patch], first: int, last: int, delta: Tensor) -> Tensor:
     """Puts the update of rows first … last - 1 into `delta`, (rows, columns) in float64, and returns it."""
     here = [patch for patch in patches if patch.touches(first, last)]
@@ -247,3 +258,23 @@ def matrices(number: int, output: OutputTensor) -> list[Matrix]:
     for axis in shape[1:]:
         columns *= axis
     return [Matrix(number, output, -1, rows, columns)]
+
+
+class Workspace:
+    """Buffers of one thread, reused from block to block: fresh memory would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    @cached_property
+    def table(self) -> npt.NDArray[np.int32]:
+        """What stochastic rounding draws from."""
+        return make_table()
+
+    def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+        """The buffer of that name as (rows, columns), content undefined."""
+        nbytes = rows * columns * dtype.itemsize
+        held = self._held.get(name)
+        if held is None or held.numel() < nbytes:
+            held = self._held[name] = torch.empty(nbytes, dtype=torch.uint8)
+        return held[:nbytes].view(dtype).view(rows, columns)

@@ -23,10 +23,10 @@ from typing import Any, TypeAlias
 import torch
 
 from loudmerge.errors import Mismatch
-from loudmerge.judge import MatrixResult, Workspace, check_matrix
+from loudmerge.judge import MatrixResult, check_matrix
 from loudmerge.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
 from loudmerge.plan import MergePlan, Options, OutputTensor
-from loudmerge.recompute import FactorCache, Matrix, RawFiles, matrices
+from loudmerge.recompute import FactorCache, Matrix, RawFiles, Workspace, matrices
 from loudmerge.report import TensorKept, one_rounding
 from loudmerge.threads import one_torch_thread
 
