@@ -188,7 +188,7 @@ class Comparison:
         if self.inconclusive:
             return (
                 f"inconclusive: {self.stored} rounds so much of this small update away that the base itself "
-                "would pass. `--rounding stochastic` or `--dtype float32` keeps it."
+                "would pass. `--rounding auto` or `--dtype float32` keeps it."
             )
         return f"{self.out} behaves as base + adapter."
 

@@ -61,7 +61,7 @@ def test_an_update_that_rounding_swallowed_is_said_to_be_inconclusive_not_failed
     assert swallowed.ok
     assert swallowed.inconclusive
     assert "bfloat16 rounds so much of this small update away" in swallowed.summary()
-    assert "--rounding stochastic" in swallowed.summary()
+    assert "--rounding auto" in swallowed.summary()
 
 
 def test_an_adapter_that_changes_nothing_is_said_to_be_inconclusive() -> None:
