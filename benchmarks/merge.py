@@ -1,6 +1,6 @@
 """Time and memory of a merge against `cp -r` and against PEFT, on layers of Qwen3-30B-A3B's shape.
 
-    python benchmarks/merge.py [--layers 4] [--dir DIR] [--runs 3] [--peft] [--verify]
+    python benchmarks/merge.py [--layers 4] [--dir DIR] [--runs 3] [--peft] [--verify] [--rounding NAME…]
 
 Builds a bf16 checkpoint with `--layers` layers (128 experts, hidden 2048, intermediate 768, per-expert on
 disk, 4 GiB shards) and an adapter of rank 32 on experts and attention, as random numbers. Then, in turn and
@@ -36,7 +36,8 @@ SHARD_BYTES = 4 << 30
 
 MERGE = """
 import json, loudmerge, sys
-report = loudmerge.merge(sys.argv[1], sys.argv[2], sys.argv[3], verify=sys.argv[4] == "verify").to_json()
+base, adapter, out, verify, rounding = sys.argv[1:]
+report = loudmerge.merge(base, adapter, out, verify=verify == "verify", rounding=rounding).to_json()
 print(json.dumps({"peak_rss_bytes": report["peak_rss_bytes"], "counts": report["counts"]}))
 """
 PEFT = """
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=None, help="where to build; kept and reused when given")
     parser.add_argument("--peft", action="store_true", help="also run PEFT (needs 13 GiB for 4 layers)")
     parser.add_argument("--verify", action="store_true", help="also run with verification")
+    parser.add_argument("--rounding", nargs="*", default=[], help="also run with these, auto aside")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loudmerge-benchmark-") as scratch:
         root = (arguments.dir or Path(scratch)) / f"{arguments.layers}-layers"
@@ -194,10 +196,12 @@ def main() -> None:
         commands = {
             "cp -r": ["cp", "-r", str(base), str(out)],
             "cp -r + sync": ["sh", "-c", f"cp -r '{base}' '{out}' && sync"],
-            "loudmerge": [python, "-c", MERGE, *inputs, "no"],
+            "loudmerge": [python, "-c", MERGE, *inputs, "no", "auto"],
         }
+        for rounding in arguments.rounding:
+            commands[f"loudmerge, {rounding}"] = [python, "-c", MERGE, *inputs, "no", rounding]
         if arguments.verify:
-            commands["loudmerge, verified"] = [python, "-c", MERGE, *inputs, "verify"]
+            commands["loudmerge, verified"] = [python, "-c", MERGE, *inputs, "verify", "auto"]
         if arguments.peft:
             commands["PEFT"] = [python, "-c", PEFT, *inputs]
         run_all(commands, out, arguments.runs)
