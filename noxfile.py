@@ -66,7 +66,7 @@ def tests(session: nox.Session, versions: str) -> None:
     install(session, versions)
     # Our own plugins would import loudmerge before its annotations can be checked.
     ours = ("-p", "no:loudmerge.canary.plugin", "-p", "no:loudmerge.conformance.plugin")
-    pytest = ["pytest", "-n", "auto", *ours]
+    pytest = ["pytest", "-n", "auto", "--durations=20", *ours]
     pytest.append(f"--jaxtyping-packages=loudmerge,{CHECKER}")
     if session.posargs:
         session.run(*pytest, *session.posargs)

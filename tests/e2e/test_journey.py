@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import loudmerge
-from loudmerge import behaviour, delta, execute
+from loudmerge import behaviour, delta, readahead
 from loudmerge.compat import cells, journey
 from loudmerge.compat.cells import Expectation
 from loudmerge.compat.journey import CELL_RECIPE, Journey, Merge, Reference
@@ -158,7 +158,7 @@ def merging_with(wrong: FactorsOf, *, verify: bool) -> Merge:
 
     def merge(*places: Any, **options: Any) -> MergeReport:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(execute, "factors", wrong)
+            patch.setattr(readahead, "factors", wrong)
             return loudmerge.merge(*places, **options, verify=verify)
 
     return merge

@@ -262,9 +262,18 @@ def test_every_option_of_merge_reaches_it(
 
 
 def test_convert_has_the_bases_shapes_to_go_by(library: Library, run: Callable[..., Ended]) -> None:
-    assert run(*COMMANDS["convert"], "--base", "BASE", "--overwrite").code == 0
+    assert run(*COMMANDS["convert"], "--base", "BASE", "--transformers", "5.24", "--overwrite").code == 0
     options = {"orientation": "auto", "lora_b_layout": "auto", "overwrite": True, "base": Path("BASE")}
+    options["transformers"] = "5.24"
     assert library.calls == [("convert", (Path("ADAPTER"), Path("OUT"), "peft-0.19"), options)]
+
+
+def test_a_transformers_that_is_no_version_is_a_usage_error(
+    library: Library, run: Callable[..., Ended]
+) -> None:
+    ended = run(*COMMANDS["convert"], "--transformers", "new")
+    assert (ended.code, library.calls) == (2, [])
+    assert "'new' is no version of transformers" in ended.stderr
 
 
 def test_a_dry_run_plans_and_does_not_merge(library: Library, run: Callable[..., Ended]) -> None:
