@@ -27,8 +27,10 @@ PARTS = (TESTS, JOURNEY, FAMILIES, CROSS)
 
 UNIT_TESTS = (
     "tests/unit",
-    # They are about upstream's source and about this matrix, whatever is installed.
-    *(f"--ignore=tests/unit/{room}" for room in ("canary", "canary_rules", "compat")),
+    # They are about upstream's source, this matrix and other tools, whatever is installed.
+    *(f"--ignore=tests/unit/{room}" for room in ("canary", "canary_rules", "compat", "conformance")),
+    # In CI, too: the session `tests` tries more examples once, which every cell would try again.
+    "--hypothesis-profile=dev",
 )
 FAMILY_TESTS = ("tests/e2e/test_families.py",)
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:loudmerge.canary.plugin")
