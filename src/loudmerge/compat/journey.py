@@ -63,8 +63,8 @@ SAMPLES = 3
 CANDIDATES = 64
 """Prompts that are tried. The samples are those at which the trained model does not repeat itself and is
 surest of all its tokens: where it is undecided, which token wins says nothing about a merge. The merged model
-has no say in the choice. The best of 64 are sure by 0.1 nats throughout; of 16 by 0.06, which rounding to
-bfloat16 tips now and then, PEFT's own merge included."""
+has no say in the choice. In the newest cell the best of 64 are sure by 0.1 nats throughout; of 16 by 0.06,
+which rounding to bfloat16 tips now and then, PEFT's own merge included."""
 VARIED = 8
 """Different tokens of a sample, of the 24 that it has at most, that are enough."""
 PROMPT = 12
