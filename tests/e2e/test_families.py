@@ -6,6 +6,7 @@ the installed PEFT. What loudmerge refuses by design is a table here, and every 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -109,10 +110,19 @@ TEXT_ONLY = tuple(
 
 
 class Case(NamedTuple):
-    """A base on disk and its class."""
+    """A base on disk, its class, and what that loads, which no test changes: `fresh` is for that."""
 
     base: Path
     cls: type[PreTrainedModel]
+    loaded: PreTrainedModel
+
+    @classmethod
+    def of(cls, base: Path, model: type[PreTrainedModel], dtype: torch.dtype = torch.float32) -> Case:
+        return cls(base, model, tiny.load(base, model, dtype))
+
+    def fresh(self) -> PreTrainedModel:
+        """A copy to train: half of these tests' time would be loading."""
+        return copy.deepcopy(self.loaded)
 
 
 Bases = Callable[..., Case]
@@ -130,7 +140,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
             path = tmp_path_factory.mktemp(model_type)
             model = tiny.build(model_type, dtype=dtype)
             model.save_pretrained(path)
-            made[model_type, dtype] = Case(path, type(model))
+            made[model_type, dtype] = Case.of(path, type(model), dtype)
         return made[model_type, dtype]
 
     return base
@@ -162,8 +172,7 @@ def everything(model: PreTrainedModel, model_type: str) -> dict[str, list[str]]:
 
 def attach(case: Case, adapter: Path, targets: Mapping[str, Any], **options: Any) -> PeftModel:
     """A random adapter on the live model, saved; every target got its LoRA."""
-    model = tiny.load(case.base, case.cls, options.pop("dtype", torch.float32))
-    peft_model = tiny.attach_random_lora(model, save_to=adapter, **targets, **options)
+    peft_model = tiny.attach_random_lora(case.fresh(), save_to=adapter, **targets, **options)
     found = {
         name.partition(".lora_")[0].replace(".base_layer", "")
         for name in load_file(adapter / "adapter_model.safetensors")
@@ -216,7 +225,7 @@ def merge_and_compare(case: Case, peft_model: PeftModel, adapter: Path, out: Pat
     assert report.status == "merged"
     oracle = peft_model.merge_and_unload()
     reloaded = tiny.load(out, case.cls)
-    assert_same(reloaded, oracle, tiny.load(case.base, case.cls))
+    assert_same(reloaded, oracle, case.loaded)
     return reloaded
 
 
@@ -226,9 +235,8 @@ def test_out_is_what_peft_makes_of_the_live_model(
 ) -> None:
     """Experts, attention, shared experts and routers at once, in float32: same weights and same logits."""
     case = bases(model_type)
-    live = tiny.load(case.base, case.cls)
-    peft_model = attach(case, tmp_path / "adapter", everything(live, model_type))
-    if model_type in REFUSED and tiny.expert_parameters(live):
+    peft_model = attach(case, tmp_path / "adapter", everything(case.loaded, model_type))
+    if model_type in REFUSED and tiny.expert_parameters(case.loaded):
         with pytest.raises(loudmerge.MergeRefused) as refusal:
             loudmerge.merge(case.base, tmp_path / "adapter", tmp_path / "out")
         assert refusal.value.code == REFUSED[model_type]
@@ -239,7 +247,7 @@ def test_out_is_what_peft_makes_of_the_live_model(
     trained = tiny.logits(peft_model) if runs(peft_model, model_type) else None
     reloaded = merge_and_compare(case, peft_model, tmp_path / "adapter", tmp_path / "out")
     if trained is not None:
-        assert_same_logits(reloaded, trained, live)
+        assert_same_logits(reloaded, trained, case.loaded)
 
 
 @pytest.mark.parametrize("which", ["gate_up", "down"])
@@ -247,7 +255,7 @@ def test_out_is_what_peft_makes_of_the_live_model(
 def test_one_projection_alone(model_type: str, which: str, bases: Bases, tmp_path: Path) -> None:
     """A LoRA on gate and up alone, or on down alone: nothing in the keys says which."""
     case = bases(model_type)
-    parameters = tiny.expert_parameters(tiny.load(case.base, case.cls))
+    parameters = tiny.expert_parameters(case.loaded)
     is_down = re.compile(r"\.(down_proj|fc2\.weight|output_linear\.weight)$")
     chosen = [name for name in parameters if bool(is_down.search(name)) == (which == "down")]
     if not chosen:
@@ -260,8 +268,7 @@ def test_one_projection_alone(model_type: str, which: str, bases: Bases, tmp_pat
 def test_bfloat16_is_bit_identical(model_type: str, bases: Bases, tmp_path: Path) -> None:
     """`rounding="peft"` rounds as PEFT does: only where float32 products differ may the last bit differ."""
     case = bases(model_type, torch.bfloat16)
-    live = tiny.load(case.base, case.cls, torch.bfloat16)
-    peft_model = attach(case, tmp_path / "adapter", everything(live, model_type), dtype=torch.bfloat16)
+    peft_model = attach(case, tmp_path / "adapter", everything(case.loaded, model_type))
     loudmerge.merge(case.base, tmp_path / "adapter", tmp_path / "out", rounding="peft", verify=True)
     oracle = peft_model.merge_and_unload().state_dict()
     found = tiny.load(tmp_path / "out", case.cls, torch.bfloat16).state_dict()
@@ -289,7 +296,7 @@ def test_targets_by_leaf_name(model_type: str, bases: Bases, tmp_path: Path) -> 
     """`target_modules` names as people write them; PEFT itself says what they mean in this version."""
     case = bases(model_type)
     peft_model = tiny.attach_random_lora(
-        tiny.load(case.base, case.cls), target_modules=BY_NAME[model_type], save_to=tmp_path / "adapter"
+        case.fresh(), target_modules=BY_NAME[model_type], save_to=tmp_path / "adapter"
     )
     if model_type == "longcat_flash" and any(
         ".experts.lora_A" in name for name, _ in peft_model.named_parameters()
@@ -304,7 +311,7 @@ def test_targets_by_leaf_name(model_type: str, bases: Bases, tmp_path: Path) -> 
 def test_the_other_orientation(model_type: str, bases: Bases, tmp_path: Path) -> None:
     """The same update as a PEFT of the other orientation writes it: factors exchanged and transposed."""
     case = bases(model_type)
-    parameters = tiny.expert_parameters(tiny.load(case.base, case.cls))
+    parameters = tiny.expert_parameters(case.loaded)
     if not parameters:
         pytest.skip(f"{model_type} has no fused experts in transformers {transformers.__version__}")
     peft_model = attach(case, tmp_path / "adapter", {"target_parameters": parameters})
@@ -336,7 +343,7 @@ def _exchange_factors(adapter: Path, *, experts: int) -> None:
 def test_a_lora_on_a_part_of_a_tensor_is_refused(model_type: str, bases: Bases, tmp_path: Path) -> None:
     """The checkpoint stores these Linears inside another tensor, or in pieces."""
     case = bases(model_type)
-    linears = tiny.text_linears(tiny.load(case.base, case.cls))
+    linears = tiny.text_linears(case.loaded)
     parts = [name for name in linears if re.search(APART_ON_DISK[model_type], name)]
     attach(case, tmp_path / "adapter", {"target_modules": parts})
     with pytest.raises(loudmerge.MergeRefused, match=re.escape(f"{parts[0]}.weight")) as refusal:
@@ -349,12 +356,10 @@ def test_stacked_experts_of_dbrx(bases: Bases, tmp_path: Path) -> None:
     """Three matrices of one shape in one module: a LoRA on one is clear, nested LoRA on all three is not."""
     case = bases("dbrx")
     one = ["experts.mlp.w1"]
-    peft_model = tiny.attach_random_lora(
-        tiny.load(case.base, case.cls), target_parameters=one, save_to=tmp_path / "one"
-    )
+    peft_model = tiny.attach_random_lora(case.fresh(), target_parameters=one, save_to=tmp_path / "one")
     merge_and_compare(case, peft_model, tmp_path / "one", tmp_path / "out")
     tiny.attach_random_lora(
-        tiny.load(case.base, case.cls),
+        case.fresh(),
         target_parameters=[*one, "experts.mlp.v1", "experts.mlp.w2"],
         save_to=tmp_path / "three",
     )
@@ -367,12 +372,10 @@ def test_stacked_experts_of_dbrx(bases: Bases, tmp_path: Path) -> None:
 def test_vision_and_audio_towers(model_type: str, bases: Bases, tmp_path: Path) -> None:
     """A LoRA on a tower is merged as PEFT merges it, or, where names or forms differ on disk, refused."""
     case = bases(model_type)
-    towers = tiny.tower_linears(tiny.load(case.base, case.cls))
+    towers = tiny.tower_linears(case.loaded)
     if not towers:
         pytest.skip(f"{model_type} has no tower")
-    peft_model = tiny.attach_random_lora(
-        tiny.load(case.base, case.cls), target_modules=towers, save_to=tmp_path / "adapter"
-    )
+    peft_model = tiny.attach_random_lora(case.fresh(), target_modules=towers, save_to=tmp_path / "adapter")
     if model_type in TOWERS_REFUSED:
         with pytest.raises(loudmerge.MergeRefused) as refusal:
             loudmerge.merge(case.base, tmp_path / "adapter", tmp_path / "out")
@@ -388,7 +391,7 @@ def test_an_adapter_of_the_text_class_alone(model_type: str, bases: Bases, tmp_p
     text = AutoModelForCausalLM.from_pretrained(case.base)
     if isinstance(text, case.cls) or (model_type, transformers.__version__) == ("qwen3_5_moe", "5.5.0"):
         pytest.skip(f"transformers {transformers.__version__} has no text class that loads a {model_type}")
-    text_case = Case(case.base, type(text))
+    text_case = Case.of(case.base, type(text))
     targets = {
         "target_modules": [name for name in tiny.text_linears(text) if "attn" in name],
         "target_parameters": tiny.expert_parameters(text),
@@ -396,7 +399,7 @@ def test_an_adapter_of_the_text_class_alone(model_type: str, bases: Bases, tmp_p
     peft_model = attach(text_case, tmp_path / "adapter", targets)
     trained = tiny.logits(peft_model)
     reloaded = merge_and_compare(text_case, peft_model, tmp_path / "adapter", tmp_path / "out")
-    assert_same_logits(reloaded, trained, tiny.load(case.base, text_case.cls))
+    assert_same_logits(reloaded, trained, text_case.loaded)
     before, after = (load_file(path / "model.safetensors") for path in (case.base, tmp_path / "out"))
     assert before.keys() == after.keys()
     towers = [key for key in before if "vision" in key or "visual" in key]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -247,5 +248,7 @@ def attach_random_lora(
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     if save_to is not None:
-        peft_model.save_pretrained(save_to)
+        # No test reads the card, which takes as long as the model.
+        with mock.patch.object(PeftModel, "create_or_update_model_card"):
+            peft_model.save_pretrained(save_to)
     return peft_model.eval()
