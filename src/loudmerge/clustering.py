@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ CHANCES = 32
 
 PAIRED_ROWS = 512
 """Rows of lora_A, at most, that pairing and crossing look at: those of whole experts, two at least."""
+
+ELEMENTS = 1 << 20
+"""Of the intermediate tensors, where several orders are looked at in one step."""
 
 RUNS, RUN = 4, 64
 """Runs of rows of lora_B that are looked at, and the rows of each."""
@@ -177,7 +181,8 @@ def site_traces(
     """
     b = b.to(torch.float32)
     orders = {packing: order_of(experts, rank, packing).view(experts, rank) for packing in LoraBLayout}
-    columns = _columns(b, [*orders.values(), *random_orders(experts * rank).view(-1, experts, rank)])
+    chances = random_orders(experts * rank).view(-1, experts, rank)
+    columns = _columns(b, torch.cat([torch.stack([*orders.values()]), chances]))
     norms, units = b.norm(dim=0), normalize(b, dim=0)
     found = {}
     for (norm, direction), (packing, order) in zip(columns, orders.items(), strict=True):
@@ -194,10 +199,17 @@ def order_of(experts: int, rank: int, packing: LoraBLayout) -> Tensor:
     return columns.view(rank, experts).T.reshape(-1) if packing is LoraBLayout.RANK_MAJOR else columns
 
 
-def _columns(b: Tensor, groupings: Sequence[Tensor]) -> list[list[float]]:
-    """Scores of norms and directions, of all but the last CHANCES groupings (experts, rank)."""
-    ranks, units = _ranks(b.norm(dim=0)), normalize(b, dim=0)
-    return _scores([[_spread(ranks[groups]), _alignment(units, groups)] for groups in groupings])
+def _columns(b: Tensor, groupings: Tensor) -> list[list[float]]:
+    """Scores of norms and directions, of all but the last CHANCES of groupings (orders, experts, rank)."""
+    ranks, units = _ranks(b.norm(dim=0)), normalize(b, dim=0).T.contiguous()
+    some = _at_a_time(groupings, units.numel())
+    alignments = torch.cat([_alignments(units, each) for each in some])
+    return _scores(torch.stack([_spreads(ranks[groupings]), alignments], dim=1))
+
+
+def _at_a_time(orders: Tensor, elements: int) -> tuple[Tensor, ...]:
+    """The orders in parts, where each needs so many elements: one step for all of a small pair."""
+    return torch.split(orders, max(1, ELEMENTS // elements))
 
 
 def _most_trained(norms: Tensor, rank: int) -> Tensor:
@@ -218,9 +230,12 @@ def _pairs(rows: Tensor, columns: Tensor) -> list[float]:
     owner = torch.arange(experts).repeat_interleave(rank)
     inside = owner[:, None] == owner
     within, across = likewise.masked_fill(~inside, 0).fill_diagonal_(0), likewise.masked_fill(inside, 0)
-    orders = [torch.arange(experts * rank), *_reassigned(experts, rank)]
-    shuffled = (like[order][:, order] for order in orders)
-    return _scores([[float((one * within).sum()), float((one * across).sum())] for one in shuffled])[0]
+    orders = torch.cat([torch.arange(experts * rank)[None], _reassigned(experts, rank)])
+    sums = []
+    for some in _at_a_time(orders, like.numel()):
+        shuffled = like[some[:, :, None], some[:, None, :]]
+        sums.append(torch.stack([(shuffled * part).sum(dim=(1, 2)) for part in (within, across)], dim=1))
+    return _scores(torch.cat(sums))[0]
 
 
 def _reassigned(experts: int, rank: int) -> Tensor:
@@ -243,15 +258,15 @@ def _blocks(b: Tensor, lower: Tensor, orders: Mapping[LoraBLayout, Tensor]) -> L
     return fits[0] if len(fits) == 1 else None
 
 
-def _alignment(units: Tensor, groups: Tensor) -> float:
-    """The sum of squared cosines in groups. units: (rows, columns). groups: (groups, n), of the columns."""
-    members = units[:, groups].permute(1, 0, 2)
-    return float(torch.bmm(members.transpose(1, 2), members).square().sum())
+def _alignments(units: Tensor, groupings: Tensor) -> Tensor:
+    """(orders,): sums of squared cosines. units: (columns, rows). groupings: (orders, groups, n)."""
+    members = units[groupings]
+    return (members @ members.transpose(2, 3)).square().sum(dim=(1, 2, 3))
 
 
-def _spread(values: Tensor) -> float:
-    """(groups, n) -> how far apart the groups' means are: one-way F, up to a monotone function."""
-    return float(values.mean(dim=1).square().sum())
+def _spreads(values: Tensor) -> Tensor:
+    """(orders, groups, n) -> how far apart the groups' means are: one-way F, up to a monotone function."""
+    return values.mean(dim=2).square().sum(dim=1)
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -263,12 +278,12 @@ def _ranks(values: Tensor) -> Tensor:
     return ranks - ranks.mean()
 
 
-def _scores(observed: Sequence[Sequence[float]]) -> list[list[float]]:
+def _scores(observed: Tensor) -> list[list[float]]:
     """(orders, statistics) -> z-scores of all but the last CHANCES orders against those.
 
     0 for what does not depend on the order.
     """
-    values = torch.tensor(observed, dtype=torch.float64)
+    values = observed.double()
     tested, chance = values[:-CHANCES], values[-CHANCES:]
     deviation = chance.std(dim=0)
     constant = ~(deviation > 1e-6 * chance.abs().amax(dim=0))
@@ -276,6 +291,7 @@ def _scores(observed: Sequence[Sequence[float]]) -> list[list[float]]:
     return scores
 
 
+@lru_cache(maxsize=16)
 def random_orders(count: int) -> Tensor:
     """(CHANCES, count) permutations, the same with every version of torch on every machine."""
     keys = torch.arange(1, CHANCES * count + 1).view(CHANCES, count)

@@ -108,7 +108,7 @@ class Update:
     def of(cls, term: Term, found: Factors) -> Update:
         """Sliced once, for all pieces and looks at the matrix."""
         expert, scaling = max(term.expert, 0), found.scaling
-        left = found.left[expert][term.rows.slice].contiguous()
+        left = found.left[expert][term.rows.places].contiguous()
         right = found.right[expert].contiguous()
         if math.frexp(scaling)[0] == 0.5:
             # A power of two moves the exponent only, wherever it is applied, and the factor is the smallest.
@@ -140,11 +140,11 @@ class Update:
                 return Kept()
             local = Span(inside.start - first_row, inside.count, place.step)
             first = (inside.start - place.start) // place.step
-            source, target = matrix[local.slice], out[local.slice]
+            source, target = matrix[local.places], out[local.places]
             rows = self.rows[first : first + inside.count]
             places, axis = (inside, Span(0, matrix.shape[1])), 0
         else:
-            source, target = matrix[:, place.slice], out[:, place.slice]
+            source, target = matrix[:, place.places], out[:, place.places]
             rows = self.rows[first_row : first_row + matrix.shape[0]]
             places, axis = (Span(first_row, matrix.shape[0]), place), 1
         drawn = None

@@ -264,7 +264,7 @@ class Judge:
         bad = ~bounds.is_nearest(block.written, block.value, torch.zeros_like(block.value))
         for term, patch in zip(self._matrix.terms, self._patches, strict=True):
             mine, there = patch.part(block.first, last)
-            place = there, patch.cols.slice
+            place = there, patch.cols.places
             cells = rebalance.Cells(
                 block.weight[place],
                 block.delta[place],
@@ -288,7 +288,7 @@ class Judge:
         if self._source[2] is torch.float64:
             _, there = patch.part(block.first, block.first + block.written.shape[0])
             error = torch.where(
-                error > 0, error + bounds.UNIT * block.weight[there, patch.cols.slice].abs(), error
+                error > 0, error + bounds.UNIT * block.weight[there, patch.cols.places].abs(), error
             )
         return error
 

@@ -63,7 +63,7 @@ class Span:
     step: int = 1
 
     @property
-    def slice(self) -> slice:
+    def places(self) -> slice:
         return slice(self.start, self.start + (self.count - 1) * self.step + 1, self.step)
 
 

@@ -115,7 +115,7 @@ class FactorCache:
         expert = max(term.expert, 0)
         a, b = factors.a[expert].to(torch.float64), factors.b[expert].to(torch.float64)
         left, right = (b, a) if site.reads_input else (a.T, b.T)
-        left = left[term.rows.slice] * site.scaling
+        left = left[term.rows.places] * site.scaling
         if term.axes is Axes.OUT_IN:
             rows, cols = term.out, Span(0, right.shape[1])
         else:
@@ -172,7 +172,7 @@ class Patch:
         if stop <= start:
             return slice(0, 0), slice(0, 0)
         at = self.rows.start + start * self.rows.step - first
-        return slice(start, stop), Span(at, stop - start, self.rows.step).slice
+        return slice(start, stop), Span(at, stop - start, self.rows.step).places
 
     def touches(self, first: int, last: int) -> bool:
         """Whether the patch has a row in first … last - 1."""
@@ -221,7 +221,7 @@ def delta_block(patches: Sequence[Patch], first: int, last: int, delta: Tensor) 
     delta.zero_()
     for patch in here:
         mine, there = patch.part(first, last)
-        delta[there, patch.cols.slice] += torch.einsum("or,ri->oi", patch.left[mine], patch.right)
+        delta[there, patch.cols.places] += torch.einsum("or,ri->oi", patch.left[mine], patch.right)
     return delta
 
 

@@ -9,6 +9,7 @@ What is drawn is a rule that files keep (loudmerge.rounding): for row o, column 
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,7 @@ def _hash(words: _Words) -> _Words:
     return np.asarray(words ^ (words >> np.uint32(16)), dtype=np.uint32)
 
 
+@cache
 def make_table() -> npt.NDArray[np.int32]:
     """What every `Redraw` reads: int32 (2**20,)."""
     place = np.arange(1 << 20, dtype=np.uint64)

@@ -125,7 +125,7 @@ class _Regrouping:
                 found = rows_on_disk(self._reader, output, term)
                 if weight is None or not torch.equal(weight.detach().cpu(), found.to(weight.dtype)):
                     raise EnvironmentFailed(_not_found(module, self._model))
-                draft.add(module, 0, right[term.expert], left[term.expert][term.rows.slice])
+                draft.add(module, 0, right[term.expert], left[term.expert][term.rows.places])
                 names[index, re.sub(r"\.\d+\.(?=[^.]+$)", r".*.", module)].append(module)
         for (index, kind), members in names.items():
             site = self._plan.sites[index]
@@ -179,7 +179,7 @@ def _places(on_disk: Tensor, expert: int, parameters: Mapping[str, Tensor]) -> I
                 continue
             spans = [Span(0, count), Span(count, count), Span(0, count, 2), Span(1, count, 2)]
             for rows in spans if matrix.shape[0] == 2 * count else spans[:1]:
-                if torch.equal(matrix[rows.start], wanted[0]) and torch.equal(matrix[rows.slice], wanted):
+                if torch.equal(matrix[rows.start], wanted[0]) and torch.equal(matrix[rows.places], wanted):
                     yield _Place(name, expert, axes, rows)
 
 
@@ -200,7 +200,7 @@ def _stacked(name: str, parameter: Tensor, parts: Sequence[_Part]) -> tuple[Tens
     for part in parts:
         first = spans.index(part.place.rows) * rank
         right[part.place.expert, first : first + rank] = part.right
-        left[part.place.expert, part.place.rows.slice, first : first + rank] = part.left
+        left[part.place.expert, part.place.rows.places, first : first + rank] = part.left
     return right, left
 
 

@@ -299,7 +299,7 @@ class MemoryAxes:
         matrix = self._parameters[site.parameter][0].detach().cpu()
         with TensorReader() as reader:
             parts = [
-                (term.rows.slice, rows_on_disk(reader, output, term))
+                (term.rows.places, rows_on_disk(reader, output, term))
                 for output, term in self._places[id(site.pair)]
             ]
         fits = [axes for axes in Axes if parts and all(_lies(matrix, *part, axes) for part in parts)]
@@ -320,7 +320,7 @@ def rows_on_disk(reader: TensorReader, output: OutputTensor, term: Term) -> Tens
         start = entry.start + term.index * nbytes
         entry = replace(entry, shape=entry.shape[1:], start=start, nbytes=nbytes)
     matrix = reader.read(entry)
-    return (matrix if term.axes is Axes.OUT_IN else matrix.T)[term.out.slice]
+    return (matrix if term.axes is Axes.OUT_IN else matrix.T)[term.out.places]
 
 
 def _lies(matrix: Tensor, rows: slice, on_disk: Tensor, axes: Axes) -> bool:

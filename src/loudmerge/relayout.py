@@ -81,7 +81,7 @@ def parted(whole: Factored, rows: Sequence[Span]) -> list[Factored]:
     rows: each one's part of the out axis. One that has zeros in all of the rank but its own part gets that
     part alone, if all are so.
     """
-    parts = [Factored(whole.up[:, span.slice], whole.down) for span in rows]
+    parts = [Factored(whole.up[:, span.places], whole.down) for span in rows]
     rank, left = divmod(whole.rank, len(parts))
     own = [
         Factored(part.up[:, :, first : first + rank], part.down[:, first : first + rank])

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ SEGMENT = 4096
 _WORD = (1 << 32) - 1
 
 
+@cache
 def dither_table(device: torch.device) -> Tensor:
-    """The table: int32, (2**TABLE_BITS + SEGMENT - 1,), its start repeated at its end."""
+    """The table: int32, (2**TABLE_BITS + SEGMENT - 1,), its start repeated at its end. Only to be read."""
     size = 1 << TABLE_BITS
     places = torch.arange(size + SEGMENT - 1, device=device) % size
     return (_shuffled(places) >> (TABLE_BITS - 16)).to(torch.int32)

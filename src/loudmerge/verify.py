@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -176,7 +176,7 @@ def _workers(threads: int | None) -> Iterator[ThreadPoolExecutor]:
             pool.shutdown(cancel_futures=True)
 
 
-_Finding: TypeAlias = "tuple[int, tuple[Matrix, MatrixResult] | TensorMismatch | None]"
+_Finding = tuple[int, tuple[Matrix, MatrixResult] | TensorMismatch | None]
 
 
 class _Comparison:

@@ -88,5 +88,5 @@ def test_flipping_an_orientation_twice_changes_nothing() -> None:
 
 @given(st.integers(0, 5), st.integers(1, 5), st.integers(1, 3))
 def test_a_span_is_its_indices(start: int, count: int, step: int) -> None:
-    indices = list(range(40))[Span(start, count, step).slice]
+    indices = list(range(40))[Span(start, count, step).places]
     assert indices == [start + step * i for i in range(count)]
