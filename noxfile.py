@@ -21,30 +21,12 @@ CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 # What has transformers or PEFT as its oracle, but for the long run on a real model.
 ASK_THE_LIBRARIES = ["tests/e2e", "tests/unit/test_relay.py", "--ignore=tests/e2e/test_smollm2.py"]
 
-# The rooms that decide what is written: every branch of them is tested.
-COVERED = ",".join(
-    f"*/loudmerge/{room}.py"
-    for room in (
-        "balance",
-        "clustering",
-        "delta",
-        "evidence",
-        "layout",
-        "packing",
-        "plan",
-        "planner",
-        "rebalance",
-        "rounding",
-        "weighing",
-        "writer",
-    )
-)
-
 
 def install(session: nox.Session, versions: str = "newest") -> None:
     """Installs loudmerge for development, with the pins of pyproject.toml."""
     torch = os.environ.get("LOUDMERGE_TORCH") or PINS["torch"]
-    session.install("-e", ".[dev]", torch, *PINS[versions])
+    # Bytecode is made when a module is first imported: most of what is installed never is.
+    session.install("--no-compile", "-e", ".[dev]", torch, *PINS[versions])
     # Their torch is the same 700 MB.
     environments = [str(one) for one in Path(session.virtualenv.location).parent.iterdir() if one.is_dir()]
     session.run("python", "-m", "loudmerge.compat.links", session.virtualenv.location, *environments)
@@ -64,17 +46,19 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session, versions: str) -> None:
     """Run the tests; with transformers 4 those that ask it or PEFT. Arguments after -- go to pytest."""
     install(session, versions)
+    pytest = ["pytest", "-n", "auto", "--durations=20"]
     # Our own plugins would import loudmerge before its annotations can be checked.
-    ours = ("-p", "no:loudmerge.canary.plugin", "-p", "no:loudmerge.conformance.plugin")
-    pytest = ["pytest", "-n", "auto", "--durations=20", *ours]
-    pytest.append(f"--jaxtyping-packages=loudmerge,{CHECKER}")
+    ours = ["-p", "no:loudmerge.canary.plugin", "-p", "no:loudmerge.conformance.plugin"]
+    checked = [*pytest, *ours, f"--jaxtyping-packages=loudmerge,{CHECKER}"]
     if session.posargs:
-        session.run(*pytest, *session.posargs)
+        session.run(*checked, *session.posargs)
     elif versions == "transformers-4":
-        session.run(*pytest, *ASK_THE_LIBRARIES)
+        session.run(*checked, *ASK_THE_LIBRARIES)
     else:
-        session.run(*pytest, "--cov", "--cov-report=")
-        session.run("coverage", "report", f"--include={COVERED}", "--fail-under=100")
+        # Checks of each call take three times as long as the calls: the many examples are tried without.
+        session.run(*checked, "--hypothesis-profile=dev", "--cov", "--cov-report=")
+        session.run(*pytest, *ours, "-m", "hypothesis", "--cov", "--cov-append", "--cov-report=")
+        session.run("coverage", "report", "--fail-under=100")
 
 
 @nox.session

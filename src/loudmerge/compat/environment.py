@@ -87,20 +87,24 @@ class Installer:
         """The command that makes an empty environment of this Python."""
         if self.uv:
             return ["uv", "venv", "--quiet", "--python", sys.executable, str(directory)]
-        return [sys.executable, "-m", "venv", str(directory)]
+        return [sys.executable, "-m", "venv", "--without-pip", str(directory)]
 
     def install(self, python: Path, wanted: Sequence[str]) -> list[str]:
         """The command that installs all of `wanted` at once, so that the resolver sees every pin.
 
+        It is this Python's pip: the one that a new environment would have is as old as its Python, and those
+        of 2023 take twice as long. https://pip.pypa.io/en/stable/topics/python-option/
         Bytecode is made when a module is first imported: most of what is installed never is.
         """
         index = self.beside()
         if self.uv:
             return ["uv", "pip", "install", "--python", str(python), *index, *wanted]
         line = [
-            str(python),
+            sys.executable,
             "-m",
             "pip",
+            "--python",
+            str(python),
             "install",
             "--no-input",
             "--no-color",

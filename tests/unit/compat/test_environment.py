@@ -178,4 +178,4 @@ def test_the_telling_line_of_an_installer(words: str, line: str) -> None:
 
 
 def test_a_cell_runs_in_this_python(root: Path) -> None:
-    assert Installer.of(root, {}).create(Path("env")) == [sys.executable, "-m", "venv", "env"]
+    assert Installer.of(root, {}).create(Path("env"))[:3] == [sys.executable, "-m", "venv"]
