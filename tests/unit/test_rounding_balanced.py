@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loudmerge import balance, bounds, rebalance
-from loudmerge.balance import BAND, Bands, balanced_, bands, levels, steps
+from loudmerge.balance import BAND, Bands, any_, balanced_, bands, is_usual, levels, steps, usual_
 from loudmerge.layout import Span
 from tests.unit.neighbours import neighbours
 
@@ -66,6 +67,54 @@ class Case:
         """The other neighbour of each element."""
         below, above = neighbours(written.to(self.dtype))
         return torch.where(written > self.value, below, above).float()
+
+
+# --- two ways to the same bits ---------------------------------------------------------------------
+
+
+@given(st.integers(0, 1 << 30), st.integers(-9, 1), st.sampled_from(["bfloat16", "float32", "powers"]))
+def test_the_usual_numbers_have_a_shorter_way_to_the_same_bits(seed: int, size: int, weights: str) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(BAND, 40, generator=draw)
+    if weights == "bfloat16":
+        weight = weight.to(torch.bfloat16).float()
+    if weights == "powers":
+        weight = weight.sign() * 2.0 ** torch.randint(-20, 20, weight.shape, generator=draw)
+    delta = torch.randn(weight.shape, generator=draw) * 10.0**size
+    drawn = torch.randint(0, WORDS, weight.shape, generator=draw, dtype=torch.int32)
+    delta = torch.where((weight + delta == 0) | (delta == 0), 1.0, delta)
+    assert is_usual(weight + delta)
+    assert is_usual(delta)
+    for axis in (0, 1):
+        long = any_(weight + delta, weight, delta, drawn, torch.bfloat16, axis)
+        short = usual_(weight + delta, weight, delta, drawn.clone(), axis)
+        assert torch.equal(short.view(torch.int32), long.view(torch.int32))
+
+
+@pytest.mark.parametrize("way", [usual_, any_])
+def test_a_step_that_hangs_on_one_number_drawn_is_taken(way: Callable[..., Tensor]) -> None:
+    """Share 1000.5 of 65536 of a unit: taken with 1000, not with 1001. And a share of 0 is no part of it."""
+    unit = 2.0**-7
+    dtype = [torch.bfloat16] if way is any_ else []
+    for share, drawn, steps_up in (
+        (1000.5, 1000, True),
+        (1000.5, 1001, False),
+        (1.1, 1, True),
+        (1.1, 2, False),
+    ):
+        weight = torch.ones(2, 1)
+        delta = torch.tensor([[unit], [share / WORDS * unit]])
+        numbers = torch.tensor([[0], [drawn]], dtype=torch.int32)
+        result = way(weight + delta, weight, delta, numbers, *dtype, 0)
+        assert result.flatten().tolist() == [1 + unit, 1 + unit * steps_up]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**51, -(2.0**-51)])
+def test_one_other_number_is_enough_for_the_long_way(value: float) -> None:
+    numbers = torch.ones(2, 3)
+    assert is_usual(numbers)
+    numbers[1, 1] = value
+    assert not is_usual(numbers)
 
 
 # --- what each cell keeps --------------------------------------------------------------------------
