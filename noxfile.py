@@ -49,15 +49,16 @@ def tests(session: nox.Session, versions: str) -> None:
     # Our own plugins would import loudmerge before its annotations can be checked.
     ours = ("-p", "no:loudmerge.canary.plugin", "-p", "no:loudmerge.conformance.plugin")
     pytest = ["pytest", "-n", "auto", "--durations=20", *ours]
-    # It takes three times as long: so each test runs once with it, and few examples of a property do.
+    # It takes three times as long: the unit tests run with it, on few examples of each property.
     checked = [*pytest, f"--jaxtyping-packages=loudmerge,{CHECKER}"]
     if session.posargs:
         session.run(*checked, *session.posargs)
     elif versions == "transformers-4":
         session.run(*pytest, *ASK_THE_LIBRARIES)
     else:
-        session.run(*checked, "--hypothesis-profile=dev", "--cov", "--cov-report=")
-        session.run(*pytest, "-m", "hypothesis", "--cov", "--cov-append", "--cov-report=")
+        session.run(*checked, "tests/unit", "--hypothesis-profile=dev", "--cov", "--cov-report=")
+        for rest in (["tests/e2e"], ["tests/unit", "-m", "hypothesis"]):
+            session.run(*pytest, *rest, "--cov", "--cov-append", "--cov-report=")
         session.run("coverage", "report", "--fail-under=100")
 
 
