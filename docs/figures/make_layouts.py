@@ -48,7 +48,7 @@ def rows(expert: int) -> Span:
 def owners(spans: Sequence[Span]) -> list[tuple[int, int]]:
     """For each index: which span has it, and as which of its own."""
     every = range(sum(span.count for span in spans))
-    found = {at: (who, own) for who, span in enumerate(spans) for own, at in enumerate(every[span.slice])}
+    found = {at: (who, own) for who, span in enumerate(spans) for own, at in enumerate(every[span.places])}
     return [found[at] for at in every]
 
 
