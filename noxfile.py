@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "tests"]
 
 PINS: dict[str, Any] = nox.project.load_toml("pyproject.toml")["tool"]["loudmerge"]["pins"]
 
-# Every annotation of loudmerge is checked while the tests run; an int may stand where a float is expected.
+# Checks every annotation of loudmerge at every call; an int may stand where a float is expected.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 # What has transformers or PEFT as its oracle, but for the long run on a real model.
@@ -49,7 +49,7 @@ def tests(session: nox.Session, versions: str) -> None:
     # Our own plugins would import loudmerge before its annotations can be checked.
     ours = ("-p", "no:loudmerge.canary.plugin", "-p", "no:loudmerge.conformance.plugin")
     pytest = ["pytest", "-n", "auto", "--durations=20", *ours]
-    # It takes three times as long: the unit tests run with it, on few examples of each property.
+    # With every call checked tests take three times as long: unit tests do, on few examples of a property.
     checked = [*pytest, f"--jaxtyping-packages=loudmerge,{CHECKER}"]
     if session.posargs:
         session.run(*checked, *session.posargs)

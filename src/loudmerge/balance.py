@@ -41,9 +41,6 @@ _LOW, _EXPONENT = 0xFFFF, 0x7F800000
 _INVERSE = (254 + 7) << 23
 """Less the bits of 2**e: those of 2**(7 - e), which is one over a unit of bfloat16."""
 
-_LOWEST = (127 - OCTAVES) * PARTS
-"""The lowest level, as the exponent and the two highest bits of the significand say it."""
-
 _USUAL = 2.0**-50, 2.0**50
 """The sizes of numbers whose products and quotients by a unit are normal, too."""
 
@@ -123,11 +120,10 @@ def usual_(values: Tensor, weight: Tensor, delta: Tensor, drawn: Tensor, axis: i
     some = share.view(torch.int32).neg() >> 31
     gain = power.view(torch.float32).mul(delta.abs())
     gain.view(torch.int32).bitwise_and_(some)
-    wanted = (gain * share).sum(axis, True, dtype=torch.float64)
-    level = share.clamp_(2.0**-OCTAVES, 1.0 - 2.0**-24).view(torch.int32) >> 21
-    least, chance = _solved(gain.double(), wanted, level - _LOWEST)
+    level = levels(share)
+    least, chance = _solved(gain, share, level, axis)
     # One number for both comparisons: level > least, or level = least and drawn < chance.
-    border = ((least + _LOWEST) << 16).sub_(chance.ceil_().clamp_(max=65536.0).long()).to(torch.int32)
+    border = (least << 16).sub_(chance.ceil_().clamp_(max=65536.0).long()).to(torch.int32)
     moved = (border - (level << 16).sub_(drawn)).bitwise_right_shift_(31).bitwise_and_(some)
     step = back.bitwise_or_(1).bitwise_left_shift_(16)
     torch.add(near, step.bitwise_and_(moved), out=bits)
@@ -146,19 +142,20 @@ def any_(
     share.masked_fill_(plain, 0.0)
     gain = (unit * delta).masked_fill_(share == 0, 0.0)
     level = levels(share)
-    least, chance = _solved(gain.double(), (gain * share).sum(axis, True, dtype=torch.float64), level)
+    least, chance = _solved(gain, share, level, axis)
     moved = ((level > least) | ((level == least) & (drawn < chance))) & (gain > 0)
     stayed = torch.where(plain, _nearest(values, dtype), near)
     return torch.where(moved, near + unit, stayed, out=values)
 
 
-def _solved(gain: Tensor, wanted: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """The level k of each cell, and 65536 p. gain: u |dW|, float64. wanted: the sum that is to be reached."""
-    count = OCTAVES * PARTS
+def _solved(gain: Tensor, share: Tensor, level: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The level k of each cell, and 65536 p. gain: u |dW|, in any unit."""
+    wanted, count = (gain * share).sum(axis, True, dtype=torch.float64), OCTAVES * PARTS
     # (cells, levels), the highest first: torch is four times as fast along the last axis.
     cells = torch.arange(wanted.numel(), dtype=torch.int32).view(wanted.shape)
     place = (cells.mul_(count).add_(count - 1) - level).reshape(-1)
-    mass = gain.new_zeros(wanted.numel() * count).index_add_(0, place, gain.reshape(-1)).view(-1, count)
+    mass = wanted.new_zeros(wanted.numel() * count).index_add_(0, place, gain.double().reshape(-1))
+    mass = mass.view(-1, count)
     reached, sums = mass.cumsum(1), wanted.reshape(-1, 1)
     first = torch.searchsorted(reached, sums).clamp_(max=count - 1)
     within = mass.gather(1, first)
@@ -171,7 +168,7 @@ def levels(share: Tensor) -> Tensor:
     """0 … OCTAVES * PARTS - 1, int32, of shares in 0 … 1."""
     # The exponent and the two highest bits of the significand, as one number.
     raw = share.clamp(2.0**-OCTAVES, 1.0 - 2.0**-24).view(torch.int32) >> 21
-    return raw.sub_(_LOWEST)
+    return raw.sub_((127 - OCTAVES) * PARTS)
 
 
 def steps(values: Tensor, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -182,7 +182,7 @@ def site_traces(
     b = b.to(torch.float32)
     orders = {packing: order_of(experts, rank, packing).view(experts, rank) for packing in LoraBLayout}
     chances = random_orders(experts * rank).view(-1, experts, rank)
-    columns = _columns(b, torch.cat([torch.stack([*orders.values()]), chances]))
+    columns = _columns(b, torch.stack([*orders.values(), *chances]))
     norms, units = b.norm(dim=0), normalize(b, dim=0)
     found = {}
     for (norm, direction), (packing, order) in zip(columns, orders.items(), strict=True):

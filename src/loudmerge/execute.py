@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -289,7 +288,7 @@ class Worker:
         updates = [Update.of(term, its) for term, its in zip(piece.terms, found, strict=True)]
         rounding = self._rounding(piece, values, updates, result.dtype)
         if rounding in {"stochastic", "balanced"}:
-            dither = Dither(self._table, piece.output.key, max(piece.matrix, 0))
+            dither = Dither(dither_table(self._device), piece.output.key, max(piece.matrix, 0))
         for update in updates:
             total.add(update.apply(values, piece.first, rounding, self._space(), result, dither))
         if updates:
@@ -322,10 +321,6 @@ class Worker:
             for update in updates:
                 kept.add(update.apply(sample, first, "nearest", self._space(), rounded))
         return balanced if kept.ratio < NEAREST_KEEPS else "nearest"
-
-    @cached_property
-    def _table(self) -> Tensor:
-        return dither_table(self._device)
 
     def _replace_rows(
         self, piece: Piece, result: Tensor, indices: tuple[int, ...], entry: TensorEntry

@@ -30,7 +30,7 @@ from loudmerge.recompute import (
     delta_block,
     read_tensor,
 )
-from loudmerge.redraw import Redraw
+from loudmerge.redraw import Redraw, make_table
 
 BLOCK = 1 << 17
 """Elements worked on at a time: 1 MiB of float64."""
@@ -165,7 +165,7 @@ class Judge:
         self._scale = self._dora_scale() if output.dora is not None else None
         self._redraw = None
         if rounding in {"stochastic", "balanced"}:
-            self._redraw = Redraw(output.key, max(matrix.index, 0), space.table)
+            self._redraw = Redraw(output.key, max(matrix.index, 0), make_table())
         self._pending: list[_Elements] = []
         self._waiting = 0
         self._result = MatrixResult(rounding=rounding)

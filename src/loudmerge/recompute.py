@@ -13,12 +13,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -26,7 +23,6 @@ from torch import Tensor
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.layout import Axes, LoraBLayout, Span
 from loudmerge.plan import OutputTensor, Site, Term
-from loudmerge.redraw import make_table
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -265,11 +261,6 @@ class Workspace:
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
-
-    @cached_property
-    def table(self) -> npt.NDArray[np.int32]:
-        """What stochastic rounding draws from."""
-        return make_table()
 
     def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
         """The buffer of that name as (rows, columns), content undefined."""

@@ -248,7 +248,7 @@ def attach_random_lora(
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     if save_to is not None:
-        # No test reads the card, which takes as long as the model.
+        # No test reads the card, which is three quarters of the time.
         with mock.patch.object(PeftModel, "create_or_update_model_card"):
             peft_model.save_pretrained(save_to)
     return peft_model.eval()

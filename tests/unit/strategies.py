@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def examples(in_ci: int) -> settings:
-    """Settings with `in_ci` examples where CI is set, and a twentieth of them elsewhere."""
+    """Settings with `in_ci` examples in CI's profile, and a twentieth of them in others."""
     count = in_ci if settings.get_current_profile_name() == "ci" else max(10, in_ci // 20)
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=count, deadline=None, suppress_health_check=slow)

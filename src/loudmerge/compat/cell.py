@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -85,15 +84,12 @@ def run_families(job: Job) -> dict[str, Any]:
 def _pytest(root: Path, arguments: Sequence[str]) -> tuple[junit.Case, ...]:
     """The tests; a module that cannot be imported is one that failed. RuntimeError where pytest did not end.
 
-    In CI, too, property tests try the usual number of examples: the session `tests` tries more, once.
-
     https://docs.pytest.org/en/stable/reference/exit-codes.html
     """
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "junit.xml")
         command = [sys.executable, *PYTEST, f"--junitxml={file}", *arguments]
-        usual = os.environ | {"CI": ""}
-        code = subprocess.run(command, cwd=root, env=usual, check=False).returncode  # noqa: S603 - made here
+        code = subprocess.run(command, cwd=root, check=False).returncode  # noqa: S603 - a line made here
         cases = junit.read(file) if code in (0, 1, 2) else ()
         if not cases or (code == 2 and junit.FAILED not in {case.outcome for case in cases}):
             raise RuntimeError(f"pytest ended with exit code {code}: see the log")

@@ -178,4 +178,7 @@ def test_the_telling_line_of_an_installer(words: str, line: str) -> None:
 
 
 def test_a_cell_runs_in_this_python(root: Path) -> None:
-    assert Installer.of(root, {}).create(Path("env"))[:3] == [sys.executable, "-m", "venv"]
+    installer = Installer.of(root, {})
+    assert installer.create(Path("env")) == [sys.executable, "-m", "venv", "--without-pip", "env"]
+    line = installer.install(Path("env/bin/python"), ["peft==1"])
+    assert line[:6] == [sys.executable, "-m", "pip", "--python", "env/bin/python", "install"]
