@@ -116,7 +116,8 @@ def usual_(values: Tensor, weight: Tensor, delta: Tensor, drawn: Tensor, axis: i
     # The power of two at which the unit begins, 2**7 units.
     power = (back << 16).add_(near).bitwise_and_(_EXPONENT)
     share = (weight - near.view(torch.float32)).add_(delta)
-    share.mul_(torch.copysign((_INVERSE - power).view(torch.float32), delta)).clamp_(0.0, 1.0)
+    # clamp_ keeps -0, which is no share and must not look like one.
+    share.mul_(torch.copysign((_INVERSE - power).view(torch.float32), delta)).clamp_(0.0, 1.0).abs_()
     some = share.view(torch.int32).neg() >> 31
     gain = power.view(torch.float32).mul(delta.abs())
     gain.view(torch.int32).bitwise_and_(some)

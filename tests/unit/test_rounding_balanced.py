@@ -82,13 +82,25 @@ def test_the_usual_numbers_have_a_shorter_way_to_the_same_bits(seed: int, size: 
         weight = weight.sign() * 2.0 ** torch.randint(-20, 20, weight.shape, generator=draw)
     delta = torch.randn(weight.shape, generator=draw) * 10.0**size
     drawn = torch.randint(0, WORDS, weight.shape, generator=draw, dtype=torch.int32)
-    delta = torch.where((weight + delta == 0) | (delta == 0), 1.0, delta)
+    delta = delta.abs().clamp(min=2.0**-49).copysign(delta)
+    delta = torch.where(weight + delta == 0, 2 * delta, delta)
     assert is_usual(weight + delta)
     assert is_usual(delta)
     for axis in (0, 1):
         long = any_(weight + delta, weight, delta, drawn, torch.bfloat16, axis)
         short = usual_(weight + delta, weight, delta, drawn.clone(), axis)
         assert torch.equal(short.view(torch.int32), long.view(torch.int32))
+
+
+def test_a_number_of_the_dtype_has_no_share_on_the_way_to_zero_either() -> None:
+    """W + dW = 1, beside shares so small that they have the level of none. Each number drawn says: step."""
+    weight = torch.tensor([[1.0 + 2.0**-10], [1.0]])
+    delta = torch.tensor([[-(2.0**-10)], [-(2.0**-26)]])
+    drawn = torch.zeros(weight.shape, dtype=torch.int32)
+    for sign in (1.0, -1.0):
+        value = torch.tensor([[1.0], [1.0]]) * sign
+        short = usual_(value, weight * sign, delta * sign, drawn.clone(), 0)
+        assert short.tolist() == [[sign], [sign * (1.0 - 2.0**-8)]]
 
 
 @pytest.mark.parametrize("way", [usual_, any_])
