@@ -1,10 +1,16 @@
-"""What every test run shares: one thread, and how hard the property tests try."""
+"""What every test run shares: one thread, how hard the property tests try, and who tells a long story."""
 
 from __future__ import annotations
 
 import os
+import re
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
 
 # Read when torch is first imported. The tensors are tiny: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,3 +26,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """Each test by itself, but for those that share one of test_smollm2's models: minutes to make.
+
+    xdist's own groups are without effect under pytest 9.2 (pytest-xdist#1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling  # the cells run without it
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            story = re.search(r"test_smollm2\.py::.*\[(qwen2_moe|mixtral)\b", nodeid)
+            return story[1] if story else nodeid
+
+    return Scheduling(config, log)

@@ -29,7 +29,7 @@ from loudmerge.rounding import DROPPED, held_at_the_ends
 BAND = 64
 """Rows, or columns where the inputs lie along the rows, that make a band; the first band starts at 0."""
 
-INPUTS = 512
+INPUTS = 2048
 """Inputs that are worked on at a time: some twenty small buffers then stay in a core's cache."""
 
 OCTAVES, PARTS = 16, 4

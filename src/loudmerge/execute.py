@@ -41,7 +41,10 @@ SAMPLES, SAMPLE_ROWS = 2, 32
 """How many runs of how many rows tell what rounding to the nearest keeps of a matrix's update."""
 
 SYNC_BYTES = 128 << 20
-"""Bytes after which a shard is sent on to the disk, so that the disk works while the next are computed."""
+"""Bytes of a shard in the page cache that are sent on to the disk, which so works while others are computed.
+
+What goes straight to the disk needs no such reminder: it would only wait for the disk's own cache each time.
+"""
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), in bytes."""
@@ -135,7 +138,7 @@ def execute(
             shard = shards.enter_context(ShardFile(directory / name, outputs, metadata))
             for nbytes in _in_order(pool, worker, shard, outputs, threads):
                 done += nbytes
-                unsynced += nbytes
+                unsynced += 0 if shard.direct else nbytes
                 if unsynced >= SYNC_BYTES:
                     syncs.append(syncer.submit(shard.sync))
                     unsynced = 0

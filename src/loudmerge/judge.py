@@ -8,6 +8,7 @@ merge's float32 arithmetic may have made there.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from loudmerge.recompute import (
     TORCH_DTYPES,
     FactorCache,
     Matrix,
-    Patch,
     RawFiles,
     Workspace,
     bias_patch,
@@ -78,11 +78,16 @@ def check_matrix(
     def judged(rule: str, *, to_the_end: bool) -> MatrixResult:
         return Judge(matrix, rule, files, factors, out, space).run(to_the_end=to_the_end)
 
-    for rule in rules:
-        result = judged(rule, to_the_end=len(rules) == 1)
-        if result.ok or len(rules) == 1:
+    *others, last = rules
+    for rule in others:
+        result = judged(rule, to_the_end=False)
+        if result.ok:
             return result
-    return min((judged(rule, to_the_end=True) for rule in rules), key=lambda result: result.wrong)
+    result = judged(last, to_the_end=True)
+    if result.ok or not others:
+        return result
+    ends = [*(judged(rule, to_the_end=True) for rule in others), result]
+    return min(ends, key=lambda result: result.wrong)
 
 
 def _rules(matrix: Matrix, rounding: str) -> tuple[str, ...]:
@@ -167,6 +172,7 @@ class Judge:
         if rounding in {"stochastic", "balanced"}:
             self._redraw = Redraw(output.key, max(matrix.index, 0), make_table())
         self._pending: list[_Elements] = []
+        self._doubts: list[list[Tensor]] = []
         self._waiting = 0
         self._result = MatrixResult(rounding=rounding)
 
@@ -246,7 +252,7 @@ class Judge:
             rows, columns = block.written.shape
             drawn = self._redraw.block(block.first, rows, columns)
             expected = bounds.carried(block.value, drawn, block.written.dtype).to(block.written.dtype)
-            return _unequal(expected.view(-1), block.written.view(-1))
+            return bounds.unequal(expected.view(-1), block.written.view(-1))
         if self._rounding == "peft" and self._scale is None:
             expected = bounds.peft_sum(block.weight, block.delta, self._source[2], block.written.dtype)
         else:
@@ -254,61 +260,54 @@ class Judge:
             # As bounds.rounded, into buffers.
             through = self._space.take("through", torch.promote_types(dtype, torch.float32), *shape)
             expected = self._space.take("expected", dtype, *shape).copy_(through.copy_(block.value))
-        return _unequal(expected.view(-1), block.written.view(-1))
+        return bounds.unequal(expected.view(-1), block.written.view(-1))
 
     def _unbalanced(self, block: _Block, redraw: Redraw) -> Tensor:
-        """Flat indices of what balanced rounding has not written; these need no second look."""
-        rows, columns = block.written.shape
-        last, dtype = block.first + rows, block.written.dtype
-        drawn = redraw.block(block.first, rows, columns)
-        bad = ~bounds.is_nearest(block.written, block.value, torch.zeros_like(block.value))
+        """Flat indices of what no term updates and is not the nearest; inputs in doubt are set aside."""
+        count, columns = block.written.shape
+        last, dtype = block.first + count, block.written.dtype
+        row = torch.arange(block.first, last)[:, None].expand(count, columns)
+        column = torch.arange(columns).expand(count, columns)
+        drawn = redraw.block(block.first, count, columns)
+        every = block.weight, block.delta, block.value, block.written.double(), drawn, row, column
         for term, patch in zip(self._matrix.terms, self._patches, strict=True):
             mine, there = patch.part(block.first, last)
-            place = there, patch.cols.places
-            cells = rebalance.Cells(
-                block.weight[place],
-                block.delta[place],
-                block.value[place],
-                block.written.double()[place],
-                self._patch_error(patch, mine, block),
-                drawn[place],
-            )
-            if term.axes is Axes.OUT_IN:
-                at = Span(block.first + (there.start or 0), mine.stop - mine.start, patch.rows.step)
-                bad[place] = rebalance.wrong(cells, dtype, at)
-            else:
-                bad[place] = rebalance.wrong(
-                    rebalance.Cells._make(part.T for part in cells), dtype, patch.cols
-                ).T
+            parts = [part[there, patch.cols.places] for part in every]
+            outputs = Span(block.first + (there.start or 0), mine.stop - mine.start, patch.rows.step)
+            if term.axes is not Axes.OUT_IN:
+                parts, outputs = [part.T for part in parts], patch.cols
+            for band, inputs in rebalance.doubtful(rebalance.Cells(*parts[:5]), dtype, outputs):
+                self._doubts.append([part[band, inputs] for part in parts])
+                self._waiting += self._doubts[-1][0].numel()
+        return self._outside(block)
+
+    def _outside(self, block: _Block) -> Tensor:
+        """Flat indices of what no term updates and is not rounded to the nearest."""
+        last = block.first + block.written.shape[0]
+        if any(patch.covers(block.first, last, self._matrix.columns) for patch in self._patches):
+            return torch.empty(0, dtype=torch.int64)
+        bad = ~bounds.is_nearest(block.written, block.value, torch.zeros_like(block.value))
+        for patch in self._patches:
+            bad[patch.part(block.first, last)[1], patch.cols.places] = False
         return bad.view(-1).nonzero().view(-1)
 
-    def _patch_error(self, patch: Patch, mine: slice, block: _Block) -> Tensor:
-        """As `_error`, for a patch's part of a block."""
-        error = bounds.delta_error(patch.left[mine].abs() @ patch.right.abs(), patch.roundings)
-        if self._source[2] is torch.float64:
-            _, there = patch.part(block.first, block.first + block.written.shape[0])
-            error = torch.where(
-                error > 0, error + bounds.UNIT * block.weight[there, patch.cols.places].abs(), error
-            )
-        return error
-
     def _suspect(self, block: _Block, flat: Tensor) -> None:
-        if not flat.numel():
-            return
-        columns = self._matrix.columns
-        self._pending.append(
-            _Elements(
-                torch.div(flat, columns, rounding_mode="floor") + block.first,
-                flat % columns,
-                *(part.view(-1)[flat] for part in block[1:]),
+        if flat.numel():
+            columns = self._matrix.columns
+            self._pending.append(
+                _Elements(
+                    torch.div(flat, columns, rounding_mode="floor") + block.first,
+                    flat % columns,
+                    *(part.view(-1)[flat] for part in block[1:]),
+                )
             )
-        )
-        self._waiting += flat.numel()
+            self._waiting += flat.numel()
         if self._waiting > _JUDGED_AT_ONCE:
             self._settle()
 
     def _settle(self) -> None:
         """Judges the elements that were set aside."""
+        self._look_again()
         if not self._pending:
             return
         found = _Elements(*(torch.cat(parts) for parts in zip(*self._pending, strict=True)))
@@ -317,6 +316,20 @@ class Judge:
         fine &= found.written.isfinite() | ~found.weight.isfinite()
         if not bool(fine.all()):
             self._record(_Elements(*(part[~fine] for part in found)))
+
+    def _look_again(self) -> None:
+        """At the inputs that were set aside, those of bands of as many outputs at once."""
+        alike: dict[int, list[list[Tensor]]] = defaultdict(list)
+        for doubts in self._doubts:
+            alike[len(doubts[0])].append(doubts)
+        self._doubts, dtype = [], self._written[2]
+        for several in alike.values():
+            *parts, rows, columns = (torch.cat(each, dim=1) for each in zip(*several, strict=True))
+            cells = rebalance.Cells(*parts)
+            parts = [rows, columns, cells.weight, cells.delta, cells.value, cells.written.to(dtype)]
+            found = _Elements(*(part.flatten() for part in parts))
+            bad = rebalance.wrong(cells, self._error(found).view_as(rows), dtype).flatten()
+            self._pending.append(_Elements(*(part[bad] for part in found)))
 
     def _error(self, found: _Elements) -> Tensor:
         """How far the merge's float32 delta may lie from the exact one."""
@@ -383,13 +396,3 @@ class Judge:
         """Which axis on disk the magnitude runs along: that of lora_B's first axis."""
         reads_input = self._factors.site(term).reads_input
         return 0 if reads_input == (term.axes is Axes.OUT_IN) else 1
-
-
-def _unequal(a: Tensor, b: Tensor) -> Tensor:
-    """Indices where two flat tensors of one dtype differ. Compares 8 bytes at a time first."""
-    group = 8 // a.element_size()
-    if group == 1 or a.numel() % group:
-        return (a != b).nonzero().view(-1)
-    groups = (a.view(torch.int64) != b.view(torch.int64)).nonzero().view(-1, 1)
-    flat = (groups * group + torch.arange(group)).view(-1)
-    return flat[a[flat] != b[flat]]

@@ -153,6 +153,11 @@ class ShardFile:
             os.close(self._descriptor)
             raise
 
+    @property
+    def direct(self) -> bool:
+        """Whether all but what is not aligned to pages goes past the page cache."""
+        return self._direct is not None
+
     def write(self, key: str, offset: int, data: Tensor) -> None:
         """Writes the bytes of `data` (contiguous, on the CPU) `offset` bytes into the tensor `key`."""
         content = data.reshape(-1).view(torch.uint8)

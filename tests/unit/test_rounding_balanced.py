@@ -21,6 +21,17 @@ WORDS = 1 << 16
 SIZES = (1e-7, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
+def _wrong(
+    cells: rebalance.Cells, error: Tensor, dtype: torch.dtype = torch.bfloat16, start: int = 0
+) -> Tensor:
+    """As verify finds what is wrong: a look at all, and a second one at what is in doubt."""
+    bad = torch.zeros(error.shape, dtype=torch.bool)
+    for part, inputs in rebalance.doubtful(cells, dtype, Span(start, len(error))):
+        some = rebalance.Cells(*(each[part, inputs] for each in cells))
+        bad[part, inputs] = rebalance.wrong(some, error[part, inputs], dtype)
+    return bad
+
+
 class Case:
     """Some outputs of a matrix with its update, in the merge's float32 and exactly."""
 
@@ -53,15 +64,16 @@ class Case:
         return self.weight[part], self.delta[part], numbers[part]
 
     def cells(self, written: Tensor, drawn: Tensor | None = None) -> rebalance.Cells:
-        left, right = self.left.double(), self.right.double()
-        error = bounds.delta_error(left.abs() @ right.abs(), 8)
-        exact = left @ right
+        exact = self.left.double() @ self.right.double()
         numbers = self.drawn if drawn is None else drawn
         weight = self.weight.double()
-        return rebalance.Cells(weight, exact, weight + exact, written.double(), error, numbers)
+        return rebalance.Cells(weight, exact, weight + exact, written.double(), numbers)
 
-    def wrong(self, written: Tensor, drawn: Tensor | None = None) -> Tensor:
-        return rebalance.wrong(self.cells(written, drawn), self.dtype, Span(0, len(written)))
+    def errors(self) -> Tensor:
+        return bounds.delta_error(self.left.double().abs() @ self.right.double().abs(), 8)
+
+    def wrong(self, written: Tensor, drawn: Tensor | None = None, start: int = 0) -> Tensor:
+        return _wrong(self.cells(written, drawn), self.errors(), self.dtype, start)
 
     def other(self, written: Tensor) -> Tensor:
         """The other neighbour of each element."""
@@ -310,8 +322,7 @@ def test_what_another_matrix_would_draw_is_not_accepted(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("offset", [1, 32])
 def test_bands_that_begin_elsewhere_are_not_accepted(offset: int) -> None:
     case = Case(torch.bfloat16, 1e-4, outputs=2 * BAND)
-    moved = rebalance.wrong(case.cells(case.rounded()), torch.bfloat16, Span(offset, 2 * BAND))
-    assert moved.sum() > 10
+    assert case.wrong(case.rounded(), start=offset).sum() > 10
 
 
 def test_neither_a_third_number_nor_one_that_is_none_is_accepted() -> None:
@@ -322,11 +333,61 @@ def test_neither_a_third_number_nor_one_that_is_none_is_accepted() -> None:
     assert case.wrong(written).nonzero().tolist() == [[3, 4], [5, 6]]
 
 
-def _one_cell(shares: list[float], drawn: list[int], error: float) -> rebalance.Cells:
+@pytest.mark.parametrize("dtype", NARROW)
+@given(seed=st.integers(0, 2**31), size=st.sampled_from(SIZES), other=st.sampled_from([0.0, 0.001, 0.5]))
+def test_what_float64_makes_of_the_rule_needs_no_second_look(
+    dtype: torch.dtype, seed: int, size: float, other: float
+) -> None:
+    """Nothing is accepted at the first look that is not at the second."""
+    case = Case(dtype, size, seed=seed)
+    written = case.rounded()
+    draw = torch.Generator().manual_seed(seed)
+    written = torch.where(torch.rand(written.shape, generator=draw) < other, case.other(written), written)
+    looked_at_all = rebalance.wrong(case.cells(written), case.errors(), dtype)
+    assert torch.equal(case.wrong(written), looked_at_all)
+
+
+def test_the_second_look_is_for_few() -> None:
+    case = Case(torch.bfloat16, 1e-3, outputs=32 * BAND)
+    cells, outputs = case.cells(case.rounded()), Span(0, 32 * BAND)
+    looks = [len(inputs) for _, inputs in rebalance.doubtful(cells, torch.bfloat16, outputs)]
+    assert sum(looks) < 0.05 * 32 * 40
+
+
+def test_where_nothing_is_updated_all_goes_to_the_nearest() -> None:
+    case = Case(torch.bfloat16, 0.0)
+    written = case.weight.clone()
+    assert not case.wrong(written).any()
+    written[3, 4] = case.other(written)[3, 4]
+    assert case.wrong(written).nonzero().tolist() == [[3, 4]]
+
+
+def _one_cell(shares: list[float], drawn: list[int]) -> rebalance.Cells:
     """Of weights 1 with a unit of 2**-7."""
     delta = torch.tensor(shares, dtype=torch.float64)[:, None] * 2.0**-7
     one = torch.ones_like(delta)
-    return rebalance.Cells(one, delta, one + delta, one, one * error, torch.tensor(drawn)[:, None])
+    return rebalance.Cells(one, delta, one + delta, one, torch.tensor(drawn)[:, None])
+
+
+def _wrong_of_one(cells: rebalance.Cells, error: float) -> list[bool]:
+    return list(_wrong(cells, torch.full_like(cells.value, error)).flatten().tolist())
+
+
+def test_a_number_of_the_dtype_may_not_step_beside_the_smallest_shares() -> None:
+    cells = _one_cell([1.0, 1e-6], [0, 0])
+    stayed = cells._replace(written=torch.tensor([[1.0 + 2.0**-7], [1.0 + 2.0**-7]]).double())
+    assert _wrong_of_one(stayed, 1e-12) == [False, False]
+    stepped = cells._replace(written=torch.tensor([[1.0 + 2.0**-6], [1.0 + 2.0**-7]]).double())
+    assert _wrong_of_one(stepped, 1e-12) == [True, False]
+
+
+def test_what_has_no_update_goes_to_the_nearest_beside_what_has() -> None:
+    cells = _one_cell([0.0, 0.3], [0, 0])
+    weight = cells.weight + torch.tensor([[0.8 * 2.0**-7], [0.0]])
+    cells = cells._replace(weight=weight, value=weight + cells.delta)
+    for first, wrong in ((1.0, True), (1.0 + 2.0**-7, False)):
+        written = torch.tensor([[first], [1.0 + 2.0**-7]]).double()
+        assert _wrong_of_one(cells._replace(written=written), 1e-12) == [wrong, False]
 
 
 @pytest.mark.parametrize(("error", "admitted"), [(1e-12, False), (2.0**-20, True)])
@@ -335,10 +396,10 @@ def test_where_float32_decides_a_level_both_neighbours_are_accepted(error: float
 
     In float32 the first two may share the level, and the chance to step.
     """
-    cells = _one_cell([0.55, 0.5 - 1e-6, 0.1], [40000, 60000, 0], error)
-    stayed = rebalance.wrong(cells, torch.bfloat16, Span(0, 3)).flatten().tolist()
+    cells = _one_cell([0.55, 0.5 - 1e-6, 0.1], [40000, 60000, 0])
+    stayed = _wrong_of_one(cells, error)
     stepped = cells._replace(written=cells.weight + 2.0**-7)
-    moved = rebalance.wrong(stepped, torch.bfloat16, Span(0, 3)).flatten().tolist()
+    moved = _wrong_of_one(stepped, error)
     assert stayed == [not admitted, False, False]
     assert moved == [False, not admitted, True]
 
@@ -347,7 +408,7 @@ def test_where_float32_decides_a_level_both_neighbours_are_accepted(error: float
 def test_where_float32_decides_a_chance_both_neighbours_are_accepted(error: float, admitted: bool) -> None:
     """One element of share 0.3 steps with probability 0.3."""
     just_over = math.ceil(0.3 * WORDS) + 8
-    cells = _one_cell([0.3], [just_over], error)
-    assert not rebalance.wrong(cells, torch.bfloat16, Span(0, 1)).any()
+    cells = _one_cell([0.3], [just_over])
+    assert _wrong_of_one(cells, error) == [False]
     stepped = cells._replace(written=cells.weight + 2.0**-7)
-    assert bool(rebalance.wrong(stepped, torch.bfloat16, Span(0, 1))) is not admitted
+    assert _wrong_of_one(stepped, error) == [not admitted]

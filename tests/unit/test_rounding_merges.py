@@ -131,6 +131,16 @@ def test_a_balanced_merge_of_any_storage_is_verified(
     assert found.ok, found.summary()
 
 
+def test_where_float32_decides_a_step_it_is_verified(tmp_path: Path) -> None:
+    """The two products of each element are each other's opposites but for a thousandth."""
+    key, outputs, inputs = KEYS[0], 256, 512
+    write_base(tmp_path / "base", {f"{key}.weight": (values(outputs, inputs, seed=1) * 0.02).bfloat16()})
+    a, b = lora(key, outputs, inputs, rank=1).values()
+    pair = dict(zip(lora(key, 1, 1), (torch.cat([a, a]), torch.cat([b, -0.999 * b], dim=1)), strict=True))
+    write_adapter(tmp_path / "adapter", pair)
+    loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rounding="balanced")
+
+
 # --- no bit is free --------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from loudmerge.balance import Bands, bands
 from loudmerge.bounds import carried
 from loudmerge.layout import Span
+from loudmerge.plan import OutputTensor
 from loudmerge.redraw import Redraw, make_table
 from tests.unit.reference import DTYPES, rounded, tensor
 from tests.unit.verify_world import CODES, SHARDS, Array, Wide, World, make, moved, wide
@@ -95,6 +96,23 @@ def test_balanced_rounding_is_recomputed_and_others_are_wrong(tmp_path: Path, dt
     for other in (seeded(case.exact, dtype, "w"), rounded(case.exact, dtype), case.weight):
         case.write(other)
         assert case.world.verify(rounding="balanced").mismatches[0].wrong > case.exact.size // 100
+
+
+def test_what_no_term_updates_is_the_nearest_beside_what_is_balanced(tmp_path: Path) -> None:
+    whole = wide(tmp_path, "bfloat16")
+    exact = np.concatenate((whole.exact[:150], whole.weight[150:]))
+    upper = Span(0, 150)
+
+    def part(output: OutputTensor) -> OutputTensor:
+        return replace(output, terms=tuple(replace(term, rows=upper, out=upper) for term in output.terms))
+
+    plan = replace(whole.world.plan, outputs=tuple(map(part, whole.world.plan.outputs)))
+    case = Wide(World(plan, whole.world.out, "bfloat16"), exact, whole.weight)
+    case.write(balanced(case, "bfloat16"))
+    assert case.world.verify(rounding="balanced").ok
+    case.world.edit("w", lambda t: moved(t, (170, 8), 1))
+    (found,) = case.world.verify(rounding="balanced").mismatches
+    assert (found.key, found.index, found.wrong) == ("w", (170, 8), 1)
 
 
 def test_peft_s_rounding_of_experts_and_of_linears(tmp_path: Path) -> None:
