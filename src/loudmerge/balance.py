@@ -30,7 +30,7 @@ BAND = 64
 """Rows, or columns where the inputs lie along the rows, that make a band; the first band starts at 0."""
 
 INPUTS = 2048
-"""Inputs that are worked on at a time: some twenty small buffers then stay in a core's cache."""
+"""Inputs that are worked on at a time. With fewer there are more steps, and threads wait between them."""
 
 OCTAVES, PARTS = 16, 4
 """Levels of the shares: a share under 2**-OCTAVES counts as the lowest."""
