@@ -18,6 +18,7 @@ so an outcome depends on its own cell only, and `verify` finds k and p by itself
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -62,17 +63,26 @@ class Bands(NamedTuple):
         self, values: Tensor, weight: Tensor, delta: Tensor, drawn: Tensor, dtype: torch.dtype
     ) -> None:
         """As `balanced_`: one band whose outputs are rows, or any inputs whose outputs are all columns."""
-        for part in self._at_a_time(values):
-            balanced_(values[part], weight[part], delta[part], drawn[part], dtype, self.axis)
-
-    def _at_a_time(self, values: Tensor) -> Iterator[tuple[slice, slice]]:
         if self.axis == 0:
             for start in range(0, values.shape[1], INPUTS):
-                yield slice(None), slice(start, start + INPUTS)
-        else:
-            for part in self.parts():
-                for start in range(0, values.shape[0], INPUTS):
-                    yield slice(start, start + INPUTS), part
+                some = slice(None), slice(start, start + INPUTS)
+                balanced_(values[some], weight[some], delta[some], drawn[some], dtype, 0)
+            return
+        for columns in self._alike():
+            # Bands of as many columns are worked on together: (inputs, bands, columns).
+            there = slice(columns[0].start, columns[-1].stop)
+            shape = len(values), len(columns), -1
+            value, base, change, numbers = (
+                each[:, there].view(shape) for each in (values, weight, delta, drawn)
+            )
+            step = max(1, INPUTS // len(columns))
+            for start in range(0, len(values), step):
+                part = slice(start, start + step)
+                balanced_(value[part], base[part], change[part], numbers[part], dtype, 2)
+
+    def _alike(self) -> Iterator[list[slice]]:
+        """The bands in runs of the same width."""
+        return (list(run) for _, run in groupby(self.parts(), lambda part: part.stop - part.start))
 
 
 def bands(span: Span) -> Iterator[slice]:

@@ -275,7 +275,7 @@ class Judge:
             parts = [part[there, patch.cols.places] for part in every]
             outputs = Span(block.first + (there.start or 0), mine.stop - mine.start, patch.rows.step)
             if term.axes is not Axes.OUT_IN:
-                parts, outputs = [part.T for part in parts], patch.cols
+                parts, outputs = rebalance.turned(parts, patch.cols)
             for band, inputs in rebalance.doubtful(rebalance.Cells(*parts[:5]), dtype, outputs):
                 self._doubts.append([part[band, inputs] for part in parts])
                 self._waiting += self._doubts[-1][0].numel()

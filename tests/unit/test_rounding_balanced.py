@@ -354,6 +354,31 @@ def test_the_second_look_is_for_few() -> None:
     assert sum(looks) < 0.05 * 32 * 40
 
 
+@pytest.mark.parametrize("columns", [Span(0, 2 * BAND), Span(BAND, BAND), Span(5, BAND), Span(0, BAND, 2)])
+def test_outputs_that_lie_along_the_columns_are_looked_at_alike(columns: Span) -> None:
+    case = Case(torch.bfloat16, 1e-3, outputs=columns.count)
+    written = torch.empty_like(case.value)
+    for part in bands(columns):
+        Bands(Span(0, len(written[part])), 0).round_(
+            result := case.value[part], case.weight[part], case.delta[part], case.drawn[part], torch.bfloat16
+        )
+        written[part] = result
+    written[3::7, ::5] = case.other(written)[3::7, ::5]
+    place = torch.arange(written.numel()).view(written.shape)
+    cells = case.cells(written)
+    straight = [*cells, case.errors(), place]
+    turned, outputs = rebalance.turned([part.T for part in straight], columns)
+    found = []
+    for parts, numbers in ((straight, columns), (turned, outputs)):
+        here: set[int] = set()
+        for some in rebalance.doubtful(rebalance.Cells(*parts[:5]), torch.bfloat16, numbers):
+            *cell, error, where = (part[some] for part in parts)
+            here.update(where[rebalance.wrong(rebalance.Cells(*cell), error, torch.bfloat16)].tolist())
+        found.append(here)
+    assert found[0] == found[1]
+    assert found[0] >= set(place[3::7, ::5][:1].flatten().tolist())
+
+
 def test_where_nothing_is_updated_all_goes_to_the_nearest() -> None:
     case = Case(torch.bfloat16, 0.0)
     written = case.weight.clone()
