@@ -13,6 +13,10 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "tests"]
 
+# Environments have no bytecode but what is made as modules are first imported: torch's takes ten seconds,
+# and who forbids to write it pays them in each of the many processes that the tests start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 PINS: dict[str, Any] = nox.project.load_toml("pyproject.toml")["tool"]["loudmerge"]["pins"]
 
 # Checks every annotation of loudmerge at every call; an int may stand where a float is expected.
@@ -25,11 +29,16 @@ ASK_THE_LIBRARIES = ["tests/e2e", "tests/unit/test_relay.py", "--ignore=tests/e2
 def install(session: nox.Session, versions: str = "newest") -> None:
     """Installs loudmerge for development, with the pins of pyproject.toml."""
     torch = os.environ.get("LOUDMERGE_TORCH") or PINS["torch"]
-    # Bytecode is made when a module is first imported: most of what is installed never is.
+    # Most of what is installed is never imported.
     session.install("--no-compile", "-e", ".[dev]", torch, *PINS[versions])
     # Their torch is the same 700 MB.
     environments = [str(one) for one in Path(session.virtualenv.location).parent.iterdir() if one.is_dir()]
     session.run("python", "-m", "loudmerge.compat.links", session.virtualenv.location, *environments)
+
+
+def make_bytecode(session: nox.Session) -> None:
+    """Of torch: the canary's probes import it, and write nothing."""
+    session.run("python", "-c", "import torch")
 
 
 @nox.session
@@ -73,6 +82,7 @@ def demo(session: nox.Session) -> None:
 def canary(session: nox.Session) -> None:
     """Check that upstream still keeps what must hold; needs the package index. Arguments go to pytest."""
     install(session)
+    make_bytecode(session)
     session.run("pytest", "tests/canary", *session.posargs)
 
 
@@ -80,6 +90,7 @@ def canary(session: nox.Session) -> None:
 def drills(session: nox.Session) -> None:
     """Take each guard out of upstream's real files, and require the canary to notice; arguments after --."""
     install(session)
+    make_bytecode(session)
     session.run("python", "-m", "tests.drills", *session.posargs)
 
 
