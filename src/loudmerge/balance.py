@@ -100,8 +100,9 @@ def balanced_(
 ) -> Tensor:
     """Rounds one band of `values` = weight + delta, all float32, in place to numbers of `dtype`.
 
-    drawn: int32 in 0 … 65535, in their shape. axis: along which the outputs lie. What is not finite stays,
-    and what lies past the largest number by less than a unit becomes the largest.
+    drawn: int32 in 0 … 65535, in their shape. axis: along which the outputs lie; several bands may lie along
+    another one. What is not finite stays, and what lies past the largest number by less than a unit becomes
+    the largest.
     """
     if dtype is torch.bfloat16 and is_usual(values) and is_usual(delta):
         return usual_(values, weight, delta, drawn, axis)

@@ -109,9 +109,10 @@ def _surprising(cells: Cells, dtype: torch.dtype) -> Tensor:
     place = torch.arange(LEVELS - 1, count * LEVELS, LEVELS) - level
     mass = torch.zeros(count * LEVELS, dtype=torch.float64).index_add_(0, place.reshape(-1), gain.reshape(-1))
     # (inputs, levels), the highest level first.
-    reached = mass.view(count, LEVELS).cumsum(1)
+    mass = mass.view(count, LEVELS)
+    reached = mass.cumsum(1)
     first = torch.searchsorted(reached, wanted[:, None]).clamp_(max=LEVELS - 1)
-    within = mass.view(count, LEVELS).gather(1, first)
+    within = mass.gather(1, first)
     chance = (wanted[:, None] - reached.gather(1, first) + within) / within
     chance = chance.nan_to_num_(0.0, 0.0, 0.0)
     border = (LEVELS - 1 - first << 16) - (chance * 65536.0).ceil().to(torch.int64)
