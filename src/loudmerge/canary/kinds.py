@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from loudmerge.canary.flow import Place, Scope, alias, places
+from loudmerge.canary.pieces import parsed
 from loudmerge.canary.syntax import (
     FUNCTIONS,
     UNKNOWN,
@@ -210,7 +211,7 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
 def _content_problem(rule: Mapping[str, Any], module: Module, node: ast.stmt) -> tuple[str, int]:
     name, line = rule["name"], node.lineno
     value = getattr(node, "value", None)
-    scope = Scope(module, ast.parse("def top(): pass").body[0])  # type: ignore[arg-type]
+    scope = Scope(module, parsed("def top(): pass").body[0])
     if "value" in rule:
         known = evaluate(value, scope, {}) if isinstance(value, ast.expr) else UNKNOWN
         if known is UNKNOWN or known != rule["value"]:
@@ -270,7 +271,7 @@ def signature_problem(rule: Mapping[str, Any], module: Module) -> tuple[str, int
         return f"{name} has no parameter {', '.join(absent)}", line
     if "call" not in rule:
         return "", line
-    call = ast.parse(str(rule["call"]), mode="eval").body
+    call = parsed(str(rule["call"]), "eval").body
     if not isinstance(call, ast.Call):
         return f"the rule's call {rule['call']!r} is no call", line
     try:

@@ -1,7 +1,7 @@
 """Released packages, through pip: found, downloaded once, kept by version and hash, never installed.
 
-pip runs in a process of its own. It would run an sdist's build backend to learn the metadata, which may
-want half a gigabyte of other packages first: standin.py answers instead, from the sdist's PKG-INFO.
+pip runs in a process of its own (limited_pip.py). It would run an sdist's build backend to learn the
+metadata, which may want half a gigabyte of other packages first: standin.py answers instead, from PKG-INFO.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 from packaging.version import Version
 
 from loudmerge.canary import archives
 from loudmerge.canary.archives import SourceError
 from loudmerge.canary.fetch import TRY_AGAIN, Unreachable, write
+from loudmerge.canary.forks import shared
 from loudmerge.canary.guards import LATEST, SDIST, is_version, specifiers
 from loudmerge.canary.sources import SourceOptions, TreeSource, normalised, sha256
 
@@ -30,19 +30,15 @@ NOT_ASKED = re.compile(r"Could not fetch URL (?!.*404 Client Error)[^\n]*")
 """What pip logs about an index that did not answer. It goes on with the other places it knows, so that an
 old wheel in a local directory would pass for the latest release."""
 
+OFFERED = re.compile(r"Found link (\S+) \(from .*, version: (\S+)$", re.MULTILINE)
+"""What pip logs about each file of a package that it would take: its address and version."""
+
 FROM_VERSIONS = re.compile(r"\(from versions: (?!none\))([^)]+)\)")
 """How pip says that none of a package's releases meets the requirement."""
 
 TOO_LARGE = os.strerror(errno.EFBIG)
 
-LIMITED_PIP = """
-import resource, runpy, sys
-limit, sys.executable = int(sys.argv.pop(1)), sys.argv.pop(1)
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-runpy.run_module("pip", run_name="__main__", alter_sys=True)
-"""
-"""pip with a limit on the size of each file it writes, in bytes, and with another Python for backends."""
-
+LIMITED_PIP = Path(__file__).with_name("limited_pip.py")
 STAND_IN = Path(__file__).with_name("standin.py")
 
 
@@ -56,30 +52,24 @@ class Pip:
 
     def latest(self) -> str:
         """The newest release, yanked and pre-releases aside. Raises Unreachable, SourceError."""
-        if self.dist == SDIST:
-            return self.versions()[0]
-        with tempfile.TemporaryDirectory() as scratch:
-            report = Path(scratch, "report.json")
-            asked = ("--dry-run", "--ignore-installed", "--no-deps", "--report", str(report))
-            self._run("install", *asked, *self._kind, self.package)
-            return _reported(report, self.package)
+        # `pip install --dry-run` says it, too, but downloads the archive where an index has no metadata.
+        return self.versions()[0]
 
     def versions(self) -> tuple[str, ...]:
-        """The releases of this kind, pre-releases aside, newest first. Raises Unreachable, SourceError."""
-        # `pip index versions` names releases of the other kind, too; a requirement that none meets does not.
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                said = self._run(
-                    "download", "--no-deps", "--dest", scratch, *self._kind, f"{self.package}<0.dev0"
-                )
-            except SourceError as error:
-                said = str(error)
-        found = FROM_VERSIONS.search(said)
-        names = [name.strip() for name in found[1].split(",")] if found else []
-        if not names or not all(is_version(name) for name in names):
-            raise Unreachable(f"{self.package}: pip did not say which versions there are: {said[:200]!r}")
+        """The releases of this kind, yanked and pre-releases aside, newest first. Raises Unreachable."""
+        # It names releases of the other kind, too: which file is which is in the log alone.
+        logged = self._run("index", "versions", "--pre", "--ignore-requires-python", self.package)
+        found = {version for url, version in OFFERED.findall(logged) if self._is_wanted(url)}
+        names = [name for name in found if is_version(name)]
+        if not names:
+            raise Unreachable(
+                f"{self.package}: pip named no {self.dist} that could be read here. {TRY_AGAIN}"
+            )
         stable = [name for name in names if not Version(name).is_prerelease]
         return tuple(sorted(stable or names, key=Version, reverse=True))
+
+    def _is_wanted(self, url: str) -> bool:
+        return urlsplit(url).path.endswith(".whl") is not (self.dist == SDIST)
 
     def download(self, version: str, target: Path) -> Path:
         """Downloads one release into `target`. Raises Unreachable, SourceError."""
@@ -98,31 +88,23 @@ class Pip:
         return ("--no-binary" if self.dist == SDIST else "--only-binary", ":all:", "--ignore-requires-python")
 
     def _run(self, command: str, *arguments: str) -> str:
-        """What pip prints. Raises SourceError when the index answers that there is no such release."""
+        """What pip logs. Raises SourceError when the index answers that there is no such release."""
+        http = self.options.http
+        patience = ("--timeout", f"{http.timeout:g}", "--retries", str(http.tries - 1))
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch, "pip.log")
-            patience = (
-                "--timeout",
-                f"{self.options.http.timeout:g}",
-                "--retries",
-                str(self.options.http.tries - 1),
-            )
-            line = [
-                sys.executable,
-                "-c",
-                LIMITED_PIP,
-                str(archives.MAX_ARCHIVE_BYTES),
-                str(_stand_in(Path(scratch, "python"))),
-                command,
-                "--log",
-                str(log),
-            ]
-            line += ["--no-input", "--disable-pip-version-check", "--no-color", *patience, *arguments]
+            silent = ("--no-input", "--disable-pip-version-check", "--no-color")
+            order = {
+                "arguments": [command, "--log", str(log), *silent, *patience, *arguments],
+                "environment": dict(os.environ),
+                "folder": str(Path.cwd()),
+                "limit": archives.MAX_ARCHIVE_BYTES,
+                "python": str(_stand_in(Path(scratch, "python"))),
+            }
             try:
-                done = subprocess.run(  # noqa: S603
-                    line, capture_output=True, text=True, check=False, timeout=self.options.pip_seconds
-                )
-            except subprocess.TimeoutExpired as error:
+                pip = shared((sys.executable,), LIMITED_PIP)
+                done = pip.run(json.dumps(order).encode(), self.options.pip_seconds)
+            except TimeoutError as error:
                 raise Unreachable(
                     f"{self.package}: pip was not done after {self.options.pip_seconds:g} s. {TRY_AGAIN}"
                 ) from error
@@ -130,9 +112,9 @@ class Pip:
         not_asked = NOT_ASKED.search(logged)
         if not_asked:
             raise Unreachable(f"{self.package}: pip: {_without_hosts(not_asked[0])}. {TRY_AGAIN}")
-        if done.returncode != 0:
-            raise self._failure(done.stderr)
-        return done.stdout
+        if done.status != 0:
+            raise self._failure(done.complained.decode(errors="replace"))
+        return logged
 
     def _failure(self, said: str) -> Exception:
         lines = said.strip().splitlines() or ["nothing"]
@@ -157,14 +139,6 @@ def _stand_in(place: Path) -> Path:
 def _without_hosts(text: str) -> str:
     """pip's words without addresses, which may hold credentials."""
     return re.sub(r"(?:https?|file)://\S+", "…", re.sub(r"host='[^']*'", "host=…", text)).strip()
-
-
-def _reported(report: Path, package: str) -> str:
-    """The version in pip's installation report. https://pip.pypa.io/en/stable/reference/installation-report/"""
-    found: Any = json.loads(report.read_text(encoding="utf-8"))["install"]
-    if len(found) != 1:
-        raise Unreachable(f"{package}: pip would install {len(found)} packages, expected one")
-    return str(found[0]["metadata"]["version"])
 
 
 def package_source(name: str, package: str, ref: str, dist: str, options: SourceOptions) -> TreeSource:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 GRID = 64
 """Lines: a piece begins at the first definition after each multiple of it, so that pieces do not shift."""
@@ -14,6 +16,19 @@ JOINED = 8
 """How many pieces in a row are tried as one, where a string or a bracket runs on into the next."""
 
 _DEFINITION = re.compile(r"^(?:def |class |async def |@)")
+
+
+_PARSING = threading.Lock()
+
+
+def parsed(code: str, mode: str = "exec") -> Any:
+    """`ast.parse`, one thread at a time. Raises SyntaxError or ValueError as it does.
+
+    Until 3.11.9 and 3.12.2 a thread may end another one's parsing with a SystemError, where a collection of
+    garbage comes in between: https://github.com/python/cpython/issues/106905
+    """
+    with _PARSING:
+        return ast.parse(code, mode=mode)
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ def pieces(text: str) -> list[Piece]:
             if piece is not None:
                 break
         else:
-            return [_whole(ast.parse(text))]
+            return [_whole(parsed(text))]
         found.append(piece)
         cut = cut[joined:]
     return found
@@ -60,7 +75,7 @@ def _cut(text: str) -> Iterator[tuple[int, str]]:
 def _piece(code: str, before: int) -> Piece | None:
     """One piece that stands behind so many lines; None where it does not parse by itself."""
     try:
-        tree = ast.parse("\n" * before + code)
+        tree = parsed("\n" * before + code)
     except (SyntaxError, ValueError):
         return None
     return _whole(tree) if "global" in code else Piece(tuple(tree.body), frozenset())

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ import pytest
 
 if TYPE_CHECKING:
     from loudmerge.canary.guards import Guard
+    from loudmerge.canary.opener import Key
     from loudmerge.canary.run import CanaryReport, Judge, Verdict
 
 NAME = "loudmerge.canary.plugin"
@@ -58,6 +60,19 @@ class CanaryRun:
     def __init__(self, overrides: Sequence[str]) -> None:
         self.overrides = dict(_override(text) for text in overrides)
         self._judge: Judge | None = None
+        self._openers: ThreadPoolExecutor | None = None
+
+    def open_ahead(self, cases: Sequence[CanaryCase]) -> None:
+        """Begins to open what these cases read: most of a run would be waiting for servers, one by one."""
+        from loudmerge.canary.run import OPENERS
+
+        opener = self.judge().opener
+        readers: dict[Key, CanaryCase] = {}
+        for case in cases:
+            readers.setdefault(opener.key(case.guard, case.ref), case)
+        self._openers = ThreadPoolExecutor(OPENERS)
+        for case in readers.values():
+            self._openers.submit(opener.prepare, case.guard, case.ref)
 
     def judge(self) -> Judge:
         """The judge, made when it is first needed."""
@@ -71,6 +86,8 @@ class CanaryRun:
 
     def close(self) -> None:
         """Gives back its connections."""
+        if self._openers is not None:
+            self._openers.shutdown(cancel_futures=True)
         if self._judge is not None:
             self._judge.opener.close()
 
@@ -191,6 +208,22 @@ def pytest_collection_modifyitems(
         return
     if not any(FIXTURE in getattr(item, "fixturenames", ()) for item in items):
         items += [CanaryItem.from_parent(session, name=case.name, case=case) for case in load_cases(config)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Opens the sources ahead. Not in a process of xdist, which runs some of the cases only."""
+    cases = [case for item in session.items if (case := _case(item)) is not None]
+    if cases and not (session.config.option.collectonly or hasattr(session.config, "workerinput")):
+        session.config.stash[RUN].open_ahead(cases)
+
+
+def _case(item: pytest.Item) -> CanaryCase | None:
+    """The case of an item that is one, or that takes one."""
+    if isinstance(item, CanaryItem):
+        return item.case
+    taken = getattr(item, "callspec", None)
+    return taken.params.get(FIXTURE) if taken is not None else None
 
 
 def load_cases(config: pytest.Config) -> list[CanaryCase]:

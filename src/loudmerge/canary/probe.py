@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.canary.extract import Extract, extract
+from loudmerge.canary.forks import Forks, shared
 from loudmerge.canary.syntax import RuleError
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
@@ -23,6 +22,8 @@ MEMORY_BYTES = 512 * 2**20
 LIBRARY_MEMORY_BYTES = 8 * 2**30
 """Address space, not use: a real library reserves far more than it touches."""
 FILE_BYTES = 2**20
+IDLE_S = 5
+"""Seconds without use of the CPU, on top of the limit."""
 START_S = 30
 """Seconds a library may take to be imported, on top of the limit."""
 
@@ -69,43 +70,41 @@ def probe(text: str, path: str, job: Probe) -> tuple[tuple[Answer, ...], str]:
 
 def _run(code: Extract, job: Probe) -> Mapping[str, Any]:
     memory = job.memory_bytes or (LIBRARY_MEMORY_BYTES if job.libraries else MEMORY_BYTES)
-    order = {
-        "code": code.code,
-        "stubs": code.stubs,
-        "prelude": job.prelude,
-        "setup": job.setup,
-        "cases": [str(case["call"]) for case in job.cases],
-        "libraries": job.libraries,
-        "paths": [entry for entry in sys.path if entry] if job.libraries else [],
-        "limits": {"cpu_s": job.cpu_s, "memory_bytes": memory, "file_bytes": FILE_BYTES},
-    }
     with tempfile.TemporaryDirectory(prefix="loudmerge-probe-") as scratch:
-        return _answer(json.dumps(order).encode(), scratch, job)
+        order = {
+            "scratch": scratch,
+            "code": code.code,
+            "stubs": code.stubs,
+            "prelude": job.prelude,
+            "setup": job.setup,
+            "cases": [str(case["call"]) for case in job.cases],
+            "libraries": job.libraries,
+            "limits": {"cpu_s": job.cpu_s, "memory_bytes": memory, "file_bytes": FILE_BYTES},
+        }
+        return _answer(json.dumps(order).encode(), job)
 
 
-def _answer(order: bytes, scratch: str, job: Probe) -> Mapping[str, Any]:
-    environment = {"HOME": scratch, "TMPDIR": scratch, "OMP_NUM_THREADS": "1", "PATH": os.defpath}
-    process = subprocess.Popen(  # noqa: S603 (our own script; upstream's code is fenced inside it)
-        [sys.executable, "-I", "-S", "-B", str(SANDBOX)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=scratch,
-        env=environment,
-        start_new_session=True,
-    )
-    seconds = job.cpu_s + (START_S if job.libraries else 5)
+def _answer(order: bytes, job: Probe) -> Mapping[str, Any]:
+    seconds = job.cpu_s + (START_S if job.libraries else IDLE_S)
     try:
-        out, _ = process.communicate(order, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        done = _forks(job.libraries).run(order, seconds)
+    except TimeoutError:
         return {"ended": f"it was still running after {seconds} s"}
-    if process.returncode < 0:
-        name = signal.Signals(-process.returncode).name
+    if done.status is None:
+        wanted = f" Can {', '.join(job.libraries)} be imported?" if job.libraries else ""
+        return {"ended": f"its process was gone before it began.{wanted}"}
+    if done.status < 0:
+        name = signal.Signals(-done.status).name
         limit = f", its limit of {job.cpu_s} s of CPU time" if name in {"SIGXCPU", "SIGKILL"} else ""
         return {"ended": f"it was ended by {name}{limit}"}
-    return _parsed(out)
+    return _parsed(done.said)
+
+
+def _forks(libraries: tuple[str, ...]) -> Forks:
+    """The process that has imported these libraries, and nothing else that upstream's code could see."""
+    paths = [entry for entry in sys.path if entry] if libraries else []
+    settings = json.dumps({"libraries": libraries, "paths": paths})
+    return shared((sys.executable, "-I", "-S", "-B"), SANDBOX, settings, apart=True)
 
 
 def _parsed(out: bytes) -> Mapping[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 
@@ -123,6 +126,9 @@ class Judge:
     def __init__(self, opener: Opener) -> None:
         self.opener = opener
         self.log = ReadLog(opener.options.cache)
+        atexit.register(
+            gc.freeze
+        )  # the interpreter would go through all that was read, several times, at its end
 
     def verdicts(self, guard: Guard, ref: str) -> tuple[Verdict, ...]:
         """One verdict, or one for each release when `ref` is a range."""
@@ -138,7 +144,8 @@ class Judge:
         """The verdict at one ref."""
         try:
             source = self.opener.open(guard, ref)
-            found = judged(guard, ref, source)
+            with _uncollected():
+                found = judged(guard, ref, source)
         except Unreachable as error:
             return self._unreachable(guard, ref, error)
         except SourceError as error:
@@ -150,6 +157,18 @@ class Judge:
         age = self.log.stale_for(guard.name, ref)
         stale = f"stale, not read for {age / 3600:.0f} h: " if age is not None else ""
         return _verdict(guard, ref, UNREACHABLE, f"{stale}{error}", stale=age is not None)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No collections of garbage: what is parsed has no cycles, and is looked through at each of them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def judged(guard: Guard, ref: str, source: Source) -> Verdict:

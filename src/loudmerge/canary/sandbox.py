@@ -1,8 +1,8 @@
-"""Runs upstream's functions in a process of their own. Imports nothing of loudmerge.
+"""Runs upstream's functions in a process of their own, a fork (forks.py). Imports nothing of loudmerge.
 
-Reads one JSON job from stdin: {code, stubs, prelude, setup, cases, libraries, paths, limits}, limits being
-{cpu_s, memory_bytes, file_bytes}. Writes one JSON answer to what was its stdout at the start:
-{answers: [{value | raised}]} or {ended: reason}.
+Settings: {libraries, paths} as JSON. A job reads one JSON order from stdin: {scratch, code, stubs, prelude,
+setup, cases, libraries, limits}, limits being {cpu_s, memory_bytes, file_bytes}, and writes one JSON answer
+to what was its stdout at the start: {answers: [{value | raised}]} or {ended: reason}.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import types
-from pathlib import Path
 from typing import Any
 
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -174,19 +174,19 @@ def plain(value: Any) -> Any:
     return plain(to_list()) if callable(to_list) and not isinstance(value, Anything) else repr(value)
 
 
-def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
+def answers(order: dict[str, Any]) -> list[dict[str, Any]]:
     """Defines upstream's code and runs the cases on it. What upstream raises is an answer too."""
     module = types.ModuleType("upstream")
     sys.modules["upstream"] = module  # dataclasses look their class's module up
     namespace = module.__dict__
     namespace["Anything"] = Anything
-    namespace.update({name: Anything(name) for name in job["stubs"]})
-    namespace.update({name.partition(".")[0]: importlib.import_module(name) for name in job["libraries"]})
-    exec(compile(job["prelude"], "prelude.py", "exec"), namespace)  # noqa: S102
-    exec(compile(job["code"], "upstream.py", "exec"), namespace)  # noqa: S102 (the purpose of this process)
+    namespace.update({name: Anything(name) for name in order["stubs"]})
+    namespace.update({name.partition(".")[0]: importlib.import_module(name) for name in order["libraries"]})
+    exec(compile(order["prelude"], "prelude.py", "exec"), namespace)  # noqa: S102
+    exec(compile(order["code"], "upstream.py", "exec"), namespace)  # noqa: S102 (the purpose of this process)
     found: list[dict[str, Any]] = []
-    for case in job["cases"]:
-        exec(compile(job["setup"], "setup.py", "exec"), namespace)  # noqa: S102
+    for case in order["cases"]:
+        exec(compile(order["setup"], "setup.py", "exec"), namespace)  # noqa: S102
         try:
             value = eval(compile(case, "case.py", "eval"), namespace)  # noqa: S307
         except Exception as error:  # noqa: BLE001 (whatever upstream raises is the answer)
@@ -196,19 +196,28 @@ def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """One job in, one answer out."""
+def prepare(settings: str) -> None:
+    """Imports the libraries."""
+    wanted = json.loads(settings)
+    sys.path[:0] = wanted["paths"]
+    for name in wanted["libraries"]:
+        importlib.import_module(name)
+
+
+def job() -> int:
+    """One order in, one answer out."""
     answer = os.dup(1)
-    job = json.loads(sys.stdin.read())
+    with open(0, "rb", closefd=False) as given:
+        order = json.load(given)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    scratch = os.path.realpath(Path.cwd())
-    sys.path[:0] = job["paths"]
-    for name in job["libraries"]:
-        importlib.import_module(name)
+    scratch = os.path.realpath(order["scratch"])
+    os.chdir(scratch)
+    os.environ |= {"HOME": scratch, "TMPDIR": scratch}
+    tempfile.tempdir = scratch
     sys.meta_path.insert(0, Only())
-    limits = job["limits"]
+    limits = order["limits"]
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
     resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_bytes"],) * 2)
@@ -219,14 +228,10 @@ def main() -> None:
     del builtins.input
     sys.addaudithook(hook)
     try:
-        result: dict[str, Any] = {"answers": answers(job)}
+        result: dict[str, Any] = {"answers": answers(order)}
     except MemoryError:
         result = {"ended": f"it asked for more than {limits['memory_bytes']} bytes"}
     except BaseException as error:  # noqa: BLE001 (the parent reports it)
         result = {"ended": f"{type(error).__name__}: {error}"}
     os.write(answer, json.dumps(result).encode())
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    os._exit(0)  # nothing else of ours runs where upstream's code may have changed it

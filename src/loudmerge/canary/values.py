@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from loudmerge.canary.flow import Condition, Place, Scope, callee, places
+from loudmerge.canary.pieces import parsed
 from loudmerge.canary.syntax import UNKNOWN, compare, dotted, local_assignments, mentions
 
 DEPTH = 12
@@ -203,7 +204,7 @@ def outcome(condition: Condition, given: Mapping[str, Any]) -> bool | None:
 
 def settled(place: Place, given: Mapping[str, Any]) -> bool | None:
     """True: the given facts lead there; False: they keep it from being reached; None: they say nothing."""
-    about = {name for text in given for name in mentions(ast.parse(text, mode="eval"))}
+    about = {name for text in given for name in mentions(parsed(text, "eval"))}
     outcomes = [
         outcome(one, given) for one in place.conditions if about & _sources(one.test, one.scope, 4, set())
     ]

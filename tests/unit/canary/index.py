@@ -41,7 +41,7 @@ class Index:
     def url(self) -> str:
         return f"{self.server.url}/files/simple"
 
-    def offer_wheel(self, version: str, text: str, path: str = PATH) -> None:
+    def offer_wheel(self, version: str, text: str, path: str = PATH, *, yanked: bool = False) -> None:
         buffer = io.BytesIO()
         info = f"zoo_pkg-{version}.dist-info"
         with zipfile.ZipFile(buffer, "w") as archive:
@@ -53,7 +53,7 @@ class Index:
                 f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
             )
             archive.writestr(f"{info}/RECORD", "")
-        self.offer(f"zoo_pkg-{version}-py3-none-any.whl", buffer.getvalue())
+        self.offer(f"zoo_pkg-{version}-py3-none-any.whl", buffer.getvalue(), yanked=yanked)
 
     def offer_sdist(self, version: str, files: dict[str, str]) -> None:
         metadata = f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {version}\n"
@@ -62,12 +62,13 @@ class Index:
         content = tarball({f"zoo_pkg-{version}/{path}": text for path, text in tree.items()})
         self.offer(f"zoo_pkg-{version}.tar.gz", content)
 
-    def offer(self, name: str, content: bytes) -> None:
+    def offer(self, name: str, content: bytes, *, yanked: bool = False) -> None:
         """Publishes a file, and puts it on the package's page with its hash."""
         self.server.files[f"archives/{name}"] = content
         digest = hashlib.sha256(content).hexdigest()
         page = self.server.files.get(f"simple/{PACKAGE}/", b"<!DOCTYPE html>\n")
-        link = f'<a href="/files/archives/{name}#sha256={digest}">{name}</a>\n'
+        mark = ' data-yanked="broken"' if yanked else ""
+        link = f'<a href="/files/archives/{name}#sha256={digest}"{mark}>{name}</a>\n'
         self.server.files[f"simple/{PACKAGE}/"] = page + link.encode()
 
     def downloads(self) -> list[str]:

@@ -41,6 +41,11 @@ def test_latest_is_the_newest_release_and_promotes_itself(tmp_path: Path, index:
     index.offer_wheel("1.9", GONE)
     (found,) = verdicts(tmp_path, LATEST)
     assert (found.verdict, found.version, found.path) == ("present", "1.10", PATH)
+    index.offer_wheel("1.11", GONE, yanked=True)
+    asked = len(index.downloads())
+    (found,) = verdicts(tmp_path, LATEST)
+    assert (found.verdict, found.version) == ("present", "1.10")
+    assert len(index.downloads()) == asked  # what is in the cache is not downloaded to learn its version
 
 
 def test_a_version_is_downloaded_once_and_then_needs_no_index(tmp_path: Path, index: Index) -> None:
@@ -103,6 +108,21 @@ def test_an_sdist_has_what_a_wheel_leaves_out(tmp_path: Path, index: Index) -> N
     assert (found.verdict, found.version) == ("present", "1.0")
     (in_wheel,) = verdicts(tmp_path, text.replace('"sdist"', '"wheel"'))
     assert in_wheel.verdict == "missing"
+
+
+def test_latest_is_the_newest_of_its_kind(tmp_path: Path, index: Index) -> None:
+    index.offer_sdist("1.0", {PATH: KEPT})
+    index.offer_wheel("1.1", KEPT)
+    index.offer_sdist("1.2", {PATH: KEPT})
+    assert verdicts(tmp_path, LATEST)[0].version == "1.1"
+    index.offer_wheel("1.3", KEPT)
+    assert verdicts(tmp_path, SDIST)[0].version == "1.2"
+
+
+def test_a_package_without_this_kind_is_unreachable(tmp_path: Path, index: Index) -> None:
+    index.offer_sdist("1.0", {PATH: KEPT})
+    (found,) = verdicts(tmp_path, LATEST)
+    assert (found.verdict, "pip named no wheel" in found.detail) == ("unreachable", True)
 
 
 DOWN = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from loudmerge.canary.run import CanaryReport, run, tally
+from loudmerge.canary.sources import SourceError
 from tests.support import upstream_server as server
 from tests.support.upstream_server import UpstreamServer
 from tests.unit.canary.world import (
@@ -165,3 +168,18 @@ def test_the_report_counts_what_was_evaluated(tmp_path: Path, upstream: Upstream
     assert (document["schema"], document["evaluated"], document["total"]) == (1, 3, 4)
     contract = {"guard", "upstream", "ref", "path", "verdict", "detail", "line"}
     assert all(contract <= set(each) for each in document["verdicts"])
+
+
+def test_garbage_is_not_collected_while_a_guard_is_judged(
+    tmp_path: Path, upstream: UpstreamServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def judged(*_: object) -> NoReturn:
+        seen.append(gc.isenabled())
+        raise SourceError("no")
+
+    monkeypatch.setattr("loudmerge.canary.run.judged", judged)
+    upstream.repository(UPSTREAM).commit({PATH: KEPT}, pull=7)
+    verdict(tmp_path, upstream)
+    assert (seen, gc.isenabled()) == ([False], True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 
-from loudmerge.canary.pieces import GRID, pieces
+from loudmerge.canary.pieces import GRID, parsed, pieces
 from loudmerge.canary.syntax import parse
 
 LINES = chr(10)
@@ -63,3 +65,21 @@ def test_a_broken_file_is_refused_as_python_refuses_it(broken: str) -> None:
     with pytest.raises(expected.type) as found:
         pieces(text)
     assert str(found.value) == str(expected.value)
+
+
+def test_threads_parse_while_garbage_is_collected() -> None:
+    text = Path(inspect.getfile(ast)).read_text()
+
+    def collected(*_: object) -> None:
+        sum(range(2000))  # long enough for another thread to have its turn
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(collected)
+    gc.set_threshold(500)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: len(parsed(text).body), range(24)))
+    finally:
+        gc.callbacks.remove(collected)
+        gc.set_threshold(*threshold)
+    assert set(found) == {len(ast.parse(text).body)}

@@ -102,3 +102,29 @@ def test_the_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_upstream_prints_is_no_answer() -> None:
     source = "def f(x):\n    print('{\"answers\": []}')\n    return 4"
     assert holds(source, kind="probe", extract=["f"], cases=[{"call": "f(2)", "equals": 4}])
+
+
+def test_no_probe_sees_what_another_did_to_a_library() -> None:
+    change = "import torch\ndef f(x):\n    torch.add = None\n    return torch.get_num_threads()"
+    look = "import torch\ndef f(x):\n    return torch.add is not None"
+    libraries = {"libraries": ["torch"]}
+    assert holds(change, kind="probe", extract=["f"], cases=[{"call": "f(2)", "equals": 1}], **libraries)
+    assert holds(look, kind="probe", extract=["f"], cases=[{"call": "f(2)", "equals": True}], **libraries)
+
+
+def test_a_library_is_seen_by_those_who_asked_for_it_alone() -> None:
+    source = "def f(x):\n    import torch"
+    cases = [{"call": "f(2)", "raises": "ModuleNotFoundError"}]
+    assert not holds(source, kind="probe", extract=["f"], cases=cases, libraries=["torch"])
+    assert holds(source, kind="probe", extract=["f"], cases=cases)
+
+
+def test_waiting_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loudmerge.canary.probe.IDLE_S", 0)
+    assert "still running after 1 s" in ended("import time\ntime.sleep(60)", cpu_s=1)
+
+
+def test_a_library_that_cannot_be_imported_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brokenlibrary.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "Can brokenlibrary be imported?" in ended("return 4", libraries=["brokenlibrary"])
