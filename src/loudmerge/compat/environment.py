@@ -175,15 +175,29 @@ class Environment:
         log.parent.mkdir(parents=True, exist_ok=True)
         wanted = ["-e", f"{root}[{EXTRA}]", *stamp.requirements]
         log.write_text("", "utf-8")
-        for command in (installer.create(self.directory), installer.install(self.python, wanted)):
-            _logged(command, log)
+        _logged(installer.create(self.directory), log)
+        seeded = self._seed(stamp)
+        _logged(installer.install(self.python, wanted), log)
         _share(self.directory, log)
         document = {
             "stamp": asdict(stamp),
+            "seeded": {name: str(other) for name, other in seeded.items()},
             "versions": json.loads(_said([str(self.python), "-c", _VERSIONS])),
         }
         (self.directory / STAMP).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
         return True
+
+    def _seed(self, stamp: Stamp) -> dict[str, Path]:
+        """With what the environments beside it that torch came to from the same place have of its pins."""
+        found = sorted(self.directory.parent.glob(f"*/{STAMP}"), key=lambda file: file.stat().st_mtime)
+        stamps = {file.parent: json.loads(file.read_text("utf-8"))["stamp"] for file in found}
+        alike = [place for place, one in stamps.items() if one["index"] == stamp.index]
+        return links.seed(self.directory, alike, stamp.requirements)
+
+    def share_bytecode(self) -> None:
+        """Takes what the environments it was seeded from have compiled since."""
+        seeded = json.loads((self.directory / STAMP).read_text("utf-8")).get("seeded", {})
+        links.share_bytecode(self.directory, {name: Path(other) for name, other in seeded.items()})
 
 
 def _share(directory: Path, log: Path) -> None:

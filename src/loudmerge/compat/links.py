@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
+import importlib.util
 import os
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 LEAST_BYTES = 64 << 10
@@ -49,15 +53,105 @@ def _link(file: Path, place: Path, others: Sequence[Path]) -> int:
     return 0
 
 
+def seed(environment: Path, others: Sequence[Path], wanted: Iterable[str]) -> dict[str, Path]:
+    """Puts what others have of just these versions into an environment that has none, as an installer does.
+
+    wanted: requirements, of which those that are `name==version` count. An installer finds them satisfied,
+    and unpacks the rest. Files that `share` would leave are copied with their times, so that `share_bytecode`
+    can tell them. Gives for each name the environment that it came from.
+    """
+    found: dict[str, Path] = {}
+    for requirement in wanted:
+        name, exact, version = requirement.partition("==")
+        for other in others if exact and not _distributed(environment, name) else ():
+            files = _whole(other, name, version)
+            # It may be made anew just now. What says that a package is there comes last.
+            with contextlib.suppress(FileNotFoundError):
+                for file in sorted(files, key=lambda file: file.parts[0].endswith(".dist-info")):
+                    _put(environment, other, file)
+                if files:
+                    found[name] = other
+                    break
+    return found
+
+
+def share_bytecode(environment: Path, seeded: Mapping[str, Path]) -> int:
+    """Links what Python has compiled since of the files that `seed` put. Gives how many."""
+    found = 0
+    for name, other in seeded.items():
+        for file in _distributed(other, name):
+            theirs, ours = _site(other) / file, _site(environment) / file
+            if file.suffix != ".py" or not ours.is_file():
+                continue
+            made, wanted = (Path(importlib.util.cache_from_source(str(one))) for one in (theirs, ours))
+            if made.is_file() and not wanted.exists() and _age(theirs) == _age(ours):
+                wanted.parent.mkdir(exist_ok=True)
+                _link_or_copy(made, wanted)
+                found += 1
+    return found
+
+
+def _age(source: Path) -> tuple[int, int]:
+    """What a compiled file names of its source."""
+    status = source.stat()
+    return status.st_size, int(status.st_mtime)
+
+
+def _site(environment: Path) -> Path:
+    base = {"base": str(environment), "platbase": str(environment)}
+    return Path(sysconfig.get_path("purelib", "posix_prefix", base))
+
+
+def _distributed(environment: Path, name: str, version: str = "") -> list[metadata.PackagePath]:
+    """The files of a package, by its own record; none where it has another version."""
+    for one in metadata.distributions(name=name, path=[str(_site(environment))]):
+        if not version or one.version.partition("+")[0] == version:
+            return one.files or []
+    return []
+
+
+def _whole(environment: Path, name: str, version: str) -> list[metadata.PackagePath]:
+    """The same, where all of them are there, and inside the environment."""
+    files = _distributed(environment, name, version)
+    site, inside = _site(environment), str(environment) + os.sep
+    places = [os.path.normpath(site / file) for file in files]
+    return files if all(place.startswith(inside) and Path(place).is_file() for place in places) else []
+
+
+def _put(environment: Path, other: Path, file: metadata.PackagePath) -> None:
+    theirs, ours = (Path(os.path.normpath(_site(one) / file)) for one in (other, environment))
+    ours.parent.mkdir(parents=True, exist_ok=True)
+    ours.unlink(missing_ok=True)  # never written into: it may be a link
+    if ours.parent == environment / "bin":  # a script begins with the path of its Python
+        ours.write_bytes(theirs.read_bytes().replace(os.fsencode(other), os.fsencode(environment)))
+        shutil.copymode(theirs, ours)
+    elif file.suffix != ".py" and theirs.stat().st_size >= LEAST_BYTES:
+        _link_or_copy(theirs, ours)
+    else:
+        shutil.copy2(theirs, ours)
+
+
+def _link_or_copy(theirs: Path, ours: Path) -> None:
+    try:
+        os.link(theirs, ours)
+    except OSError:  # the file system has no hard links
+        shutil.copy2(theirs, ours)
+
+
 def _same(one: Path, two: Path) -> bool:
     first, second = one.stat(), two.stat()
     alike = (first.st_size, first.st_mode) == (second.st_size, second.st_mode)
     return alike and filecmp.cmp(one, two, shallow=False)
 
 
-def main(directories: Sequence[str]) -> None:
-    """The first directory's files, shared with those of the others."""
-    share(Path(directories[0]), [Path(directory) for directory in directories[1:]])
+def main(arguments: Sequence[str]) -> None:
+    """[NAME==VERSION …] ENVIRONMENT OTHER…: seeds ENVIRONMENT with these, or shares what it has."""
+    wanted = [one for one in arguments if "==" in one]
+    environment, *others = (Path(one).absolute() for one in arguments if "==" not in one)
+    if wanted:
+        seed(environment, [one for one in others if one != environment], wanted)
+    else:
+        share(environment, others)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from packaging.version import Version
 
-from loudmerge.canary.archives import SourceError
 from loudmerge.canary.fetch import Unreachable
 from loudmerge.canary.guards import WHEEL
 from loudmerge.canary.packages import Pip
@@ -30,13 +29,13 @@ from loudmerge.errors import EnvironmentFailed
 
 @runtime_checkable
 class Index(Protocol):
-    """Where released versions are asked for. Both raise EnvironmentFailed where it is not reached."""
+    """Where released versions are asked for."""
 
     def versions(self, package: str) -> tuple[str, ...]:
-        """Every release that is no pre-release, oldest first; whether yanked ones are there is up to pip."""
+        """Every release, yanked ones and pre-releases aside, oldest first.
 
-    def latest(self, requirement: str) -> str | None:
-        """The newest release that `requirement` (`peft`, `peft>0.19,<0.21`) admits, yanked ones aside."""
+        Raises EnvironmentFailed where the index is not reached.
+        """
 
 
 class PipIndex:
@@ -44,24 +43,10 @@ class PipIndex:
 
     def versions(self, package: str) -> tuple[str, ...]:
         try:
-            found = _pip(package).versions()
-        except (SourceError, Unreachable) as error:
-            raise EnvironmentFailed(str(error)) from error
-        return tuple(sorted(found, key=Version))
-
-    def latest(self, requirement: str) -> str | None:
-        try:
-            return _pip(requirement).latest()
-        except SourceError as error:
-            if "No matching distribution found" in str(error):
-                return None
-            raise EnvironmentFailed(str(error)) from error
+            found = Pip(package, WHEEL, SourceOptions()).versions()
         except Unreachable as error:
             raise EnvironmentFailed(str(error)) from error
-
-
-def _pip(requirement: str) -> Pip:
-    return Pip(requirement, WHEEL, SourceOptions())
+        return tuple(sorted(found, key=Version))
 
 
 @dataclass(frozen=True)
@@ -90,15 +75,8 @@ def newer(matrix: Matrix, index: Index) -> tuple[News, ...]:
 
 
 def _after(package: str, known: str, index: Index) -> tuple[str, ...]:
-    """The releases after `known`, oldest first. pip is asked downwards: it alone knows which are yanked."""
-    found: list[str] = []
-    # `>1.0` would leave out 1.0.post1.
-    wanted = f"{package}>={known},!={known}"
-    below = ""
-    while (version := index.latest(wanted + below)) is not None:
-        found.append(version)
-        below = f",<{version}"
-    return tuple(reversed(found))
+    """The releases after `known`, oldest first."""
+    return tuple(one for one in index.versions(package) if Version(one) > Version(known))
 
 
 def lag(news: Sequence[News]) -> dict[str, str]:

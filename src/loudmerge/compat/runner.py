@@ -210,6 +210,7 @@ def _in_environment(job: Job, name: str, options: Options) -> dict[str, Any]:
     asked, out = job.directory / f"{job.part}-job.json", job.directory / f"{job.part}-out.json"
     out.unlink(missing_ok=True)
     _write(asked, job.to_json())
+    options.environment(name).share_bytecode()
     command = [str(options.environment(name).python), "-m", "loudmerge.compat.cell", str(asked), str(out)]
     with log.open("w", encoding="utf-8") as file:
         try:

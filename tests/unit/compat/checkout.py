@@ -84,6 +84,7 @@ def _wheel(directory: Path, name: str, version: str) -> None:
     with zipfile.ZipFile(directory / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         for file, text in texts.items():
             wheel.writestr(f"{name}-{version}.dist-info/{file}", text)
+        wheel.writestr(f"tiny_{name}.py", "")
 
 
 def options(root: Path, parts: Sequence[str]) -> Options:

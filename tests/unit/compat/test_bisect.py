@@ -357,9 +357,6 @@ class Shelf:
     def versions(self, package: str) -> tuple[str, ...]:
         return self.releases if package == "peft" else ()
 
-    def latest(self, requirement: str) -> str | None:
-        raise NotImplementedError
-
 
 ENDS = ["--package", "peft", "--good", "0.18.1", "--bad", "0.19.1"]
 ASKED = [*ENDS, "--expect", "orientation=swapped"]

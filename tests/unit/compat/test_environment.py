@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import py_compile
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,23 @@ def test_environments_share_their_large_files(root: Path, monkeypatch: pytest.Mo
     assert made
     assert not _found(one, large).samefile(_found(three, large))
     assert "Operation not permitted" in log.read_text("utf-8")
+
+
+def test_a_new_environment_takes_what_another_has_of_its_pins(root: Path) -> None:
+    one, _ = make(root, VERSIONS)
+    newer = {**VERSIONS, "peft": "0.18.1"}
+    two, _ = make(root, newer, "two")
+    stamp = json.loads((two.directory / "stamp.json").read_text("utf-8"))
+    wanted = {name for name, version in newer.items() if VERSIONS[name] == version} | {"torch"}
+    assert stamp["seeded"] == dict.fromkeys(wanted, str(one.directory))
+    assert two.versions()["peft"] == "0.18.1"
+    source = _found(one, "tiny_trl.py")
+    py_compile.compile(str(source))
+    two.share_bytecode()
+    assert _found(two, f"__pycache__/tiny_trl.{sys.implementation.cache_tag}.pyc").is_file()
+    installer = replace(Installer.of(root, {}), index="https://elsewhere.invalid/simple")
+    stamp = Stamp.of(root, environment.requirements(VERSIONS), installer)
+    assert Environment(one.directory.with_name("three"))._seed(stamp) == {}
 
 
 def _found(one: Environment, place: str) -> Path:

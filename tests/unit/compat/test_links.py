@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import py_compile
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -84,3 +89,126 @@ def test_a_file_system_without_hard_links_leaves_every_file(
     with pytest.raises(PermissionError):
         links.share(second, [first])
     assert (second / "same.so").read_bytes() == LARGE
+
+
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+RECORD = """\
+pkg/__init__.py,sha256=x,1
+pkg/large.so,,
+pkg/data.txt,,
+pkg-1.0.dist-info/METADATA,,
+pkg-1.0.dist-info/RECORD,,
+../../../bin/pkg,,
+"""
+
+
+def site(environment: Path) -> Path:
+    return environment / "lib" / f"python{VERSION}" / "site-packages"
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """An environment with one package, as pip leaves it; its files are an hour old."""
+    environment = tmp_path / "installed"
+    files = {
+        "pkg/__init__.py": b"NAME = __file__\n" + b"#" * links.LEAST_BYTES,
+        "pkg/large.so": LARGE,
+        "pkg/data.txt": b"x",
+        "pkg-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: pkg\nVersion: 1.0+cpu\n",
+        "pkg-1.0.dist-info/RECORD": RECORD.encode(),
+        "../../../bin/pkg": f"#!{environment}/bin/python\nimport pkg\n".encode(),
+    }
+    for name, content in files.items():
+        place = site(environment) / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+        os.utime(place, (place.stat().st_mtime - 3600,) * 2)
+    (environment / "bin" / "pkg").chmod(0o755)
+    return environment
+
+
+def test_a_new_environment_is_seeded_with_what_another_has(installed: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    assert links.seed(new, [tmp_path / "missing", installed], ["pkg==1.0", "other==1", "pkg @ url"]) == {
+        "pkg": installed
+    }
+    assert (site(new) / "pkg" / "large.so").samefile(site(installed) / "pkg" / "large.so")
+    for name in ("pkg/__init__.py", "pkg/data.txt", "pkg-1.0.dist-info/METADATA"):
+        ours, theirs = site(new) / name, site(installed) / name
+        assert ours.read_bytes() == theirs.read_bytes()
+        assert not ours.samefile(theirs), "small files and source are edited now and then"
+    script = new / "bin" / "pkg"
+    assert script.read_text() == f"#!{new}/bin/python\nimport pkg\n"
+    assert os.access(script, os.X_OK)
+    (found,) = metadata.distributions(name="pkg", path=[str(site(new))])
+    assert found.version == "1.0+cpu"
+
+
+def test_another_version_or_one_that_is_not_whole_is_no_seed(installed: Path, tmp_path: Path) -> None:
+    assert links.seed(tmp_path / "new", [installed], ["pkg==1.0.1"]) == {}
+    (site(installed) / "pkg" / "data.txt").unlink()
+    assert links.seed(tmp_path / "new", [installed], ["pkg==1.0"]) == {}
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_environment_that_has_it_is_left_as_it_is(installed: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    links.main([str(new), str(installed), str(new), "pkg==1.0"])
+    (site(new) / "pkg" / "data.txt").write_bytes(b"mine")
+    links.main([str(new), str(installed), str(new), "pkg==1.0"])
+    assert (site(new) / "pkg" / "data.txt").read_bytes() == b"mine"
+
+
+def test_a_record_that_leads_out_of_its_environment_is_no_seed(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(b"x")
+    record = site(installed) / "pkg-1.0.dist-info" / "RECORD"
+    record.write_text(f"{RECORD}../../../../outside,,\n")
+    assert links.seed(tmp_path / "new", [installed], ["pkg==1.0"]) == {}
+    assert (tmp_path / "outside").read_bytes() == b"x"
+
+
+def test_what_is_left_of_an_earlier_try_is_replaced_not_written_into(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared").write_bytes(OTHER)
+    left = site(tmp_path / "new") / "pkg" / "data.txt"
+    left.parent.mkdir(parents=True)
+    os.link(tmp_path / "shared", left)
+    links.seed(tmp_path / "new", [installed], ["pkg==1.0"])
+    assert left.read_bytes() == b"x"
+    assert (tmp_path / "shared").read_bytes() == OTHER
+
+
+def test_seeds_are_copies_where_there_are_no_hard_links(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_link(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_link)
+    links.seed(tmp_path / "new", [installed], ["pkg==1.0"])
+    ours = site(tmp_path / "new") / "pkg" / "large.so"
+    assert ours.read_bytes() == LARGE
+    assert not ours.samefile(site(installed) / "pkg" / "large.so")
+
+
+def test_python_takes_what_another_environment_compiled(installed: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    seeded = links.seed(new, [installed], ["pkg==1.0"])
+    assert links.share_bytecode(new, seeded) == 0, "nothing is compiled yet"
+    source = site(installed) / "pkg" / "__init__.py"
+    made = Path(py_compile.compile(str(source)) or "")
+    assert links.share_bytecode(new, seeded) == 1
+    ours = Path(importlib.util.cache_from_source(str(site(new) / "pkg" / "__init__.py")))
+    assert ours.samefile(made)
+    command = [sys.executable, "-v", "-c", "import pkg; print(pkg.NAME)"]
+    environ = {"PYTHONPATH": str(site(new))}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+    assert f"matches {site(new) / 'pkg' / '__init__.py'}" in done.stderr
+    assert done.stdout.strip() == str(site(new) / "pkg" / "__init__.py")
+
+
+def test_what_was_compiled_of_other_source_is_not_taken(installed: Path, tmp_path: Path) -> None:
+    seeded = links.seed(tmp_path / "new", [installed], ["pkg==1.0"])
+    source = site(installed) / "pkg" / "__init__.py"
+    source.write_bytes(source.read_bytes() + b"#")
+    py_compile.compile(str(source))
+    assert links.share_bytecode(tmp_path / "new", seeded) == 0

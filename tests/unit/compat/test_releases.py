@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from loudmerge.compat import releases, table
@@ -27,12 +26,6 @@ class Shelf:
 
     def versions(self, package: str) -> tuple[str, ...]:
         return tuple(sorted(self.has[package], key=Version))
-
-    def latest(self, requirement: str) -> str | None:
-        package = next(name for name in self.has if requirement.startswith(name))
-        wanted = SpecifierSet(requirement.removeprefix(package))
-        found = [version for version in self.versions(package) if wanted.contains(version)]
-        return found[-1] if found else None
 
 
 @pytest.fixture
