@@ -103,7 +103,9 @@ def commands() -> None:
     callback=check_device,
     help="Where the sums are computed.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one more than cores.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads that compute. Default: as many as cores."
+)
 @click.option("--dry-run", is_flag=True, help="Plan only: nothing is written.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge into the same OUT.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")

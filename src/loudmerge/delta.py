@@ -81,14 +81,18 @@ class Workspace:
 
     def __init__(self, device: torch.device) -> None:
         self._held: list[Tensor] = []
+        self._blocks: dict[tuple[int, int], list[Tensor]] = {}
         self._device = device
 
     def blocks(self, rows: int, columns: int) -> list[Tensor]:
         """Four buffers (rows, columns) whose content is undefined."""
-        count = rows * columns
+        shape, count = (rows, columns), rows * columns
         if not self._held or self._held[0].numel() < count:
             self._held = [torch.empty(count, device=self._device) for _ in range(4)]
-        return [held[:count].view(rows, columns) for held in self._held]
+            self._blocks = {}
+        if shape not in self._blocks:
+            self._blocks[shape] = [held[:count].view(shape) for held in self._held]
+        return self._blocks[shape]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import LifoQueue
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,9 @@ SYNC_BYTES = 128 << 20
 
 What goes straight to the disk needs no such reminder: it would only wait for the disk's own cache each time.
 """
+
+WRITERS = 4
+"""How many threads may wait for the disk beside those that compute."""
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), in bytes."""
@@ -112,6 +116,8 @@ def execute(
 ) -> Outcome:
     """Writes every shard of the plan into `directory`, but for those that are `finished` already.
 
+    threads: how many compute at a time.
+
     Raises MergeRefused `non-finite` when the adapter has a NaN or an infinity, or a result does not fit its
     dtype, and `corrupt-file` when an input ends early; OSError from the disk.
     """
@@ -121,13 +127,14 @@ def execute(
         ExitStack() as shards,
         ThreadPoolExecutor(1, "loudmerge-sync") as syncer,
         ThreadPoolExecutor(1, "loudmerge-factors") as background,
-        ThreadPoolExecutor(threads, "loudmerge") as pool,
+        ThreadPoolExecutor(threads + WRITERS, "loudmerge") as pool,
     ):
         notes = check_weights(plan, reader, pool)
-        worker = Worker(plan, reader, torch.device(device), notes, background)
+        worker = Worker(plan, reader, torch.device(device), notes, background, threads)
         total = sum(output.nbytes for output in plan.outputs)
         done = unsynced = 0
         syncs: list[Future[None]] = []
+        begun: list[tuple[ShardFile, list[OutputTensor]]] = []
         for name, outputs in _by_shard(plan).items():
             record = finished.get(name) if finished is not None else None
             if record is not None:
@@ -135,8 +142,9 @@ def execute(
                 done += sum(output.nbytes for output in outputs)
                 continue
             metadata = {"format": "pt", **plan.base.metadata[plan.base.path / name]}
-            shard = shards.enter_context(ShardFile(directory / name, outputs, metadata))
-            for nbytes in _in_order(pool, worker, shard, outputs, threads):
+            begun.append((shards.enter_context(ShardFile(directory / name, outputs, metadata)), outputs))
+        for shard, outputs in begun:
+            for nbytes in _in_order(pool, worker, shard, outputs, threads + WRITERS):
                 done += nbytes
                 unsynced += 0 if shard.direct else nbytes
                 if unsynced >= SYNC_BYTES:
@@ -179,6 +187,25 @@ def split(output: OutputTensor) -> Iterator[Piece]:
             yield Piece(output, matrix, first, held, columns, offset, tuple(by_matrix[matrix]))
 
 
+def interleaved(outputs: Sequence[OutputTensor]) -> Iterator[Piece]:
+    """The pieces of a shard: what is only copied lies between what is computed, as evenly as it goes.
+
+    Copying waits for the disk, and computing leaves it idle.
+    """
+    copied = [output for output in outputs if output.is_copied]
+    computed = [output for output in outputs if not output.is_copied]
+    to_copy, to_compute = (sum(math.prod(one.shape) for one in them) for them in (copied, computed))
+    copies = (piece for output in copied for piece in split(output))
+    behind = 0
+    for piece in (piece for output in computed for piece in split(output)):
+        yield piece
+        behind += piece.rows * piece.columns * to_copy
+        while behind > 0 and (copy := next(copies, None)) is not None:
+            yield copy
+            behind -= copy.rows * copy.columns * to_compute
+    yield from copies
+
+
 def _whole_bands(rows: int) -> int:
     """So many rows, or less, that no band is cut; one band at least."""
     return max(BAND, rows - rows % BAND)
@@ -192,14 +219,14 @@ def _by_shard(plan: MergePlan) -> dict[str, list[OutputTensor]]:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, worker: Worker, shard: ShardFile, outputs: Iterable[OutputTensor], threads: int
+    pool: ThreadPoolExecutor, worker: Worker, shard: ShardFile, outputs: Sequence[OutputTensor], threads: int
 ) -> Iterator[int]:
     """Runs a shard's pieces with a bounded number in flight, and yields each one's bytes.
 
     So are their factors bounded: those of the next layer are asked for as the last one's are done with.
     """
     waiting: deque[tuple[Piece, Future[int]]] = deque()
-    for piece in (piece for output in outputs for piece in split(output)):
+    for piece in interleaved(outputs):
         while waiting and worker.factor_bytes([piece, *(one for one, _ in waiting)]) > FACTOR_BYTES:
             yield waiting.popleft()[1].result()
         waiting.append((piece, pool.submit(worker.run, piece, shard, worker.prepare(piece))))
@@ -210,7 +237,10 @@ def _in_order(
 
 
 class Worker:
-    """Does pieces. Shared by the threads; each has buffers of its own."""
+    """Does pieces. Shared by the threads, of which `computing` compute at a time, the others read and write.
+
+    More would turn each other's buffers out of the processors' caches, and wait for Python's lock.
+    """
 
     def __init__(
         self,
@@ -219,12 +249,16 @@ class Worker:
         device: torch.device,
         notes: tuple[str, ...],
         background: Executor,
+        computing: int = 1,
     ) -> None:
         self._plan = plan
         self._reader = reader
         self._device = device
         self._local = threading.local()
         self._factors = ReadAhead(plan.sites, reader, device, background, FACTOR_BYTES)
+        self._spaces: LifoQueue[Workspace] = LifoQueue()
+        for _ in range(computing):
+            self._spaces.put(Workspace(device))
         self._lock = threading.Lock()
         self.outcome = Outcome(notes)
 
@@ -240,7 +274,7 @@ class Worker:
         """Reads, updates and writes one piece; returns the bytes written."""
         output, source = piece.output, piece.output.source
         count = piece.rows * piece.columns
-        if source.dtype == output.dtype and not output.touched:
+        if output.is_copied:
             itemsize = source.nbytes // max(math.prod(source.shape), 1)
             content = self._bytes("source", count * itemsize)
             self._reader.read_bytes(source, piece.offset * itemsize, content)
@@ -252,7 +286,12 @@ class Worker:
 
     def compute(self, piece: Piece, prepared: Prepared) -> Tensor:
         """The piece as OUT has it, in a buffer of this thread, and its part of the outcome."""
-        return self._update(piece, self._read(piece), prepared)
+        values, found = self._read(piece), [factors.result() for factors in prepared]
+        self._local.space = self._spaces.get()
+        try:
+            return self._update(piece, values, found)
+        finally:
+            self._spaces.put(self._local.space)
 
     def _read(self, piece: Piece, buffer: str = "source") -> Tensor:
         source = piece.output.source
@@ -261,8 +300,7 @@ class Worker:
         self._reader.read_bytes(source, piece.offset * dtype.itemsize, content)
         return content.view(dtype).view(piece.rows, piece.columns).to(self._device)
 
-    def _update(self, piece: Piece, values: Tensor, prepared: Prepared) -> Tensor:
-        found = [factors.result() for factors in prepared]
+    def _update(self, piece: Piece, values: Tensor, found: Sequence[Factors]) -> Tensor:
         output = piece.output
         dtype = DTYPES[output.dtype]
         if output.dora is not None:
@@ -293,7 +331,7 @@ class Worker:
         if rounding in {"stochastic", "balanced"}:
             dither = Dither(dither_table(self._device), piece.output.key, max(piece.matrix, 0))
         for update in updates:
-            total.add(update.apply(values, piece.first, rounding, self._space(), result, dither))
+            total.add(update.apply(values, piece.first, rounding, self._local.space, result, dither))
         if updates:
             self._record(piece, total, rounding)
         return total
@@ -322,7 +360,7 @@ class Worker:
             rounded = self._bytes("rounded", sample.numel() * dtype.itemsize, self._device)
             rounded = rounded.view(dtype).view(sample.shape)
             for update in updates:
-                kept.add(update.apply(sample, first, "nearest", self._space(), rounded))
+                kept.add(update.apply(sample, first, "nearest", self._local.space, rounded))
         return balanced if kept.ratio < NEAREST_KEEPS else "nearest"
 
     def _replace_rows(
@@ -378,12 +416,6 @@ class Worker:
             on_cpu = device is None or device.type == "cpu"
             held[name] = page_aligned(size) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)
         return held[name][:nbytes]
-
-    def _space(self) -> Workspace:
-        if not hasattr(self._local, "space"):
-            self._local.space = Workspace(self._device)
-        space: Workspace = self._local.space
-        return space
 
 
 def merged_keys(outputs: Sequence[OutputTensor]) -> set[tuple[str, int, int]]:

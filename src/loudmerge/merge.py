@@ -105,8 +105,7 @@ def merge(
         rounding=rounding,
         overwrite=overwrite,
     )
-    # One more than there are cores: while one waits for the disk, another computes.
-    workers = threads or (os.cpu_count() or 1) + 1
+    cores = os.cpu_count() or 1
     with Staging(Path(out), overwrite=overwrite, resume=resume) as staging:
         finished = Finished(staging.done, identity(made))
         finished.discard_others(staging.weights)
@@ -115,14 +114,15 @@ def merge(
                 made,
                 staging.weights,
                 device=_device(device),
-                threads=workers,
+                threads=threads or cores,
                 progress=progress,
                 finished=finished,
             )
         _check_applied(made, outcome)
         _write_files(made, staging)
         if verify:
-            _verify(made, staging, workers, progress)
+            # One more than there are cores: while one waits for the disk, another computes.
+            _verify(made, staging, threads or cores + 1, progress)
         report = _report(made, Path(out), outcome, verified=verify, started=started)
         staging.write_file(REPORT, dump(report))
         staging.publish()

@@ -95,6 +95,11 @@ class OutputTensor:
         """Whether OUT's tensor differs from the base's in more than its dtype."""
         return bool(self.replaced or self.terms or self.bias or self.token_rows)
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether OUT's tensor is the base's byte for byte."""
+        return self.source.dtype == self.dtype and not self.touched
+
 
 @dataclass(frozen=True)
 class Counts:

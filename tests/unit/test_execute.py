@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import math
 import os
+import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +22,10 @@ from loudmerge import execute as module
 from loudmerge import preflight
 from loudmerge.delta import Kept
 from loudmerge.errors import MergeRefused
-from loudmerge.execute import Outcome, execute, merged_keys, split
+from loudmerge.execute import Outcome, execute, interleaved, merged_keys, split
 from loudmerge.layout import Axes, Span
 from loudmerge.plan import OutputTensor, Term
+from loudmerge.writer import ShardFile
 from tests.unit.builders import (
     EMBED,
     EXPERTS,
@@ -415,6 +418,78 @@ def test_the_caller_may_stop_a_merge_from_its_progress(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         execute(plan, tmp_path / "out", device="cpu", threads=2, progress=stop)
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 900), st.integers(1, 5)), max_size=8),
+    st.integers(8, 60),
+)
+def test_what_is_copied_lies_between_what_is_computed(
+    kinds: list[tuple[bool, int, int]], piece_bytes: int
+) -> None:
+    """Every piece once, what is computed in its order, and copies never a piece further than their share."""
+    outputs = [output((1, rows, columns), stacked=computed) for computed, rows, columns in kinds]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE_BYTES", piece_bytes)
+        wanted = [piece for one in outputs for piece in split(one)]
+        found = list(interleaved(outputs))
+    assert Counter(map(repr, found)) == Counter(map(repr, wanted))
+    computed = [piece for piece in found if not piece.output.is_copied]
+    assert computed == [piece for piece in wanted if not piece.output.is_copied]
+    to_copy = sum(piece.rows * piece.columns for piece in found if piece.output.is_copied)
+    to_compute = sum(piece.rows * piece.columns for piece in computed)
+    largest = max((piece.rows * piece.columns for piece in found), default=0)
+    copied = done = 0
+    for piece in found:
+        if piece.output.is_copied:
+            copied += piece.rows * piece.columns
+        else:
+            done += piece.rows * piece.columns
+        if done < to_compute:
+            assert abs(copied * to_compute - done * to_copy) <= largest * (to_copy + to_compute)
+
+
+def test_no_more_threads_compute_than_were_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, now, most = threading.Lock(), [0], [0]
+    update = module.Worker._update
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.02)
+        try:
+            return update(*arguments)
+        finally:
+            with lock:
+                now[0] -= 1
+
+    monkeypatch.setattr(module.Worker, "_update", counted)
+    monkeypatch.setattr(module, "PIECE_BYTES", 16)
+    world.run({f"{Q_PROJ}.weight": values(512, H)}, lora(Q_PROJ, 512, H), threads=2)
+    assert most == [2]
+
+
+def test_every_shard_has_its_place_on_the_disk_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base", {**Q, "z": values(400)}, shards=[[f"{Q_PROJ}.weight"], ["z"]])
+    plan = plan_of(base, write_adapter(tmp_path / "adapter", lora(Q_PROJ, 8, H)))
+    (tmp_path / "out").mkdir()
+    begun: list[str] = []
+
+    class Full(ShardFile):
+        def __init__(self, path: Path, *more: Any) -> None:
+            begun.append(path.name)
+            if len(begun) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().__init__(path, *more)
+
+    monkeypatch.setattr(module, "ShardFile", Full)
+    monkeypatch.setattr(module.Worker, "run", None)
+    with pytest.raises(OSError, match="No space left"):
+        execute(plan, tmp_path / "out", device="cpu", threads=2)
+    assert len(begun) == 2
 
 
 # --- rounding ------------------------------------------------------------------------------------
