@@ -24,8 +24,8 @@ _PARSING = threading.Lock()
 def parsed(code: str, mode: str = "exec") -> Any:
     """`ast.parse`, one thread at a time. Raises SyntaxError or ValueError as it does.
 
-    Until 3.11.9 and 3.12.2 a thread may end another one's parsing with a SystemError, where a collection of
-    garbage comes in between: https://github.com/python/cpython/issues/106905
+    In Pythons from before 2024 a thread may end another one's parsing with a SystemError, where a collection
+    of garbage comes in between: https://github.com/python/cpython/issues/106905
     """
     with _PARSING:
         return ast.parse(code, mode=mode)
