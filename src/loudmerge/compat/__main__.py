@@ -68,10 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("cells", nargs="*", metavar="CELL", help="which; all where there is none")
     parser.add_argument("--list", action="store_true", help="print the cells' names and stop")
     parser.add_argument("--github", action="store_true", help="print the JSON of a strategy.matrix and stop")
-    # One more than there are cores: a sixth of the tests' time is waiting for the disk.
-    jobs = (os.cpu_count() or 1) + 1
     parser.add_argument(
-        "-j", "--jobs", type=_at_least_one, default=jobs, metavar="N", help=f"parts at a time; {jobs} here"
+        "-j", "--jobs", type=_at_least_one, default=os.cpu_count() or 1, metavar="N", help="parts at a time"
     )
     parser.add_argument("--against", type=Path, metavar="DIR", help="older results: same, regressed or fixed")
     parser.add_argument("--results", type=Path, default=Path(HOME, "results"), metavar="DIR")
