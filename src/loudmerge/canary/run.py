@@ -126,9 +126,8 @@ class Judge:
     def __init__(self, opener: Opener) -> None:
         self.opener = opener
         self.log = ReadLog(opener.options.cache)
-        atexit.register(
-            gc.freeze
-        )  # the interpreter would go through all that was read, several times, at its end
+        # All that was read would be gone through, several times, as the interpreter ends.
+        atexit.register(gc.freeze)
 
     def verdicts(self, guard: Guard, ref: str) -> tuple[Verdict, ...]:
         """One verdict, or one for each release when `ref` is a range."""

@@ -6,6 +6,7 @@ library only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -189,9 +190,7 @@ class Environment:
 
     def _seed(self, stamp: Stamp) -> dict[str, Path]:
         """With what the environments beside it that torch came to from the same place have of its pins."""
-        found = sorted(self.directory.parent.glob(f"*/{STAMP}"), key=lambda file: file.stat().st_mtime)
-        stamps = {file.parent: json.loads(file.read_text("utf-8"))["stamp"] for file in found}
-        alike = [place for place, one in stamps.items() if one["index"] == stamp.index]
+        alike = [place for place, index in _complete(self.directory.parent).items() if index == stamp.index]
         return links.seed(self.directory, alike, stamp.requirements)
 
     def share_bytecode(self) -> None:
@@ -200,9 +199,18 @@ class Environment:
         links.share_bytecode(self.directory, {name: Path(other) for name, other in seeded.items()})
 
 
+def _complete(folder: Path) -> dict[Path, str | None]:
+    """The environments in a folder that were made to the end, and the index of each one's torch."""
+    found: dict[Path, str | None] = {}
+    for file in sorted(folder.glob(f"*/{STAMP}")):
+        with contextlib.suppress(FileNotFoundError):  # made anew just now
+            found[file.parent] = json.loads(file.read_text("utf-8"))["stamp"]["index"]
+    return found
+
+
 def _share(directory: Path, log: Path) -> None:
     """With the environments beside it that are complete: eight of their own do not fit on every disk."""
-    others = [file.parent for file in directory.parent.glob(f"*/{STAMP}")]
+    others = list(_complete(directory.parent))
     try:
         said = f"{links.share(directory, others) >> 20} MiB shared with the other environments, {len(others)}"
     except OSError as error:

@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -46,9 +47,7 @@ def _link(file: Path, place: Path, others: Sequence[Path]) -> int:
             if file.samefile(other / place):
                 return 0
             if _same(file, other / place):
-                beside = file.with_name(f".{file.name}.link")
-                os.link(other / place, beside)
-                beside.replace(file)
+                _replace(file, other / place, os.link)
                 return file.stat().st_size
     return 0
 
@@ -133,9 +132,17 @@ def _put(environment: Path, other: Path, file: metadata.PackagePath) -> None:
 
 def _link_or_copy(theirs: Path, ours: Path) -> None:
     try:
-        os.link(theirs, ours)
+        _replace(ours, theirs, os.link)
     except OSError:  # the file system has no hard links
-        shutil.copy2(theirs, ours)
+        _replace(ours, theirs, shutil.copy2)
+
+
+def _replace(file: Path, source: Path, put: Callable[[Path, Path], object]) -> None:
+    """In one step: another thread, or Python itself, may do or read the same just now."""
+    beside = file.with_name(f".{file.name}.{threading.get_ident()}.link")
+    put(source, beside)
+    beside.replace(file)
+    beside.unlink(missing_ok=True)  # renaming a file to another name of its own does nothing
 
 
 def _same(one: Path, two: Path) -> bool:

@@ -206,6 +206,21 @@ def test_python_takes_what_another_environment_compiled(installed: Path, tmp_pat
     assert done.stdout.strip() == str(site(new) / "pkg" / "__init__.py")
 
 
+def test_two_threads_may_take_the_same_bytecode(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of one cell begin together: each finds that a file is not there yet."""
+    new = tmp_path / "new"
+    seeded = links.seed(new, [installed], ["pkg==1.0"])
+    made = Path(py_compile.compile(str(site(installed) / "pkg" / "__init__.py")) or "")
+    content = made.read_bytes()
+    assert links.share_bytecode(new, seeded) == 1
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    assert links.share_bytecode(new, seeded) == 1
+    folder = site(new) / "pkg" / "__pycache__"
+    assert [file.read_bytes() for file in folder.iterdir()] == [content]
+
+
 def test_what_was_compiled_of_other_source_is_not_taken(installed: Path, tmp_path: Path) -> None:
     seeded = links.seed(tmp_path / "new", [installed], ["pkg==1.0"])
     source = site(installed) / "pkg" / "__init__.py"
