@@ -50,6 +50,9 @@ What goes straight to the disk needs no such reminder: it would only wait for th
 WRITERS = 4
 """How many threads may wait for the disk beside those that compute."""
 
+SMALL_BYTES = 64 << 20
+"""An OUT of less needs no second thread: they would only wait for each other."""
+
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), in bytes."""
 
@@ -121,17 +124,18 @@ def execute(
     Raises MergeRefused `non-finite` when the adapter has a NaN or an infinity, or a result does not fit its
     dtype, and `corrupt-file` when an input ends early; OSError from the disk.
     """
+    total = sum(output.nbytes for output in plan.outputs)
+    threads_of_pool = threads + (WRITERS if total >= SMALL_BYTES else 0)
     # Left in the opposite order: no file is closed while a thread may still read or write it.
     with (
         TensorReader() as reader,
         ExitStack() as shards,
         ThreadPoolExecutor(1, "loudmerge-sync") as syncer,
         ThreadPoolExecutor(1, "loudmerge-factors") as background,
-        ThreadPoolExecutor(threads + WRITERS, "loudmerge") as pool,
+        ThreadPoolExecutor(threads_of_pool, "loudmerge") as pool,
     ):
         notes = check_weights(plan, reader, pool)
         worker = Worker(plan, reader, torch.device(device), notes, background, threads)
-        total = sum(output.nbytes for output in plan.outputs)
         done = unsynced = 0
         syncs: list[Future[None]] = []
         begun: list[tuple[ShardFile, list[OutputTensor]]] = []
@@ -144,7 +148,7 @@ def execute(
             metadata = {"format": "pt", **plan.base.metadata[plan.base.path / name]}
             begun.append((shards.enter_context(ShardFile(directory / name, outputs, metadata)), outputs))
         for shard, outputs in begun:
-            for nbytes in _in_order(pool, worker, shard, outputs, threads + WRITERS):
+            for nbytes in _in_order(pool, worker, shard, outputs, threads_of_pool):
                 done += nbytes
                 unsynced += 0 if shard.direct else nbytes
                 if unsynced >= SYNC_BYTES:

@@ -15,7 +15,7 @@ import torch
 from loudmerge.adapter import read_adapter
 from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
 from loudmerge.errors import EnvironmentFailed, Mismatch
-from loudmerge.execute import Outcome, Progress, execute, merged_keys
+from loudmerge.execute import SMALL_BYTES, Outcome, Progress, execute, merged_keys
 from loudmerge.plan import MergePlan, Options
 from loudmerge.planner import make_plan
 from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding
@@ -105,7 +105,7 @@ def merge(
         rounding=rounding,
         overwrite=overwrite,
     )
-    cores = os.cpu_count() or 1
+    computing, verifying = _threads(made, threads)
     with Staging(Path(out), overwrite=overwrite, resume=resume) as staging:
         finished = Finished(staging.done, identity(made))
         finished.discard_others(staging.weights)
@@ -114,19 +114,29 @@ def merge(
                 made,
                 staging.weights,
                 device=_device(device),
-                threads=threads or cores,
+                threads=computing,
                 progress=progress,
                 finished=finished,
             )
         _check_applied(made, outcome)
         _write_files(made, staging)
         if verify:
-            # One more than there are cores: while one waits for the disk, another computes.
-            _verify(made, staging, threads or cores + 1, progress)
+            _verify(made, staging, verifying, progress)
         report = _report(made, Path(out), outcome, verified=verify, started=started)
         staging.write_file(REPORT, dump(report))
         staging.publish()
     return report
+
+
+def _threads(made: MergePlan, asked: int | None) -> tuple[int, int]:
+    """How many compute, and how many verify: by default as many as cores, and one more."""
+    if asked:
+        return asked, asked
+    if sum(output.nbytes for output in made.outputs) < SMALL_BYTES:
+        return 1, 1
+    cores = os.cpu_count() or 1
+    # While one that verifies waits for the disk, another computes.
+    return cores, cores + 1
 
 
 def _check_options(options: Options) -> None:
