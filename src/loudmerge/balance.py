@@ -92,13 +92,12 @@ class Bands(NamedTuple):
         values = four[0]
         if values.numel() < COMPILED_FROM or values.device.type != "cpu" or (kernel := compiled()) is None:
             return False
-        turned = [each.T if self.axis else each for each in four]
-        parts = [each.contiguous() for each in turned]
+        parts = [each.contiguous() for each in four]
         stops = [part.stop for part in self.parts()] if self.axis else [len(values)]
         limits = torch.tensor([0, *stops])
-        is_done = kernel(*(part.numpy() for part in parts), limits.numpy())
-        if is_done and parts[0] is not turned[0]:
-            turned[0].copy_(parts[0])
+        is_done = kernel(*(part.numpy() for part in parts), limits.numpy(), self.axis)
+        if is_done and parts[0] is not values:
+            values.copy_(parts[0])
         return is_done
 
     def _alike(self) -> Iterator[list[slice]]:

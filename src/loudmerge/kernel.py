@@ -66,6 +66,7 @@ bits_of: Function = _as(types.int32, types.float32, ir.IntType(32))
 number_of: Function = _as(types.float32, types.int32, ir.FloatType())
 
 _BLOCK = types.float32[:, ::1]
+_NUMBERS = types.int32[:, ::1]
 _CELLS = types.float64[::1]
 
 
@@ -111,15 +112,6 @@ def level_of(share: Any) -> Any:
     return level if share > ZERO else int32(-1)
 
 
-@compiled()
-@no_type_check
-def add(mass: Any, levels: Any, gain: Any, count: int) -> None:
-    """Adds the gains of one output's inputs to those of their levels."""
-    for one in range(count):
-        if levels[one] >= 0:
-            mass[levels[one], one] += float64(gain[one])
-
-
 @compiled(types.void(types.float64[:, ::1], _CELLS, types.int32[::1]))
 @no_type_check
 def find_borders(mass: Any, wanted: Any, border: Any) -> None:
@@ -150,51 +142,82 @@ def are_bands(limits: Any, outputs: int) -> bool:
     return bool(((widths >= 0) & (widths <= BAND)).all())
 
 
-@compiled(types.boolean(_BLOCK, _BLOCK, _BLOCK, types.int32[:, ::1], types.int64[::1]))
+@compiled(types.void(_BLOCK, _BLOCK, _BLOCK, _NUMBERS, types.UniTuple(types.int64, 4)))
 @no_type_check
-def balanced(values: Any, weight: Any, delta: Any, drawn: Any, limits: Any) -> bool:
+def round_tile(values: Any, weight: Any, delta: Any, drawn: Any, where: Any) -> None:
+    """Rounds in place one band of outputs, INPUTS inputs at most. where: the first and the end of both."""
+    first, last, start, stop = where
+    level, border = np.empty((BAND, INPUTS), int32), np.empty(INPUTS, int32)
+    share, gain = np.empty(INPUTS, float32), np.empty(INPUTS, float32)
+    mass, wanted = np.zeros((LEVELS, INPUTS)), np.zeros(INPUTS)
+    for output in range(first, last):
+        value, base, change = (
+            values[output, start:stop],
+            weight[output, start:stop],
+            delta[output, start:stop],
+        )
+        levels = level[output - first]
+        # Apart, so that all but the last are done for several inputs at a time.
+        for one in range(stop - start):
+            share[one], gain[one] = share_of(value[one], base[one], change[one])
+            levels[one] = level_of(share[one])
+        for one in range(stop - start):
+            wanted[one] += float64(float32(share[one] * gain[one]))
+        for one in range(stop - start):
+            if levels[one] >= 0:
+                mass[levels[one], one] += float64(gain[one])
+    find_borders(mass, wanted, border)
+    for output in range(first, last):
+        value, change, numbers = (
+            values[output, start:stop],
+            delta[output, start:stop],
+            drawn[output, start:stop],
+        )
+        levels = level[output - first]
+        for one in range(stop - start):
+            back, near = near_of(bits_of(value[one]), bits_of(change[one]))
+            moves = border[one] < int32(int32(levels[one] * int32(65536)) - numbers[one])
+            step = int32(int32(back | int32(1)) << int32(16))
+            step = step if (levels[one] >= int32(0)) & moves else int32(0)
+            value[one] = number_of(int32(near + step))
+
+
+@compiled()
+@no_type_check
+def turn(given: Any, turned: Any, first: int, last: int, start: int, stop: int) -> None:
+    """turned[:last - first, :stop - start] becomes given[start:stop, first:last].T."""
+    for one in range(stop - start):
+        row = given[start + one, first:last]
+        for output in range(last - first):
+            turned[output, one] = row[output]
+
+
+@compiled(types.boolean(_BLOCK, _BLOCK, _BLOCK, _NUMBERS, types.int64[::1], types.int64))
+@no_type_check
+def balanced(values: Any, weight: Any, delta: Any, drawn: Any, limits: Any, axis: int) -> bool:
     """Rounds as balance.balanced_, in place; False, and nothing is changed, where something is not usual.
 
-    values = weight + delta, float32; drawn: int32. All are (outputs, inputs) and contiguous.
+    values = weight + delta, float32; drawn: int32. All are contiguous. axis: where the outputs lie, 0 or 1.
     limits: int64, the first output of each band, and after the last one the count of all.
     """
-    if not (values.shape == weight.shape == delta.shape == drawn.shape and are_bands(limits, len(values))):
+    outputs, inputs = values.shape[axis], values.shape[1 - axis]
+    if not (values.shape == weight.shape == delta.shape == drawn.shape and are_bands(limits, outputs)):
         raise ValueError("the limits are not those of the bands, or the blocks differ in shape")
     if not (is_usual(values) and is_usual(delta)):
         return False
-    level, border = np.empty((BAND, INPUTS), int32), np.empty(INPUTS, int32)
-    share, gain = np.empty(INPUTS, float32), np.empty(INPUTS, float32)
-    mass, wanted = np.empty((LEVELS, INPUTS)), np.empty(INPUTS)
+    value, base = np.empty((BAND, INPUTS), float32), np.empty((BAND, INPUTS), float32)
+    change, numbers = np.empty((BAND, INPUTS), float32), np.empty((BAND, INPUTS), int32)
     for band in range(len(limits) - 1):
-        for start in range(0, values.shape[1], INPUTS):
-            stop = min(start + INPUTS, values.shape[1])
-            mass[:], wanted[:] = 0.0, 0.0
-            for output in range(limits[band], limits[band + 1]):
-                value, base, change = (
-                    values[output, start:stop],
-                    weight[output, start:stop],
-                    delta[output, start:stop],
-                )
-                levels = level[output - limits[band]]
-                # Apart, so that all but the last are done for several inputs at a time.
-                for one in range(stop - start):
-                    share[one], gain[one] = share_of(value[one], base[one], change[one])
-                    levels[one] = level_of(share[one])
-                for one in range(stop - start):
-                    wanted[one] += float64(float32(share[one] * gain[one]))
-                add(mass, levels, gain, stop - start)
-            find_borders(mass, wanted, border)
-            for output in range(limits[band], limits[band + 1]):
-                value, change, numbers = (
-                    values[output, start:stop],
-                    delta[output, start:stop],
-                    drawn[output, start:stop],
-                )
-                levels = level[output - limits[band]]
-                for one in range(stop - start):
-                    back, near = near_of(bits_of(value[one]), bits_of(change[one]))
-                    moves = border[one] < int32(int32(levels[one] * int32(65536)) - numbers[one])
-                    step = int32(int32(back | int32(1)) << int32(16))
-                    step = step if (levels[one] >= int32(0)) & moves else int32(0)
-                    value[one] = number_of(int32(near + step))
+        first, last = limits[band], limits[band + 1]
+        for start in range(0, inputs, INPUTS):
+            stop = min(start + INPUTS, inputs)
+            if axis == 0:
+                round_tile(values, weight, delta, drawn, (first, last, start, stop))
+                continue
+            turn(values, value, first, last, start, stop)
+            turn(weight, base, first, last, start, stop)
+            turn(delta, change, first, last, start, stop)
+            turn(drawn, numbers, first, last, start, stop)
+            round_tile(value, base, change, numbers, (0, last - first, 0, stop - start))
+            turn(value, values[start:stop, first:last], 0, stop - start, 0, last - first)
     return True

@@ -57,10 +57,10 @@ def by_tensors(four: Four, span: Span, axis: int) -> Tensor:
     return result
 
 
-def by_kernel(four: Four, limits: list[int]) -> Tensor:
+def by_kernel(four: Four, limits: list[int], axis: int = 0) -> Tensor:
     result = four[0].clone()
     others = (each.numpy() for each in four[1:])
-    assert kernel.balanced(result.numpy(), *others, np.array(limits))
+    assert kernel.balanced(result.numpy(), *others, np.array(limits), axis)
     return result
 
 
@@ -96,8 +96,11 @@ def test_each_band_is_rounded_for_itself(start: int) -> None:
     four = made(1, span.count, 100, 1e-4)
     limits = [0, *(part.stop for part in Bands(span, 0).parts())]
     assert len(limits) > 3
-    turned: Four = (four[0].T, four[1].T, four[2].T, four[3].T)
-    assert torch.equal(by_kernel(four, limits), by_tensors(turned, span, 1).T)
+    values, weight, delta, drawn = (each.T.contiguous() for each in four)
+    turned = values, weight, delta, drawn
+    wanted = by_tensors(turned, span, 1)
+    assert torch.equal(by_kernel(four, limits), wanted.T)
+    assert torch.equal(by_kernel(turned, limits, 1), wanted)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -126,7 +129,7 @@ def test_it_leaves_what_is_not_usual_as_it_is(value: float, which: int) -> None:
     four[which][5, 66] = value
     before = four[0].clone()
     assert not is_usual(four[which])
-    assert not kernel.balanced(*(each.numpy() for each in four), np.array([0, BAND]))
+    assert not kernel.balanced(*(each.numpy() for each in four), np.array([0, BAND]), 0)
     assert torch.equal(four[0].view(torch.int32), before.view(torch.int32))
 
 
@@ -136,10 +139,10 @@ def test_it_leaves_what_is_not_usual_as_it_is(value: float, which: int) -> None:
 def test_it_writes_to_no_memory_but_the_blocks(limits: list[int]) -> None:
     four = made(6, BAND + 6, 70, 1e-4)
     with pytest.raises(ValueError, match="the limits are not those of the bands"):
-        kernel.balanced(*(each.numpy() for each in four), np.array(limits, np.int64))
+        kernel.balanced(*(each.numpy() for each in four), np.array(limits, np.int64), 0)
     others = [each[:, :69].contiguous().numpy() for each in four[1:]]
     with pytest.raises(ValueError, match="the blocks differ in shape"):
-        kernel.balanced(four[0].numpy(), *others, np.array([0, BAND, BAND + 6]))
+        kernel.balanced(four[0].numpy(), *others, np.array([0, BAND, BAND + 6]), 0)
 
 
 def test_the_tensor_functions_round_what_is_not_usual() -> None:
