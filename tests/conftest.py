@@ -30,7 +30,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    """Each test by itself, but for those that share one of test_smollm2's models: minutes to make.
+    """Each test by itself, but for those that share a model, or a run of it, that takes long to make.
 
     xdist's own groups are without effect under pytest 9.2 (pytest-xdist#1386).
     """
@@ -39,6 +39,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             story = re.search(r"test_smollm2\.py::.*\[(qwen2_moe|mixtral)\b", nodeid)
-            return story[1] if story else nodeid
+            family = re.search(r"test_families\.py::.*\[([\w-]+?)(-gate_up|-down)?\]", nodeid)
+            run = re.search(r"e2e/test_(journey|demo)\.py", nodeid)
+            shared = story or family or run
+            return f"{shared[0].partition('::')[0]} {shared[1]}" if shared else nodeid
 
     return Scheduling(config, log)

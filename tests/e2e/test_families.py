@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 import loudmerge
 from tests.support import tiny
@@ -126,6 +127,14 @@ class Case(NamedTuple):
 
 
 Bases = Callable[..., Case]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_progress_bars() -> Iterator[None]:
+    """There are hundreds."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

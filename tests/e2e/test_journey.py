@@ -105,6 +105,14 @@ def test_samples_are_continued_at_once_as_each_would_be_alone(reference: Referen
         torch.testing.assert_close(found.log_probabilities, alone.log_probabilities)
 
 
+def test_sequences_of_one_length_are_run_at_once_as_each_would_be_alone(reference: Reference) -> None:
+    model = AutoModelForCausalLM.from_pretrained(reference.base, dtype=torch.float32)
+    sequences = [ids[:length] for ids in reference.passages.sequences for length in (20, 30)]
+    sequences += reference.passages.sequences
+    together = journey._logits(journey._evaluated(model), sequences)
+    torch.testing.assert_close(together, behaviour.logits(model, sequences))
+
+
 def test_a_model_computes_in_float32_as_if_it_were_cast_to_it(found: Journey, reference: Reference) -> None:
     """It was loaded in bfloat16, and is in bfloat16 again after each pass."""
     model, cast = (AutoModelForCausalLM.from_pretrained(found.out, dtype=torch.bfloat16) for _ in range(2))

@@ -136,7 +136,7 @@ _SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention"]}
 _NO_LAYER_CONFIG: Mapping[str, Any] = {"per_layer_config": {}}
 _GROUPS = {"n_group": 1, "topk_group": 1}
 _LINEAR_HEADS = {"linear_head_dim": 16, "linear_num_heads": 2}
-_SAM = {"global_attn_indexes": [1], "downsample_channels": [16, 32], "output_channels": 16, "scale": 1}
+_SAM = {"global_attn_indexes": [1], "downsample_channels": [16, 32], "output_channels": 16}
 _NGRAMS = {"hc_count": 2, "hc_lowrank": 8, "ple_embed_dim": 32, "heads_per_ngram": 2}
 _GEMMA = {**_NO_LAYER_CONFIG, **_SLIDING_THEN_FULL}
 _HALF_ROTARY = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_type": "default"}
@@ -166,7 +166,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32},
     },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], **_GROUPS},
-    "deepseek_ocr2_sam_vision_model": _SAM,
+    "deepseek_ocr2_sam_vision_model": {**_SAM, "scale": 1},
     "deepseek_v2": _GROUPS,
     "diffusion_gemma_text": _GEMMA,
     "dots1": {"n_shared_experts": 1},
@@ -181,6 +181,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [3, 3, 2]},
     },
     "flint": {"mlp_only_layers": [0]},
+    "gemma4_vision": {"position_embedding_size": 16},
     "gemma4_text": {"enable_moe_block": True, **_GEMMA},
     "glm4v_moe_text": _GLM4V,
     "Glm4vMoe_text": _GLM4V,
@@ -189,10 +190,12 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "glm_moe_dsa": _DENSE_THEN_SPARSE,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "hy_v4_vl_vision": {"max_image_size": 32},
     "hy_v4_vl_text": {
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1]}
     },
-    "inkling_vision": {"n_layers": 8},
+    "inkling_audio": {"mel_vocab_size": 8},
+    "inkling_vision": {"n_layers": 4, "patch_size": 2},
     "jamba": {"use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
     "jetmoe": {"num_key_value_heads": 1},
     "kimi_linear": {**_LINEAR_THEN_FULL, **_LINEAR_HEADS},
@@ -216,6 +219,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_vl_moe_text": {"rope_scaling": _MROPE},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], **_NGRAMS, **_QWEN4_INDEXER},
     "step3p5": {"sliding_window": 8, **_DENSE_THEN_SPARSE},
+    "unlimited_ocr_sam_vision_model": _SAM,
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a model type needs beyond SIZES; `...` drops a field. Applies also where it is a nested config."""

@@ -7,6 +7,7 @@ transformers can build), cross (the adapters of other cells, merged here).
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import subprocess
@@ -19,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import loudmerge
+from loudmerge import training
 from loudmerge.compat import junit
 from loudmerge.training import ADAPTER, BASE
 
@@ -98,8 +100,13 @@ def _pytest(root: Path, arguments: Sequence[str]) -> tuple[junit.Case, ...]:
 
 def run_journey(job: Job) -> dict[str, Any]:
     """Figures, path, orientation and counts of the end-to-end run, and what its merge wrote."""
+    # What is imported stays: looking for garbage in it, again and again, takes a fifth of this part's time.
+    gc.disable()
     from loudmerge.compat import journey  # noqa: PLC0415 - it imports torch, which the runner has not
 
+    training.require(training.PACKAGES, extra="demo")
+    gc.freeze()
+    gc.enable()
     shown = journey.run(job.directory / JOURNEY)
     return {
         "figures": asdict(shown.figures),

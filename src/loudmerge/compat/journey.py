@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ PROMPT = 12
 """Tokens of a prompt."""
 SEQUENCES = 12
 """Sequences of at most `Recipe.tokens` tokens that the divergences are taken over."""
+TOGETHER = 6
+"""Sequences that one forward pass runs over, at most: a large vocabulary's logits take memory."""
 HELD_OUT = 400
 """Characters that a text for it has at least, so that few sequences are short."""
 
@@ -205,7 +208,7 @@ def measure(
             wide = directory / MERGED_FLOAT32
             merge(reference.base, reference.adapter, wide, device=device, dtype="float32")
             stage("run merged in float32")
-            exact = behaviour.logits(_evaluated(_load(wide, torch.float32, device)), passages.sequences)
+            exact = _logits(_evaluated(_load(wide, torch.float32, device)), passages.sequences)
     experts = report["counts"]["expert"]
     said = reference.trained_run.continuations
     return Journey(
@@ -274,13 +277,26 @@ def _figures(
 
 def _run(model: Any, passages: Passages, ends: frozenset[int]) -> Run:
     """Of a model with bfloat16 weights; leaves it in float32 arithmetic."""
-    coarse = behaviour.logits(_evaluated(model), passages.sequences)
+    coarse = _logits(_evaluated(model), passages.sequences)
     return replace(_run_in_float32(model, passages, ends), coarse=coarse)
 
 
 def _run_in_float32(model: Any, passages: Passages, ends: frozenset[int]) -> Run:
     compute_in_float32(_evaluated(model))
-    return Run(behaviour.logits(model, passages.sequences), _continue_greedily(model, passages.prompts, ends))
+    return Run(_logits(model, passages.sequences), _continue_greedily(model, passages.prompts, ends))
+
+
+@torch.no_grad()
+def _logits(model: Any, sequences: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """As behaviour.logits, for neighbours of one length at once, up to TOGETHER: see `_continue_greedily`."""
+    device = next(model.parameters()).device
+    found = list[Tensor]()
+    for _, alike in groupby(sequences, key=len):
+        rows = list(alike)
+        for start in range(0, len(rows), TOGETHER):
+            ids = torch.stack(rows[start : start + TOGETHER]).to(device)
+            found += model(input_ids=ids, use_cache=False).logits.to("cpu", torch.float32).unbind()
+    return tuple(found)
 
 
 @torch.no_grad()
