@@ -1,6 +1,6 @@
-"""Merges in child processes that kill themselves at given moments: run by test_writer.py, with a directory.
+"""Merges in child processes that kill themselves at given moments, as each line of stdin orders.
 
-One import of torch serves all moments. Prints, for each moment, what lies in the directory afterwards.
+One import of torch serves all orders. Prints, for each moment, what lies in the directory afterwards.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def look(root: Path) -> dict[str, Any]:
     return found
 
 
-def main(root: Path, moments: list[str], *, overwrite: bool) -> None:
+def run(root: Path, moments: list[str], *, overwrite: bool) -> dict[str, Any]:
     found = {}
     for text in moments:
         moment, number = text.split(":")
@@ -77,8 +77,19 @@ def main(root: Path, moments: list[str], *, overwrite: bool) -> None:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
         found[text] = {"killed": os.WIFSIGNALED(status), "looks": look(copy)}
-    sys.stdout.write(json.dumps(found))
+    return found
+
+
+def main() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        # Ends this process, should a merge hang.
+        signal.alarm(120)
+        found = run(Path(order["root"]), order["moments"], overwrite=order["overwrite"])
+        signal.alarm(0)
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[3:], overwrite=sys.argv[2] == "overwrite")
+    main()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import loudmerge
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.writer import ShardFile, Staging
 from tests.unit.builders import Q_PROJ
+from tests.unit.conftest import Killed
 from tests.unit.places import (
     ENTRIES,
     VARYING,
@@ -37,9 +35,9 @@ def place(tmp_path: Path) -> Place:
     return make_place(tmp_path)
 
 
-@pytest.fixture
-def reference(place: Place) -> dict[str, bytes]:
-    return undisturbed(place)
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return undisturbed(make_place(tmp_path_factory.mktemp("reference")))
 
 
 @pytest.fixture
@@ -121,23 +119,13 @@ def test_a_merge_that_fails_verification_is_not_published(
     assert nothing_left(place)
 
 
-def killed(place: Place, moments: list[str], *, overwrite: bool = False) -> dict[str, Any]:
-    """Runs a merge for each moment, which is killed then; what is found afterwards."""
-    script = Path(__file__).with_name("killed_merge.py")
-    how = "overwrite" if overwrite else "new"
-    command = [sys.executable, str(script), str(place.root), how, *moments]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found: dict[str, Any] = json.loads(run.stdout)
-    return found
-
-
 def test_a_killed_merge_leaves_nothing_that_looks_like_a_checkpoint(
-    place: Place, reference: dict[str, bytes]
+    place: Place, reference: dict[str, bytes], killed: Killed
 ) -> None:
     """While it merges and verifies there is none; while it publishes, what there is is complete."""
     sizes = {name: len(data) for name, data in reference.items() if name not in VARYING and "/" not in name}
     early = ["merge:1", "merge:2", "merge:3", "verify:1", "verify:2", "rename:1", "rename:5"]
-    late = ["fsync:1", "fsync:4", "fsync:9", "rename:7", "fsync:11"]
+    late = ["fsync:1", "fsync:4", "fsync:9", "rename:7", "rename:9", "fsync:11"]
     for moment, found in killed(place, early + late).items():
         assert found["killed"], moment
         if moment in early:
@@ -154,11 +142,11 @@ def test_a_killed_merge_leaves_nothing_that_looks_like_a_checkpoint(
 
 
 def test_a_killed_merge_that_overwrites_leaves_the_old_out_or_the_new(
-    place: Place, old: dict[str, bytes], reference: dict[str, bytes]
+    place: Place, old: dict[str, bytes], reference: dict[str, bytes], killed: Killed
 ) -> None:
-    for moment, found in killed(
-        place, ["merge:2", "verify:1", "fsync:3", "rename:7", "rename:8"], overwrite=True
-    ).items():
+    # The old OUT moves aside in the ninth renaming, the new one takes its name in the tenth.
+    moments = ["merge:2", "verify:1", "fsync:3", "rename:7", "rename:8", "rename:9", "rename:10"]
+    for moment, found in killed(place, moments, overwrite=True).items():
         assert found["killed"], moment
         copy = Place(place.root / moment.replace(":", "-"))
         there = copy.out if copy.out.exists() else copy.staging / "replaced"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from tests.unit.builders import (
     write_base,
 )
 
-LAYERS, E, H, I = 8, 10, 72, 40  # noqa: E741
+LAYERS, E, H, I = 8, 8, 72, 40  # noqa: E741
 FUSED = ["experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -43,22 +43,34 @@ def q_proj(layer: int) -> str:
 
 def world(path: Path, scale: float, *, dtype: torch.dtype = torch.bfloat16, fused: bool = False) -> Path:
     """A base and an adapter whose layers and experts were trained more or less."""
+    held = {
+        key: tensor * scale * strength(tensor.shape[1]) if "lora_B" in key else tensor
+        for key, tensor in pairs().items()
+    }
+    write_adapter(path / "adapter", held, target_parameters=FUSED, peft_version="0.19.1")
+    write_base(path / "base", weights(dtype, fused), num_experts=E)
+    return path
+
+
+@cache
+def weights(dtype: torch.dtype, fused: bool) -> Mapping[str, torch.Tensor]:
     base = {f"{q_proj(layer)}.weight": values(H, H, seed=layer, dtype=dtype) for layer in range(LAYERS)}
-    held: dict[str, torch.Tensor] = {}
+    if not fused:
+        return base | expert_tensors(E, H, I, layers=LAYERS, dtype=dtype)
     for layer in range(LAYERS):
         name = experts_of(layer)
-        if fused:
-            base[f"{name}.gate_up_proj"] = values(E, 2 * I, H, seed=layer, dtype=dtype)
-            base[f"{name}.down_proj"] = values(E, H, I, seed=layer, dtype=dtype)
-        held |= fused_lora(name, [(H, I), (2 * I, H)], experts=E) | lora(q_proj(layer), H, H, seed=layer)
-    if not fused:
-        base |= expert_tensors(E, H, I, layers=LAYERS, dtype=dtype)
-    for key, tensor in held.items():
-        if "lora_B" in key:
-            held[key] = tensor * scale * strength(tensor.shape[1])
-    write_adapter(path / "adapter", held, target_parameters=FUSED, peft_version="0.19.1")
-    write_base(path / "base", base, num_experts=E)
-    return path
+        base[f"{name}.gate_up_proj"] = values(E, 2 * I, H, seed=layer, dtype=dtype)
+        base[f"{name}.down_proj"] = values(E, H, I, seed=layer, dtype=dtype)
+    return base
+
+
+@cache
+def pairs() -> Mapping[str, torch.Tensor]:
+    held: dict[str, torch.Tensor] = {}
+    for layer in range(LAYERS):
+        held |= fused_lora(experts_of(layer), [(H, I), (2 * I, H)], experts=E)
+        held |= lora(q_proj(layer), H, H, seed=layer)
+    return held
 
 
 def strength(columns: int) -> torch.Tensor:

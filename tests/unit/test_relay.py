@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -70,6 +72,20 @@ def train(model: PreTrainedModel, directory: Path) -> Trained:
         model, target_parameters=leaves, target_modules=["q_proj"], r=RANK, save_to=directory
     )
     return Trained(directory, parameters, logits(peft_model), saved_orientation(model, directory))
+
+
+TrainedOn = Callable[[str], Trained]
+
+
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory: pytest.TempPathFactory) -> TrainedOn:
+    """By family; each is trained once, and its directory is left as it is."""
+
+    @cache
+    def once(family: str) -> Trained:
+        return train(build(family), tmp_path_factory.mktemp(family) / "saved")
+
+    return once
 
 
 def saved_orientation(model: nn.Module, directory: Path) -> Orientation:
@@ -181,9 +197,9 @@ def nesting(parameters: list[str], *, trade: bool = False) -> dict[tuple[str, in
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("flip", "layout"), list(product((False, True), LoraBLayout)))
 def test_an_adapter_of_another_layout_becomes_bit_for_bit_what_the_installed_peft_saved(
-    family: str, flip: bool, layout: LoraBLayout, tmp_path: Path
+    family: str, flip: bool, layout: LoraBLayout, trained_on: TrainedOn, tmp_path: Path
 ) -> None:
-    trained = train(build(family), tmp_path / "saved")
+    trained = trained_on(family)
     adapter = rewritten(trained, tmp_path / "other", flip=flip, layout=layout)
     model = build(family)
     orientation = trained.orientation.flipped() if flip else trained.orientation
@@ -200,8 +216,10 @@ def test_an_adapter_of_another_layout_becomes_bit_for_bit_what_the_installed_pef
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_the_relay_a_grouped_adapter_is_misread_in_silence(family: str, tmp_path: Path) -> None:
-    trained = train(build(family), tmp_path / "saved")
+def test_without_the_relay_a_grouped_adapter_is_misread_in_silence(
+    family: str, trained_on: TrainedOn, tmp_path: Path
+) -> None:
+    trained = trained_on(family)
     rewritten(trained, tmp_path / "other", flip=False, layout=GROUPED)
     misread = PeftModel.from_pretrained(build(family), str(tmp_path / "other")).eval()
     assert (logits(misread) - trained.logits).abs().max() > 1e-2
@@ -223,8 +241,10 @@ def test_square_parameters_are_flipped_as_the_site_says(which: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "granitemoe"])
-def test_wrappers_nested_the_other_way_round_trade_their_names(family: str, tmp_path: Path) -> None:
-    trained = train(build(family), tmp_path / "saved")
+def test_wrappers_nested_the_other_way_round_trade_their_names(
+    family: str, trained_on: TrainedOn, tmp_path: Path
+) -> None:
+    trained = trained_on(family)
     adapter = rewritten(trained, tmp_path / "other", flip=True, layout=RANK_MAJOR, trade_nesting=True)
     model = build(family)
     places = nesting(trained.parameters, trade=True)
@@ -237,10 +257,10 @@ def test_wrappers_nested_the_other_way_round_trade_their_names(family: str, tmp_
 
 
 def test_the_relaid_config_leaves_out_markers_and_what_the_installed_peft_does_not_know(
-    tmp_path: Path,
+    trained_on: TrainedOn, tmp_path: Path
 ) -> None:
     family = FAMILIES[0]
-    trained = train(build(family), tmp_path / "saved")
+    trained = trained_on(family)
     adapter = rewritten(trained, tmp_path / "other", flip=False, layout=GROUPED)
     model = build(family)
     sites = sites_of(adapter, model, nesting(trained.parameters), trained.orientation, GROUPED)
@@ -260,21 +280,21 @@ def test_the_relaid_config_leaves_out_markers_and_what_the_installed_peft_does_n
     ids=["ignored", "missing", "another rank"],
 )
 def test_what_peft_does_not_load_of_an_adapter_is_an_error(
-    change: dict[str, object], says: str, tmp_path: Path
+    change: dict[str, object], says: str, trained_on: TrainedOn, tmp_path: Path
 ) -> None:
     family = FAMILIES[0]
-    trained = train(build(family), tmp_path / "saved")
-    adapter = read_adapter(tmp_path / "saved")
-    file = tmp_path / "saved" / "adapter_config.json"
+    saved = Path(shutil.copytree(trained_on(family).directory, tmp_path / "saved"))
+    adapter = read_adapter(saved)
+    file = saved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | change), "utf-8")
     with pytest.raises(EnvironmentFailed, match=f"(?s){says}"):
-        attach(build(family), trained.directory, adapter, len(adapter.pairs), "cpu")
+        attach(build(family), saved, adapter, len(adapter.pairs), "cpu")
 
 
-def test_another_number_of_adapted_modules_than_sites_is_an_error(tmp_path: Path) -> None:
+def test_another_number_of_adapted_modules_than_sites_is_an_error(trained_on: TrainedOn) -> None:
     family = FAMILIES[0]
-    trained = train(build(family), tmp_path / "saved")
-    adapter = read_adapter(tmp_path / "saved")
+    trained = trained_on(family)
+    adapter = read_adapter(trained.directory)
     found = len(adapter.pairs)
     with pytest.raises(
         EnvironmentFailed, match=f"adapts {found} modules and parameters, expected {found + 1}"

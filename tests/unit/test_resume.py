@@ -14,8 +14,8 @@ import loudmerge
 from loudmerge.errors import EnvironmentFailed, MergeRefused
 from loudmerge.writer import ShardFile
 from tests.unit.builders import lora, write_adapter
+from tests.unit.conftest import Killed
 from tests.unit.places import Place, content, make_place, nothing_left, same, undisturbed
-from tests.unit.test_interruptions import killed
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -25,9 +25,9 @@ def place(tmp_path: Path) -> Place:
     return make_place(tmp_path)
 
 
-@pytest.fixture
-def reference(place: Place) -> dict[str, bytes]:
-    return undisturbed(place)
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return undisturbed(make_place(tmp_path_factory.mktemp("reference")))
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_the_report_is_that_of_the_whole_merge(place: Place, reference: dict[str
 
 
 def test_a_merge_that_was_killed_is_gone_on_with(
-    place: Place, reference: dict[str, bytes], opened: list[str]
+    place: Place, reference: dict[str, bytes], opened: list[str], killed: Killed
 ) -> None:
     """Even one that was not told to be resumable: nobody knows beforehand."""
     (moment,) = killed(place, ["verify:1"])

@@ -150,14 +150,15 @@ def test_each_cell_keeps_its_update_in_expectation(dtype: torch.dtype, size: flo
     """<W' - W, dW> is <dW, dW>, over the numbers drawn, within five deviations; and over all cells."""
     case = Case(dtype, size)
     draw = torch.Generator().manual_seed(1)
-    kept = torch.stack(
-        [
-            ((case.rounded(torch.randint_like(case.drawn, WORDS, generator=draw)) - case.weight) * case.delta)
-            .double()
-            .sum(0)
-            for _ in range(300)
-        ]
-    )
+    # Each input has cells of its own: so many copies of the inputs, side by side, are so many draws.
+    weight, delta = case.weight.repeat(1, 12), case.delta.repeat(1, 12)
+    draws = list[Tensor]()
+    for _ in range(25):
+        rounded = weight + delta
+        drawn = torch.randint(WORDS, weight.shape, generator=draw, dtype=torch.int32)
+        Bands(Span(0, BAND), 0).round_(rounded, weight, delta, drawn, dtype)
+        draws.append(((rounded - weight) * delta).double().sum(0).view(12, -1))
+    kept = torch.cat(draws)
     wanted = ((case.value - case.weight) * case.delta).double().sum(0)
     off = (kept.mean(0) - wanted).abs()
     # One number of 65536 more or less, of the largest gain, is what a chance is exact to.

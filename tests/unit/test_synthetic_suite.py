@@ -53,7 +53,7 @@ def test_a_projection_is_merged_exactly(
         num_experts=5,
     )
     built = build(case, tmp_path)
-    loudmerge.merge(built.base, built.adapter, tmp_path / "out", rounding="nearest")
+    loudmerge.merge(built.base, built.adapter, tmp_path / "out", rounding="nearest", verify=False)
     check_output(case, built, tmp_path / "out", Counter())
     changed = {key for key, expected in built.expected.items() if expected.delta is not None}
     assert {f"model.layers.0.mlp.experts.{e}.{projection}_proj.weight" for e in range(5)} <= changed
@@ -239,12 +239,22 @@ def bare_model(case: Case, built: Built, transposed: bool) -> nn.Module:
     return root
 
 
-PAIRS = (("first", "down"), ("first",), ("down",))
+# (H, I): no square, a square gate_up, a square down.
+SIZES = {
+    ("first", "down"): ((6, 4), (6, 3), (4, 4)),
+    ("first",): ((6, 4), (6, 3)),
+    ("down",): ((6, 4), (4, 4)),
+}
+# In memory the others are like one of these, but for names; two parameters of each show those.
+ALONE = ("qwen3_moe", "nemotron_h", "llama4_text", "gpt_oss", "granitemoe_55")
 
 
-@pytest.mark.parametrize("which", PAIRS, ids="+".join)
+@pytest.mark.parametrize(
+    ("family", "which"),
+    [(family, which) for family in FAMILIES for which in SIZES if len(which) == 2 or family.name in ALONE],
+    ids=lambda value: value.name if isinstance(value, Family) else "+".join(value),
+)
 @pytest.mark.parametrize("orientation", ["standard", "swapped"])
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 # PEFT 0.18 says so of any module that it wraps for a parameter, PEFT 0.20 of patterns that it does apply.
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
@@ -255,7 +265,7 @@ def test_the_reference_agrees_with_peft(
     peft = pytest.importorskip("peft")
     if version_of(peft.__version__) < (0, 19, 1) and orientation == "standard":
         pytest.skip("PEFT up to 0.19.0 writes swapped adapters only")
-    for number, (hidden, inner) in enumerate([(6, 4), (6, 3), (4, 4)]):
+    for number, (hidden, inner) in enumerate(SIZES[which]):
         case = Case(
             family,
             fused=tuple(family.first if name == "first" else name for name in which),

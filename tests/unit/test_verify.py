@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,20 @@ from tests.unit.verify_world import (
 )
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., World]:
+    """Each world once: its OUT is to be copied before it is changed."""
+
+    @cache
+    def once(dtype: str, rounding: str = "nearest", size: float = 0.1) -> World:
+        return make(tmp_path_factory.mktemp("world"), dtype, rounding, size)
+
+    return once
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return make(tmp_path, "bfloat16")
+def world(made: Callable[..., World], tmp_path: Path) -> World:
+    return made("bfloat16").copied(tmp_path)
 
 
 # --- a right OUT ---------------------------------------------------------------------------------
@@ -42,8 +55,8 @@ def world(tmp_path: Path) -> World:
 @pytest.mark.parametrize("rounding", ["nearest", "peft", "auto"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("size", [1.0, 1e-2])
-def test_a_right_out_passes(tmp_path: Path, dtype: str, rounding: str, size: float) -> None:
-    world = make(tmp_path, dtype, rounding, size)
+def test_a_right_out_passes(made: Callable[..., World], dtype: str, rounding: str, size: float) -> None:
+    world = made(dtype, rounding, size)
     found = world.verify()
     assert found.ok, found.summary()
     assert found.tensors == len(world.plan.outputs) == 3 * E + 12
@@ -107,9 +120,9 @@ def test_the_json_and_the_summary_say_the_same(world: World) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("steps", [2, -2])
 def test_one_element_of_one_expert_off_by_two_units_is_found(
-    tmp_path: Path, dtype: str, rounding: str, steps: int
+    made: Callable[..., World], tmp_path: Path, dtype: str, rounding: str, steps: int
 ) -> None:
-    world = make(tmp_path, dtype, rounding, 0.01)
+    world = made(dtype, rounding, 0.01).copied(tmp_path)
     key = f"{EXPERTS}.2.up_proj.weight"
     world.edit(key, lambda t: moved(t, (5, 9), steps))
     found = world.only()
@@ -120,8 +133,8 @@ def test_one_element_of_one_expert_off_by_two_units_is_found(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_one_unit_is_enough(tmp_path: Path, dtype: str) -> None:
-    world = make(tmp_path, dtype)
+def test_one_unit_is_enough(made: Callable[..., World], tmp_path: Path, dtype: str) -> None:
+    world = made(dtype).copied(tmp_path)
     world.edit(f"{FUSED}.down_proj", lambda t: moved(t, (3, 1, 2), 1))
     found = world.only()
     assert (found.index, found.expert, found.experts, found.wrong) == ((3, 1, 2), 3, (3,), 1)

@@ -158,7 +158,7 @@ def test_an_unmarked_adapter_of_unsloth_is_merged_as_it_was_trained(name: str, t
     base, adapter = written(tmp_path, name, **UNMARKED)
     packing = trained(name).packing
     out = tmp_path / "out"
-    layout = merge(base, adapter, out).document["layout"]
+    layout = merge(base, adapter, out, verify=False).document["layout"]
     assert layout["lora_b_layout"] == packing.value
     said = [e for e in layout["evidence"] if e["source"] == "weights"]
     assert {(e["site"], e["says"], e["confidence"] >= 0.99) for e in said} == {

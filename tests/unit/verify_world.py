@@ -6,6 +6,7 @@ What OUT must hold is computed in numpy, expert by expert, from the formula.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,10 @@ class World:
     plan: MergePlan
     out: Path
     dtype: str
+
+    def copied(self, root: Path) -> World:
+        """With an OUT of its own, for a test that changes it."""
+        return replace(self, out=Path(shutil.copytree(self.out, root / "out")))
 
     def verify(self, **changes: object) -> Verification:
         return verify_plan(replace(self.plan, **changes), self.out, threads=2)  # type: ignore[arg-type]
