@@ -98,7 +98,8 @@ def test_other_tensors_and_other_matrices_draw_other_numbers(table: Tensor) -> N
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@given(seed=st.integers(0, 2**31), exponent=st.integers(-45, 14))
+# Past float16's range lies no neighbour: 2**14 times four deviations would be there.
+@given(seed=st.integers(0, 2**31), exponent=st.integers(-45, 13))
 def test_every_element_goes_to_a_neighbour(dtype: torch.dtype, seed: int, exponent: int) -> None:
     value = normal(7, 33, seed=seed, scale=2.0**exponent)
     if dtype is torch.bfloat16:
