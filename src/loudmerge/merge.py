@@ -85,11 +85,11 @@ def merge(
     base, adapter: local directories, never changed. rounding: "nearest" rounds W + dW once to OUT's dtype;
     "stochastic" rounds up or down by chance, the same for equal inputs; "balanced" keeps each input's update
     with the least error (loudmerge.balance); "auto" is "nearest" or "balanced" for each matrix, by what the
-    nearest would keep of its update; "peft" rounds dW first where PEFT's merge_and_unload does. threads: of
-    the merge, default one more than the machine has cores. verify: recompute every tensor by a second path
-    before publishing. progress: called with (stage, bytes done, bytes in all). resume: go on from the shards
-    that an interrupted merge of the same inputs into `out` had finished; and leave one's own, should this
-    one be.
+    nearest would keep of its update; "peft" rounds dW first where PEFT's merge_and_unload does. threads: that
+    compute, default as many as cores, or one for an OUT under 64 MiB. verify: recompute every tensor by a
+    second path before publishing. progress: called with (stage, bytes done, bytes in all). resume: go on from
+    the shards that an interrupted merge of the same inputs into `out` had finished; and leave one's own,
+    should this one be.
 
     Raises MergeRefused when the inputs cannot be merged correctly, and Mismatch when the verification fails:
     `out` does not exist then, or is untouched. OSError and EnvironmentFailed for the disk and the device.
