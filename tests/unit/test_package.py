@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from types import FunctionType, ModuleType
 
 import pytest
 
@@ -37,52 +34,28 @@ def test_every_public_name_is_there() -> None:
     assert [name for name in loudmerge.__all__ if not hasattr(loudmerge, name)] == []
 
 
-def loaded() -> dict[str, ModuleType]:
-    """The package and its submodules, as far as they are imported."""
-    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "loudmerge"}
+USE = f"assert not [name for name in {FUNCTIONS} if not isinstance(getattr(loudmerge, name), FunctionType)]"
+IMPORT = "".join(f"import loudmerge.{name}\n" for name in MODULES)
+BOUND = "from loudmerge import merge, plan\nassert type(merge) is type(plan) is FunctionType"
+PREAMBLE = "from types import FunctionType\nimport loudmerge"
 
 
-@pytest.fixture
-def unloaded() -> Iterator[None]:
-    """Nothing has imported the package, as in a new process; torch need not be imported again."""
-    before = loaded()
-    for name in before:
-        del sys.modules[name]
-    yield
-    for name in loaded():
-        del sys.modules[name]
-    sys.modules.update(before)
+ORDERS = [(USE, IMPORT, USE, BOUND), (IMPORT, USE), (BOUND, IMPORT, BOUND)]
+# torch is imported once; an exception ends a child with a traceback and another exit code.
+IN_CHILDREN = """
+import os, torch
+for steps in {orders}:
+    child = os.fork()
+    if not child:
+        exec("\\n".join(steps))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, steps
+"""
 
 
-def use() -> None:
-    package = importlib.import_module("loudmerge")
-    assert not [name for name in FUNCTIONS if not isinstance(getattr(package, name), FunctionType)]
-
-
-def import_submodules() -> None:
-    for name in MODULES:
-        importlib.import_module(f"loudmerge.{name}")
-
-
-def bind() -> None:
-    from loudmerge import merge, plan
-
-    assert isinstance(merge, FunctionType)
-    assert isinstance(plan, FunctionType)
-
-
-@pytest.mark.usefixtures("unloaded")
-@pytest.mark.parametrize(
-    "steps",
-    [(use, import_submodules, use, bind), (import_submodules, use), (bind, import_submodules, bind)],
-)
-def test_functions_keep_their_names_whatever_submodule_is_imported(
-    steps: tuple[Callable[[], None], ...],
-) -> None:
+def test_functions_keep_their_names_whatever_submodule_is_imported() -> None:
     """Python binds an imported submodule in its package: `loudmerge.merge` must stay the function."""
-    assert not loaded()
-    for step in steps:
-        step()
+    python(IN_CHILDREN.format(orders=[(PREAMBLE, *steps) for steps in ORDERS]))
 
 
 def test_submodules_that_are_no_public_name_are_attributes_as_usual() -> None:
