@@ -122,6 +122,16 @@ def test_what_is_large_enough_goes_to_the_kernel(axis: int, monkeypatch: pytest.
     assert len(calls) == 1
 
 
+def test_a_part_of_a_wider_block_is_rounded_in_place() -> None:
+    whole = made(7, BAND, 1100, 1e-4)
+    values, weight, delta, drawn = (each[:, :1024] for each in whole)
+    four, rest = (values, weight, delta, drawn), whole[0][:, 1024:].clone()
+    wanted = by_tensors(four, Span(0, BAND), 0)
+    Bands(Span(0, BAND), 0).round_(*four, torch.bfloat16)
+    assert torch.equal(values, wanted)
+    assert torch.equal(whole[0][:, 1024:], rest)
+
+
 @pytest.mark.parametrize("value", [0.0, -0.0, 2.0**-51, 2.0**51, torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("which", [0, 2])
 def test_it_leaves_what_is_not_usual_as_it_is(value: float, which: int) -> None:
