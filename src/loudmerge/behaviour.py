@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,20 +168,29 @@ def _up_to(sequences: Sequence[Tensor], tokens: int) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, sequences: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """(tokens, vocabulary) in float32 on the CPU for each sequence."""
-    return tuple(_logits(model, ids) for ids in sequences)
+def logits(model: nn.Module, sequences: Sequence[Tensor], *, together: int = 1) -> tuple[Tensor, ...]:
+    """(tokens, vocabulary) in float32 on the CPU for each sequence.
+
+    together: how many neighbours of one length, at most, one forward pass runs over.
+    """
+    found: list[Tensor] = []
+    for _, alike in groupby(sequences, key=len):
+        rows = list(alike)
+        for start in range(0, len(rows), together):
+            found += _logits(model, torch.stack(rows[start : start + together])).unbind()
+    return tuple(found)
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """(sequences, tokens) -> (sequences, tokens, vocabulary)."""
     device = next(model.parameters()).device
-    output = model(input_ids=ids[None].to(device), use_cache=False)
+    output = model(input_ids=ids.to(device), use_cache=False)
     found: Tensor | None = getattr(output, "logits", None)
     if found is None:
         raise EnvironmentFailed(
             f"{type(model).__name__} gives no logits, expected a model with a language head."
         )
-    return found[0].to("cpu", torch.float32)
+    return found.to("cpu", torch.float32)
 
 
 def check_finite(found: Sequence[Tensor], where: Path, error: type[RuntimeError]) -> None:
@@ -228,7 +237,7 @@ def continue_greedily(model: nn.Module, prompt: Tensor, ends: frozenset[int]) ->
     """
     ids, rows = prompt, list[Tensor]()
     while len(rows) < NEW_TOKENS and not (rows and int(ids[-1]) in ends):
-        rows.append(_logits(model, ids)[-1].log_softmax(-1))
+        rows.append(_logits(model, ids[None])[0, -1].log_softmax(-1))
         ids = torch.cat([ids, rows[-1].argmax()[None]])
     return Continuation(tuple(ids[len(prompt) :].tolist()), torch.stack(rows))
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -286,17 +285,9 @@ def _run_in_float32(model: Any, passages: Passages, ends: frozenset[int]) -> Run
     return Run(_logits(model, passages.sequences), _continue_greedily(model, passages.prompts, ends))
 
 
-@torch.no_grad()
 def _logits(model: Any, sequences: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """As behaviour.logits, for neighbours of one length at once, up to TOGETHER: see `_continue_greedily`."""
-    device = next(model.parameters()).device
-    found = list[Tensor]()
-    for _, alike in groupby(sequences, key=len):
-        rows = list(alike)
-        for start in range(0, len(rows), TOGETHER):
-            ids = torch.stack(rows[start : start + TOGETHER]).to(device)
-            found += model(input_ids=ids, use_cache=False).logits.to("cpu", torch.float32).unbind()
-    return tuple(found)
+    """Several sequences at once, for the reason of `_continue_greedily`."""
+    return behaviour.logits(model, sequences, together=TOGETHER)
 
 
 @torch.no_grad()
