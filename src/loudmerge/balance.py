@@ -17,10 +17,8 @@ so an outcome depends on its own cell only, and `verify` finds k and p by itself
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import cache
-from itertools import groupby
+from collections.abc import Iterator
+from itertools import groupby, product
 from typing import NamedTuple
 
 import torch
@@ -34,9 +32,6 @@ BAND = 64
 
 INPUTS = 2048
 """Inputs that are worked on at a time. With fewer there are more steps, and threads wait between them."""
-
-COMPILED_FROM = 1 << 15
-"""Elements from which on the compiled kernel is worth being loaded, half a second once."""
 
 OCTAVES, PARTS = 16, 4
 """Levels of the shares: a share under 2**-OCTAVES counts as the lowest."""
@@ -64,15 +59,20 @@ class Bands(NamedTuple):
         """Each band's places along the axis."""
         return bands(self.outputs)
 
+    def of(self, rows: slice) -> Bands:
+        """Those of some of its rows, from where one begins."""
+        if self.axis == 1:
+            return self
+        start, step = self.outputs.start + rows.start * self.outputs.step, self.outputs.step
+        return Bands(Span(start, rows.stop - rows.start, step), 0)
+
     def round_(
         self, values: Tensor, weight: Tensor, delta: Tensor, drawn: Tensor, dtype: torch.dtype
     ) -> None:
-        """As `balanced_`: one band whose outputs are rows, or any inputs whose outputs are all columns."""
-        if dtype is torch.bfloat16 and self._compiled(values, weight, delta, drawn):
-            return
+        """As `balanced_`, all of the bands."""
         if self.axis == 0:
-            for start in range(0, values.shape[1], INPUTS):
-                some = slice(None), slice(start, start + INPUTS)
+            for band, start in product(self.parts(), range(0, values.shape[1], INPUTS)):
+                some = band, slice(start, start + INPUTS)
                 balanced_(values[some], weight[some], delta[some], drawn[some], dtype, 0)
             return
         for columns in self._alike():
@@ -87,31 +87,9 @@ class Bands(NamedTuple):
                 part = slice(start, start + step)
                 balanced_(value[part], base[part], change[part], numbers[part], dtype, 2)
 
-    def _compiled(self, *four: Tensor) -> bool:
-        """Whether the kernel has rounded them, which is for what is usual, and more than a little."""
-        values = four[0]
-        if values.numel() < COMPILED_FROM or values.device.type != "cpu" or (kernel := compiled()) is None:
-            return False
-        parts = [each.contiguous() for each in four]
-        stops = [part.stop for part in self.parts()] if self.axis else [len(values)]
-        limits = torch.tensor([0, *stops])
-        is_done = kernel(*(part.numpy() for part in parts), limits.numpy(), self.axis)
-        if is_done and parts[0] is not values:
-            values.copy_(parts[0])
-        return is_done
-
     def _alike(self) -> Iterator[list[slice]]:
         """The bands in runs of the same width."""
         return (list(run) for _, run in groupby(self.parts(), lambda part: part.stop - part.start))
-
-
-@cache
-def compiled() -> Callable[..., bool] | None:
-    """`balanced` of loudmerge.kernel; None without a numba that fits the numpy there is."""
-    found: Callable[..., bool] | None = None
-    with suppress(ImportError):
-        from loudmerge.kernel import balanced as found  # noqa: PLC0415 - numba takes its time
-    return found
 
 
 def bands(span: Span) -> Iterator[slice]:

@@ -231,14 +231,21 @@ def _pairs(rows: Tensor, columns: Tensor) -> list[float]:
     columns = columns.flatten(1)
     likewise = columns.T @ columns
     owner = torch.arange(experts).repeat_interleave(rank)
-    inside = owner[:, None] == owner
-    within, across = likewise.masked_fill(~inside, 0).fill_diagonal_(0), likewise.masked_fill(inside, 0)
+    across = likewise.masked_fill(owner[:, None] == owner, 0)
+    within = _own(likewise.fill_diagonal_(0), experts)
     orders = torch.cat([torch.arange(experts * rank)[None], _reassigned(experts, rank)])
     sums = []
     for some in _at_a_time(orders, like.numel()):
         shuffled = _reordered(like, some)
-        sums.append(torch.stack([(shuffled * part).sum(dim=(1, 2)) for part in (within, across)], dim=1))
+        inside = (_own(shuffled, experts) * within).sum(dim=(1, 2, 3))
+        sums.append(torch.stack([inside, shuffled.mul_(across).sum(dim=(1, 2))], dim=1))
     return _scores(torch.cat(sums))[0]
+
+
+def _own(like: Tensor, experts: int) -> Tensor:
+    """(…, n, n) -> (…, rank, rank, experts): of the rows of one expert each, a view."""
+    rank = like.shape[-1] // experts
+    return like.view(*like.shape[:-2], experts, rank, experts, rank).diagonal(dim1=-4, dim2=-2)
 
 
 def _reordered(like: Tensor, orders: Tensor) -> Tensor:
@@ -270,7 +277,8 @@ def _blocks(b: Tensor, lower: Tensor, orders: Mapping[LoraBLayout, Tensor]) -> L
 
 def _alignments(units: Tensor, groupings: Tensor) -> Tensor:
     """(orders,): sums of squared cosines. units: (columns, rows). groupings: (orders, groups, n)."""
-    members = units[groupings]
+    # Three times as fast as indexing by a tensor of three dimensions.
+    members = units.index_select(0, groupings.reshape(-1)).view(*groupings.shape, -1)
     return (members @ members.transpose(2, 3)).square().sum(dim=(1, 2, 3))
 
 

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from loudmerge.balance import Bands
+from loudmerge.compiled import Drawn, Kernel, Sums, drawn, kernel_for
 from loudmerge.layout import Axes, LoraBLayout, Span
 from loudmerge.plan import Site, Term
 from loudmerge.rounding import DROPPED, Dither, Draws, stochastic_
 
 BLOCK_ELEMENTS = 3 << 17
 """Elements that are worked on at a time: a block's few float32 buffers then stay in a core's cache."""
+
+BALANCED_FROM = 1 << 15
+"""Elements from which on the compiled kernel is worth being loaded, half a second once, to balance them."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ class Update:
         space: Workspace,
         out: Tensor,
         dither: Dither | None = None,
+        *,
+        compiled: bool = False,
     ) -> Kept:
         """Updates the part of `matrix` that the term is for, rounding into `out`.
 
@@ -136,6 +142,8 @@ class Update:
         rounding: "nearest" rounds W + dW once, "peft" rounds dW first where PEFT's merge does, "stochastic"
         and "balanced" draw from `dither`, for which the rows are the matrix's. For "balanced" no band of
         outputs (loudmerge.balance) may be cut.
+        compiled: "nearest", too, is left to the compiled kernel, which is the faster from half a GB on. The
+        bytes are the same, and the sums but for their last digits.
         """
         place = self.term.out
         if self.term.axes is Axes.OUT_IN:
@@ -151,32 +159,81 @@ class Update:
             source, target = matrix[:, place.places], out[:, place.places]
             rows = self.rows[first_row : first_row + matrix.shape[0]]
             places, axis = (Span(first_row, matrix.shape[0]), place), 1
-        drawn = None
+        draws = bands = None
         if rounding in {"stochastic", "balanced"} and out.dtype in DROPPED:
             if dither is None:
                 raise ValueError(f"{rounding} rounding needs a dither")
+            draws = dither.of(*places)
             bands = Bands(places[axis], axis) if rounding == "balanced" else None
-            drawn = _Drawn(dither.of(*places), bands)
+        faster = source.numel() >= BALANCED_FROM if bands is not None else compiled and rounding == "nearest"
+        kernel = kernel_for(source, target) if faster else None
         twice = rounding == "peft" and self.peft_rounds_delta
-        return _add_blocks(source, target, rows, self.columns, self.scaling, space, twice=twice, drawn=drawn)
+        rounds = _Rounding(twice, draws, bands, kernel, drawn(draws) if kernel and draws else None)
+        return _add_blocks(source, target, rows, self.columns, self.scaling, space, rounds)
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """How a part of a matrix is rounded by chance: each element for itself, or balanced in bands."""
+class _Rounding:
+    """How a part of a matrix is rounded.
 
-    draws: Draws
+    twice: dW first. draws: by chance, each element for itself or, with bands, balanced in these. kernel: what
+    computes it instead of tensor functions, with the draws as it takes them.
+    """
+
+    twice: bool
+    draws: Draws | None
     bands: Bands | None
+    kernel: Kernel | None
+    drawn: Drawn | None
 
-    def round_(
-        self, first: int, values: Tensor, weight: Tensor, delta: Tensor, scratch: Tensor, dtype: torch.dtype
-    ) -> None:
-        """Rounds `values`, from the row `first` on, in place; changes `scratch`."""
-        drawn = self.draws.fill(first, scratch.view(torch.int32))
-        if self.bands is None:
-            stochastic_(values, drawn, dtype)
-        else:
-            self.bands.round_(values, weight, delta, drawn, dtype)
+    def parts(self, source: Tensor) -> Iterator[slice]:
+        """The rows that are worked on at a time. No band of them is cut."""
+        rows, columns = source.shape
+        step = max(1, BLOCK_ELEMENTS // columns)
+        if self.bands is None or self.bands.axis == 1:
+            yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+            return
+        start = 0
+        for band in self.bands.parts():
+            if band.stop - start > step and band.start > start:
+                yield slice(start, band.start)
+                start = band.start
+        yield slice(start, rows)
+
+    def add(self, part: slice, source: Tensor, delta: Tensor, target: Tensor, space: Workspace) -> Kept:
+        """Writes source + delta to `target`, all of these rows."""
+        bands = self.bands and self.bands.of(part)
+        sums = self._by_kernel(part.start, source, delta, target, bands)
+        if sums is None:
+            sums = self._by_tensors(part.start, source, delta, target, bands, space)
+        return Kept(*sums)
+
+    def _by_kernel(
+        self, first: int, source: Tensor, delta: Tensor, target: Tensor, bands: Bands | None
+    ) -> Sums | None:
+        if self.kernel is None:
+            return None
+        if self.drawn is None or bands is None:
+            return self.kernel.nearest(source, delta, target)
+        return self.kernel.balanced(source, delta, target, self.drawn, first, bands)
+
+    def _by_tensors(
+        self, first: int, source: Tensor, delta: Tensor, target: Tensor, bands: Bands | None, space: Workspace
+    ) -> Sums:
+        _, weight, result, scratch = space.blocks(*source.shape)
+        weight.copy_(source)
+        torch.add(weight, delta.to(source.dtype) if self.twice else delta, out=result)
+        if self.draws is not None:
+            drawn = self.draws.fill(first, scratch.view(torch.int32))
+            if bands is None:
+                stochastic_(result, drawn, target.dtype)
+            else:
+                bands.round_(result, weight, delta, drawn, target.dtype)
+        target.copy_(result)
+        result.copy_(target)
+        result.sub_(weight)
+        flat = delta.view(-1)
+        return torch.dot(result.view(-1), flat).item(), torch.dot(flat, flat).item()
 
 
 def _inside(span: Span, first: int, count: int) -> Span:
@@ -193,39 +250,17 @@ def _add_blocks(
     columns: Tensor,
     scaling: float,
     space: Workspace,
-    *,
-    twice: bool,
-    drawn: _Drawn | None,
+    rounds: _Rounding,
 ) -> Kept:
     kept = Kept()
-    for part in _parts(source, drawn.bands if drawn is not None else None):
+    for part in rounds.parts(source):
         block = source[part]
-        delta, weight, result, scratch = space.blocks(*block.shape)
+        delta = space.blocks(*block.shape)[0]
         torch.mm(rows[part], columns, out=delta)
         if scaling != 1.0:
             delta.mul_(scaling)
-        weight.copy_(block)
-        added = delta.to(source.dtype) if twice else delta
-        torch.add(weight, added, out=result)
-        if drawn is not None:
-            drawn.round_(part.start, result, weight, delta, scratch, target.dtype)
-        rounded = target[part]
-        rounded.copy_(result)
-        result.copy_(rounded)
-        result.sub_(weight)
-        kept.along += torch.dot(result.view(-1), delta.view(-1)).item()
-        kept.total += torch.dot(delta.view(-1), delta.view(-1)).item()
+        kept.add(rounds.add(part, block, delta, target[part], space))
     return kept
-
-
-def _parts(source: Tensor, bands: Bands | None) -> Iterator[slice]:
-    """The rows that are worked on at a time: blocks, or the bands that lie across them."""
-    if bands is not None and bands.axis == 0:
-        yield from bands.parts()
-        return
-    step = max(1, BLOCK_ELEMENTS // source.shape[1])
-    for start in range(0, source.shape[0], step):
-        yield slice(start, start + step)
 
 
 def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:

@@ -47,6 +47,9 @@ SYNC_BYTES = 128 << 20
 What goes straight to the disk needs no such reminder: it would only wait for the disk's own cache each time.
 """
 
+COMPILED_BYTES = 512 << 20
+"""Bytes to be computed from which on the compiled kernel is worth being loaded to round to the nearest."""
+
 WRITERS = 4
 """How many threads may wait for the disk beside those that compute."""
 
@@ -260,6 +263,8 @@ class Worker:
         self._device = device
         self._local = threading.local()
         self._factors = ReadAhead(plan.sites, reader, device, background, FACTOR_BYTES)
+        computed = sum(output.nbytes for output in plan.outputs if not output.is_copied)
+        self._compiled = computed >= COMPILED_BYTES
         self._spaces: LifoQueue[Workspace] = LifoQueue()
         for _ in range(computing):
             self._spaces.put(Workspace(device))
@@ -335,7 +340,8 @@ class Worker:
         if rounding in {"stochastic", "balanced"}:
             dither = Dither(dither_table(self._device), piece.output.key, max(piece.matrix, 0))
         for update in updates:
-            total.add(update.apply(values, piece.first, rounding, self._local.space, result, dither))
+            space, first = self._local.space, piece.first
+            total.add(update.apply(values, first, rounding, space, result, dither, compiled=self._compiled))
         if updates:
             self._record(piece, total, rounding)
         return total

@@ -63,22 +63,26 @@ class Dither:
 
 
 class Draws:
-    """The numbers u of some rows and columns of the matrix `key`."""
+    """The numbers u of some rows and columns of the matrix `key`.
+
+    segments: (first, count) of each that the columns meet: its first place that is a column, and how many
+    are. step: from one such place to the next. offsets: of each, int64 (rows,).
+    """
 
     def __init__(self, table: Tensor, key: str, rows: Span, columns: Span) -> None:
         index = torch.arange(rows.count, device=table.device) * rows.step + rows.start
-        self._parts = []
-        for segment, first, count in _segments(columns):
-            # A view of the table that has at (o, c) what lies c steps after the place o.
-            windows = table.as_strided((1 << TABLE_BITS, count), (1, columns.step), first)
-            self._parts.append((windows, _offsets(key, index, segment)))
+        met = list(_segments(columns))
+        self.table, self.step = table, columns.step
+        self.segments = [(first, count) for _, first, count in met]
+        self.offsets = [_offsets(key, index, segment) for segment, _, _ in met]
 
     def fill(self, first: int, out: Tensor) -> Tensor:
         """Fills `out`, int32 (some, columns.count), with the u of the rows from the `first` on."""
         done = 0
-        for windows, offsets in self._parts:
+        for (start, count), offsets in zip(self.segments, self.offsets, strict=True):
+            # A view of the table that has at (o, c) what lies c steps after the place o.
+            windows = self.table.as_strided((1 << TABLE_BITS, count), (1, self.step), start)
             mine = offsets[first : first + out.shape[0]]
-            count = windows.shape[1]
             if count == out.shape[1]:
                 torch.index_select(windows, 0, mine, out=out)
             else:

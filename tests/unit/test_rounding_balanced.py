@@ -53,15 +53,8 @@ class Case:
     def rounded(self, drawn: Tensor | None = None) -> Tensor:
         numbers = self.drawn if drawn is None else drawn
         result = self.value
-        Bands(Span(0, len(result)), 0).round_(result[:BAND], *self._band(numbers, 0), self.dtype)
-        for first in range(BAND, len(result), BAND):
-            part = result[first : first + BAND]
-            Bands(Span(first, len(part)), 0).round_(part, *self._band(numbers, first), self.dtype)
+        Bands(Span(0, len(result)), 0).round_(result, self.weight, self.delta, numbers, self.dtype)
         return result
-
-    def _band(self, numbers: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        part = slice(first, first + BAND)
-        return self.weight[part], self.delta[part], numbers[part]
 
     def cells(self, written: Tensor, drawn: Tensor | None = None) -> rebalance.Cells:
         exact = self.left.double() @ self.right.double()
@@ -288,6 +281,10 @@ def test_rows_and_columns_are_rounded_alike_however_many_inputs_at_a_time(
     whole = case.rounded()
     monkeypatch.setattr(balance, "INPUTS", inputs)
     assert torch.equal(case.rounded(), whole)
+    for part in bands(Span(0, len(whole))):
+        alone, others = case.value[part], (each[part] for each in (case.weight, case.delta, case.drawn))
+        Bands(Span(0, len(whole)), 0).of(part).round_(alone, *others, dtype)
+        assert torch.equal(alone, whole[part])
     turned = case.value.T.contiguous()
     Bands(Span(0, len(whole)), 1).round_(turned, case.weight.T, case.delta.T, case.drawn.T, dtype)
     assert torch.equal(turned.T, whole)
