@@ -191,9 +191,15 @@ def base_tensor_missing(d: Damage) -> Codes | None:
     """One tensor that the adapter changes is missing in the base."""
     key = d.pick(d.changed_keys())
     d.edit_base(lambda held: held.pop(key, None))
-    emptied = list(d.built.shard_of.values()).count(d.built.shard_of[key]) == 1
-    lost = codes("corrupt-file") if emptied else codes("missing-base-tensor", "experts-incomplete")
+    lost = (
+        codes("corrupt-file") if fills_a_shard(d, key) else codes("missing-base-tensor", "experts-incomplete")
+    )
     return lost | codes("num-experts-mismatch") if ".experts." in key else lost
+
+
+def fills_a_shard(d: Damage, key: str) -> bool:
+    """Whether its shard held nothing else: without it there is a shard less than the names say."""
+    return list(d.built.shard_of.values()).count(d.built.shard_of[key]) == 1
 
 
 def base_shape_changed(d: Damage) -> Codes | None:
@@ -286,6 +292,8 @@ def expert_missing(d: Damage) -> Codes | None:
     layers = {key.split(".layers.")[1].split(".")[0] for key in d.changed_keys() if ".experts." in key}
     key = d.pick([key for key in keys if key.split(".layers.")[1].split(".")[0] in layers])
     d.edit_base(lambda held: held.pop(key, None))
+    if fills_a_shard(d, key):
+        return codes("corrupt-file")
     return codes("experts-incomplete", "num-experts-mismatch", "missing-base-tensor")
 
 
