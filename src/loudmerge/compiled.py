@@ -73,7 +73,7 @@ Drawn = tuple[Any, Any, Any, Any, int]
 """The numbers u of some rows, as the kernel takes them."""
 
 
-def drawn(draws: Draws) -> Drawn:
+def as_drawn(draws: Draws) -> Drawn:
     """To be made once for all blocks."""
     starts, counts = torch.tensor(draws.segments).T.contiguous()
     arrays = draws.table, torch.stack(draws.offsets), pad(counts.cumsum(0), (1, 0)), starts

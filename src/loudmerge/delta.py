@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loudmerge.balance import Bands
-from loudmerge.compiled import Drawn, Kernel, Sums, drawn, kernel_for
+from loudmerge.compiled import Drawn, Kernel, Sums, as_drawn, kernel_for
 from loudmerge.layout import Axes, LoraBLayout, Span
 from loudmerge.plan import Site, Term
 from loudmerge.rounding import DROPPED, Dither, Draws, stochastic_
@@ -142,8 +142,8 @@ class Update:
         rounding: "nearest" rounds W + dW once, "peft" rounds dW first where PEFT's merge does, "stochastic"
         and "balanced" draw from `dither`, for which the rows are the matrix's. For "balanced" no band of
         outputs (loudmerge.balance) may be cut.
-        compiled: "nearest", too, is left to the compiled kernel, which is the faster from half a GB on. The
-        bytes are the same, and the sums but for their last digits.
+        compiled: "nearest", too, is left to the compiled kernel. The bytes are the same, and the sums but for
+        their last digits.
         """
         place = self.term.out
         if self.term.axes is Axes.OUT_IN:
@@ -168,7 +168,7 @@ class Update:
         faster = source.numel() >= BALANCED_FROM if bands is not None else compiled and rounding == "nearest"
         kernel = kernel_for(source, target) if faster else None
         twice = rounding == "peft" and self.peft_rounds_delta
-        rounds = _Rounding(twice, draws, bands, kernel, drawn(draws) if kernel and draws else None)
+        rounds = _Rounding(twice, draws, bands, kernel, as_drawn(draws) if kernel and draws else None)
         return _add_blocks(source, target, rows, self.columns, self.scaling, space, rounds)
 
 

@@ -29,7 +29,7 @@ LAYERS, FIRST = 16, 4
 these settle it."""
 
 THREADS = 4
-"""Sites that are looked at at a time, at most: each takes some 20 MB."""
+"""Sites that are looked at at a time, at most: each needs memory of its own."""
 
 
 @dataclass(frozen=True)

@@ -191,9 +191,8 @@ def base_tensor_missing(d: Damage) -> Codes | None:
     """One tensor that the adapter changes is missing in the base."""
     key = d.pick(d.changed_keys())
     d.edit_base(lambda held: held.pop(key, None))
-    lost = (
-        codes("corrupt-file") if fills_a_shard(d, key) else codes("missing-base-tensor", "experts-incomplete")
-    )
+    emptied = fills_a_shard(d, key)
+    lost = codes("corrupt-file") if emptied else codes("missing-base-tensor", "experts-incomplete")
     return lost | codes("num-experts-mismatch") if ".experts." in key else lost
 
 

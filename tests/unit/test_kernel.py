@@ -55,7 +55,7 @@ def made(
     axis: int = 0,
     some: int = 3,
 ) -> Made:
-    """some: every how manieth input has an update of a size that hardly counts: its cells have few shares."""
+    """some: of so many inputs one has an update of a size that hardly counts: its cells have few shares."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs.count, inputs.count, generator=draw)
     if weights == "powers":
@@ -109,7 +109,7 @@ def test_it_balances_with_the_bits_of_the_tensor_functions(
     bands = Bands(Span(first, outputs), axis)
     case = made(seed, bands.outputs, Span(5, inputs), 10.0**size, weights=weights, axis=axis, some=some)
     wanted, result = by_tensors(case, bands), torch.empty_like(case.weight)
-    drawn = compiled.drawn(case.draws)
+    drawn = compiled.as_drawn(case.draws)
     sums = KERNEL.balanced(case.weight, case.update, result, drawn, 0, bands)
     assert same(result, wanted)
     assert_sums(sums, case, wanted)
@@ -129,7 +129,7 @@ def test_it_balances_in_place_over_segments_and_in_steps(axis: int) -> None:
     place.copy_(case.weight)
     wanted = by_tensors(case, bands)
     assert len(case.draws.segments) == 2
-    assert KERNEL.balanced(place, case.update, place, compiled.drawn(case.draws), 0, bands) is not None
+    assert KERNEL.balanced(place, case.update, place, compiled.as_drawn(case.draws), 0, bands) is not None
     assert same(place.contiguous(), wanted)
     assert not (whole[:, 1::2] if axis else whole[::2]).any()
 
@@ -139,7 +139,7 @@ def test_a_block_has_the_numbers_of_its_own_rows() -> None:
     case = made(5, bands.outputs, Span(0, 200), 1e-4)
     part = slice(24, 24 + BAND)
     wanted, result = by_tensors(case, bands)[part], torch.empty(BAND, 200, dtype=torch.bfloat16)
-    update, drawn = case.update[part], compiled.drawn(case.draws)
+    update, drawn = case.update[part], compiled.as_drawn(case.draws)
     assert KERNEL.balanced(case.weight[part], update, result, drawn, 24, bands.of(part)) is not None
     assert same(result, wanted)
 
@@ -151,7 +151,7 @@ def test_what_leads_onto_a_number_takes_no_step_beside_the_smallest_shares() -> 
     draws = Dither(torch.zeros_like(TABLE), "w").of(bands.outputs, Span(0, 70))
     case = Made(weight.to(torch.bfloat16), update, draws)
     rounded = torch.empty_like(case.weight)
-    KERNEL.balanced(case.weight, update, rounded, compiled.drawn(draws), 0, bands)
+    KERNEL.balanced(case.weight, update, rounded, compiled.as_drawn(draws), 0, bands)
     assert same(rounded, by_tensors(case, bands))
     assert (rounded[::2] == 1.0).all()
     # They do step, with the lowest number drawn.
@@ -166,7 +166,7 @@ def test_it_leaves_what_is_not_usual_as_it_is(value: float, which: str) -> None:
     small = 2.0**-49
     case.weight[5, 66], case.update[5, 66] = (1.0, value) if which == "update" else (value - small, small)
     before = case.weight.clone()
-    drawn = compiled.drawn(case.draws)
+    drawn = compiled.as_drawn(case.draws)
     assert KERNEL.balanced(case.weight, case.update, case.weight, drawn, 0, bands) is None
     assert same(case.weight, before)
 
@@ -176,11 +176,11 @@ def test_it_writes_to_no_memory_but_the_block(limits: list[int]) -> None:
     outputs = Span(0, 76)
     weight, update, draws = made(6, outputs, Span(0, 70), 1e-4)
     flat = weight.view(-1).view(torch.int16).numpy()
-    good: list[Any] = [flat, 70, update.numpy(), flat, 70, *compiled.drawn(draws), 0]
+    good: list[Any] = [flat, 70, update.numpy(), flat, 70, *compiled.as_drawn(draws), 0]
     with pytest.raises(ValueError, match="the limits are not those of the bands"):
         kernel.balanced(*good, np.array(limits, np.int64), 0)
     shape, numbers = "the blocks differ in shape", "the numbers drawn"
-    offsets = compiled.drawn(draws)[1]
+    offsets = compiled.as_drawn(draws)[1]
     wrong: list[tuple[int, Any, str]] = [
         (0, flat[:-1], shape),
         (1, -1, shape),
@@ -205,7 +205,7 @@ def test_it_writes_to_no_memory_but_the_block(limits: list[int]) -> None:
 def test_no_band_lies_in_two_segments() -> None:
     weight, update, draws = made(6, Span(4064, 96), Span(0, 70), 1e-4, axis=1)
     flat = weight.view(-1).view(torch.int16).numpy()
-    good = flat, 96, update.numpy(), flat, 96, *compiled.drawn(draws), 0
+    good = flat, 96, update.numpy(), flat, 96, *compiled.as_drawn(draws), 0
     with pytest.raises(ValueError, match="the numbers drawn"):
         kernel.balanced(*good, np.array([0, 64, 96]), 1)
     assert kernel.balanced(*good, np.array([0, 32, 96]), 1)[0]
@@ -250,34 +250,59 @@ def test_it_rounds_parts_of_a_matrix_in_place(place: tuple[slice, slice]) -> Non
     assert same(whole, before)
 
 
+def update_of(axes: Axes, outputs: Span, rows: Tensor, columns: Tensor) -> Update:
+    """dW = rows @ columns, (outputs, inputs), or turned."""
+    factors = (rows, columns) if axes is Axes.OUT_IN else (columns.T.contiguous(), rows.T.contiguous())
+    term = Term(0, -1, Span(0, outputs.count), -1, axes, outputs)
+    return Update(term, *factors, 1.0, peft_rounds_delta=True)
+
+
 @pytest.mark.parametrize("elements", [1, 150 * 100, 1 << 20])
 @pytest.mark.parametrize("axes", [Axes.OUT_IN, Axes.IN_OUT])
-@pytest.mark.parametrize("rounding", ["nearest", "peft", "balanced"])
+@pytest.mark.parametrize("rounding", ["nearest", "peft", "balanced", "balanced, with a zero"])
 def test_it_rounds_blocks_of_whole_bands_as_the_tensor_functions(
     elements: int, axes: Axes, rounding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delta, "BALANCED_FROM", 1)
     monkeypatch.setattr(delta, "BLOCK_ELEMENTS", elements)
     weight = torch.randn(400, 100).to(torch.bfloat16)
-    turned = axes is Axes.IN_OUT
-    matrix = weight.T.contiguous() if turned else weight
-    # Numbers of few bits, whose product is exact however it is blocked.
-    left = torch.randint(-9, 10, (370, 3)) * 2.0**-11
-    right = torch.randint(-300, 300, (3, 100)) * 2.0**-14
-    factors = (right.T.contiguous(), left.T.contiguous()) if turned else (left, right)
-    term = Term(0, -1, Span(0, 370), -1, axes, Span(30, 370))
-    update, space = Update(term, *factors, 1.0, peft_rounds_delta=True), Workspace(torch.device("cpu"))
+    matrix = weight.T.contiguous() if axes is Axes.IN_OUT else weight
+    # Numbers of few bits, whose product is exact however it is blocked; none is 0.
+    left = torch.randint(1, 10, (370, 1)) * 2.0**-11
+    right = torch.randint(1, 300, (1, 100)) * 2.0**-14 * (-1) ** torch.arange(100)
+    if rounding.endswith("zero"):
+        left[7] = 0.0
+    update, space = update_of(axes, Span(30, 370), left, right), Workspace(torch.device("cpu"))
     results = []
     for is_whole in (False, True):
         if is_whole:
             monkeypatch.setattr(compiled, "kernel", lambda: None)
             monkeypatch.setattr(delta, "BLOCK_ELEMENTS", 1 << 20)
-        out = matrix.clone()
-        kept = update.apply(out, 0, rounding, space, out, Dither(TABLE, "w"), compiled=True)
+        out, how = matrix.clone(), rounding.partition(",")[0]
+        kept = update.apply(out, 0, how, space, out, Dither(TABLE, "w"), compiled=True)
         results.append(out)
         assert kept.total == pytest.approx((left @ right).double().square().sum().item(), rel=1e-5)
     assert same(*results)
     assert not same(results[0], matrix)
+
+
+@pytest.mark.parametrize("axes", [Axes.OUT_IN, Axes.IN_OUT])
+def test_what_is_large_enough_is_balanced_by_it(axes: Axes, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[bool]()
+
+    class Counted(Kernel):
+        def balanced(self, *given: Any) -> Any:
+            sums = super().balanced(*given)
+            done.append(sums is not None)
+            return sums
+
+    monkeypatch.setattr(compiled, "kernel", lambda: Counted(kernel))
+    for inputs in (delta.BALANCED_FROM // BAND - 1, delta.BALANCED_FROM // BAND):
+        weight = torch.randn(BAND, inputs).to(torch.bfloat16)
+        out = weight.T.contiguous() if axes is Axes.IN_OUT else weight
+        update = update_of(axes, Span(0, BAND), torch.full((BAND, 1), 0.01), torch.full((1, inputs), 0.01))
+        update.apply(out, 0, "balanced", Workspace(torch.device("cpu")), out, Dither(TABLE, "w"))
+    assert done == [True]
 
 
 def test_without_numba_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
