@@ -282,8 +282,9 @@ def test_rows_and_columns_are_rounded_alike_however_many_inputs_at_a_time(
     monkeypatch.setattr(balance, "INPUTS", inputs)
     assert torch.equal(case.rounded(), whole)
     for part in bands(Span(0, len(whole))):
-        alone, others = case.value[part], (each[part] for each in (case.weight, case.delta, case.drawn))
-        Bands(Span(0, len(whole)), 0).of(part).round_(alone, *others, dtype)
+        alone, drawn = case.value[part], case.drawn[part]
+        rounds = Bands(Span(0, len(whole)), 0).of(part)
+        rounds.round_(alone, case.weight[part], case.delta[part], drawn, dtype)
         assert torch.equal(alone, whole[part])
     turned = case.value.T.contiguous()
     Bands(Span(0, len(whole)), 1).round_(turned, case.weight.T, case.delta.T, case.drawn.T, dtype)
