@@ -30,8 +30,17 @@ SMALL = {
     "vocab_size": 640,
     "initializer_range": 128**-0.5,
 }
+# The gains and the rate make the trained model sure of its samples, by 0.08 nats and more: arithmetic in
+# bfloat16 differs from processor to processor, and so does what is trained.
 ON_CPU = replace(
-    gpu.RECIPE, device="cpu", vocabulary=512, tokens=64, learning_rate=5e-3, embedding_gain=8.0, batch=8
+    gpu.RECIPE,
+    device="cpu",
+    vocabulary=512,
+    tokens=64,
+    learning_rate=7e-3,
+    embedding_gain=20.0,
+    head_gain=1.3,
+    batch=8,
 )
 NO_GPU = gpu.why_not("cuda")
 
