@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -44,6 +45,7 @@ class Draft:
         self.edits: dict[str, Any] = {}
         self.notes: list[str] = []
         self.full_head: TensorEntry | None = None
+        self.head_rows: TokenRows | None = None
         self.expert = self.dense = self.replaced = 0
 
     def add_fused(self, placement: Placement, layout: Layout) -> None:
@@ -72,6 +74,8 @@ class Draft:
     def add_dense(self, placed: Iterable[Placed]) -> None:
         for item in placed:
             pair, slot = item.pair, item.slot
+            if self.family.shared and re.search(self.family.shared, item.parameter):
+                self.problems.append(_shared(pair.a, slot.entry))
             self._note_alpha(item.pair.module)
             self.sites.append(
                 Site(
@@ -165,23 +169,31 @@ class Draft:
         for item in rows:
             name = f"{item.module}.weight"
             entry = self.names.find(name)
-            if entry is None:
+            if entry is None and self.family.canonical(name) == HEAD:
+                self.head_rows = item
+            elif entry is None:
                 self.problems.append(missing_base(str(item.entry), "trained token rows", name))
-            elif len(entry.shape) != 2 or entry.shape[1] != item.entry.shape[1]:
-                self.problems.append(wrong_shape(str(item.entry), item.entry.shape, entry))
-            elif min(item.indices) < 0 or max(item.indices) >= self.final(entry).shape[0]:
-                self.problems.append(
-                    Problem(
-                        "shape-mismatch",
-                        str(item.entry),
-                        f"token index {max(item.indices)}",
-                        f"indices under {self.final(entry).shape[0]}, the rows of {self.final(entry)}",
-                        "Is this the base that the adapter was trained on?",
-                    )
-                )
-            else:
+            elif self.fits(item, self.final(entry)):
                 self._change(entry, item.entry, "token_rows", (item.indices, item.entry))
                 self.replaced += 1
+
+    def fits(self, rows: TokenRows, entry: TensorEntry) -> bool:
+        """Whether rows fit the tensor that they are for; if not, that is a problem."""
+        if len(entry.shape) != 2 or entry.shape[1] != rows.entry.shape[1]:
+            self.problems.append(wrong_shape(str(rows.entry), rows.entry.shape, entry))
+        elif min(rows.indices) < 0 or max(rows.indices) >= entry.shape[0]:
+            self.problems.append(
+                Problem(
+                    "shape-mismatch",
+                    str(rows.entry),
+                    f"token index {max(rows.indices)}",
+                    f"indices under {entry.shape[0]}, the rows of {entry}",
+                    "Is this the base that the adapter was trained on?",
+                )
+            )
+        else:
+            return True
+        return False
 
     def _change(self, entry: TensorEntry, where: TensorEntry, kind: str, value: object) -> None:
         if kind in self.changes[entry.name]:
@@ -277,6 +289,16 @@ def wrong_shape(where: str, found: tuple[int, ...], entry: TensorEntry) -> Probl
         f"{list(found)}",
         f"a shape that fits {entry}",
         "Is this the base that the adapter was trained on?",
+    )
+
+
+def _shared(lora: TensorEntry, entry: TensorEntry) -> Problem:
+    return Problem(
+        "unsupported-base",
+        f"{lora} for {entry}",
+        "a LoRA of one layer for a weight that several layers share",
+        "a weight of that layer alone",
+        "Train LoRA on the other modules: merged, this one would change all of these layers.",
     )
 
 

@@ -52,6 +52,7 @@ class Family:
     refused: why models of this family cannot be merged into, "" when they can.
     known: False for a model_type that no row describes.
     conv1d: whether the model has transformers' Conv1D, whose weight is (in, out).
+    shared: pattern of the modules that several layers share; PEFT trains a LoRA for each of these layers.
     """
 
     renames: tuple[Rename, ...] = ()
@@ -60,6 +61,7 @@ class Family:
     refused: str = ""
     known: bool = True
     conv1d: bool = False
+    shared: str | None = None
 
     @property
     def axes(self) -> Axes:
@@ -336,6 +338,7 @@ FAMILIES: Mapping[str, Family] = {
     **_rows(Family(eras=_QWEN3_VL_ERAS), "qwen3_vl_moe", "qwen3_vl_moe_text"),
     **_rows(Family(renames=_ARIA, eras=_ARIA_ERAS), "aria", "aria_text"),
     **_rows(Family(known=False, conv1d=True), "gpt2", "imagegpt", "openai-gpt", "decision_transformer"),
+    **_rows(Family(known=False, shared=r"\.shared_transf(ormer)?\."), "zamba", "zamba2"),
     "ernie4_5_vl_moe": Family(
         refused="text and vision experts under one numbering, and routers stored transposed"
     ),

@@ -160,7 +160,7 @@ class MergePlan:
         used = Counter(entry.name for site in self.sites for entry in site.pair.entries)
         used.update(copy.name for _, copy in self.adapter.copies)
         used.update(entry.name for entry in self.adapter.originals)
-        used.update(output.token_rows[1].name for output in self.outputs if output.token_rows is not None)
-        # A resized embedding may be two outputs: itself, and the head that was tied to it.
+        # An embedding, or its rows, may be for two outputs: itself, and the head that is tied to it.
+        used.update({output.token_rows[1].name for output in self.outputs if output.token_rows is not None})
         used.update({output.source.name for output in self.outputs if output.replaced})
         return used

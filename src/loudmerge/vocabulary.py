@@ -29,39 +29,95 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     """
     embedding, head = draft.names.find(EMBEDDING), draft.names.find(HEAD)
     wanted = [pair.a for pair in pairs] + ([draft.full_head] if draft.full_head else [])
+    wanted += [draft.head_rows.entry] if draft.head_rows else []
     if wanted and (embedding is None or head is not None or not _tied(draft)):
         draft.problems.append(missing_base(str(wanted[0]), "what was trained on lm_head", HEAD))
         return
     if embedding is None:
-        _refuse_unknown_embedding(draft)
+        _refuse_unknown_embedding(draft, head)
         return
     added = None
-    if _tied(draft) and not _stays_tied(draft, wanted):
+    if _tied(draft) and not _stays_tied(draft, embedding, wanted):
         if wanted or (head is None and _trained_alone(draft, embedding)):
             added = _add_head(draft, embedding, pairs)
         touched = head is not None and (head.name in draft.terms or head.name in draft.changes)
         if added is not None or touched or _trained_alone(draft, embedding):
             draft.edit("tie_word_embeddings", False)
+    if "token_rows" in draft.changes.get(embedding.name, {}):
+        _carry_rows(draft, embedding, head)
     _follow_size(draft, embedding, added or (draft.final(head) if head is not None else None))
 
 
-def _refuse_unknown_embedding(draft: Draft) -> None:
-    """A tied model whose embedding has another name: what was trained on it would reach the head too."""
-    size = draft.base.config_values("vocab_size")
-    trained = [site.pair.a for site in draft.sites if site.pair.embedding]
-    trained += [
-        full.entry for full in draft.adapter.full if full.saved_module and full.entry.shape[0] in size
-    ]
-    if trained and _tied(draft):
-        draft.problems.append(
-            Problem(
-                "unsupported-base",
-                str(trained[0]),
-                "what was trained on a tied embedding that is not called embed_tokens",
-                "a model whose head is a weight of its own, or whose embedding is called embed_tokens",
-                "Untie the model before training: save it with tie_word_embeddings false.",
+def _refuse_unknown_embedding(draft: Draft, head: TensorEntry | None) -> None:
+    """A tied model whose embedding has another key: what was trained on either would reach both, or be lost.
+
+    Token rows are for both, and PEFT trains them so: they need no head of their own.
+    """
+    if not _tied(draft):
+        return
+    for name in dict.fromkeys([*draft.terms, *draft.changes]):
+        entry, changes = draft.base.entries[name], draft.changes.get(name, {})
+        rows_alone = head is None and name not in draft.terms and changes.keys() == {"token_rows"}
+        if not rows_alone and _may_be_tied(draft, entry, head):
+            draft.problems.append(
+                Problem(
+                    "unsupported-base",
+                    str(entry),
+                    "something trained on a matrix that embedding and head share, not stored as"
+                    f" model.{EMBEDDING}",
+                    "a head that is a weight of its own, or one matrix under that key",
+                    "Untie the model before training: save it with tie_word_embeddings false.",
+                )
             )
-        )
+
+
+def _may_be_tied(draft: Draft, entry: TensorEntry, head: TensorEntry | None) -> bool:
+    """Whether a tensor may be a tied embedding or head, by its rows: one for each token, and some to spare.
+
+    Other embeddings are of positions or kinds, which are fewer.
+    """
+    sizes = draft.base.config_values("vocab_size")
+    terms = draft.terms.get(entry.name, ())
+    if any(draft.sites[term.site].pair.embedding for term in terms):
+        return entry.shape[0] >= min(sizes, default=0)
+    return entry is head or (len(entry.shape) == 2 and entry.shape[0] in sizes)
+
+
+def _carry_rows(draft: Draft, embedding: TensorEntry, head: TensorEntry | None) -> None:
+    """Token rows of a tied embedding are the head's, too: a head that is on disk gets the same.
+
+    Source: peft/utils/other.py, `set_additional_trainable_modules`: the head's wrapper has the embedding's.
+    """
+    rows = draft.changes[embedding.name]["token_rows"]
+    if head is None:
+        return
+    if not draft.base.config_values("tie_word_embeddings"):
+        draft.problems.append(_unsaid(rows[1], head))
+    elif _tied(draft) and head.name in draft.terms:
+        draft.problems.append(_rows_under_lora(rows[1]))
+    elif _tied(draft) and not draft.changes.get(head.name):
+        draft.changes[head.name]["token_rows"] = rows
+        draft.replaced += 1
+
+
+def _unsaid(rows: TensorEntry, head: TensorEntry) -> Problem:
+    return Problem(
+        "unsupported-base",
+        f"{rows} and {head}",
+        "trained token rows of the embedding, and a config.json that does not say if the head is tied to it",
+        "tie_word_embeddings in the base's config.json: a tied head has these rows, too",
+        "Write it there: true, or false where embedding and head were trained apart.",
+    )
+
+
+def _rows_under_lora(rows: TensorEntry) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        str(rows),
+        "trained token rows of a tied embedding, and a LoRA on the head that PEFT lays over the same rows",
+        "one of the two",
+        "Train it on a model saved with tie_word_embeddings false, or with the head in modules_to_save.",
+    )
 
 
 def _tied(draft: Draft) -> bool:
@@ -70,9 +126,14 @@ def _tied(draft: Draft) -> bool:
     return any(said) or (not said and draft.names.find(HEAD) is None)
 
 
-def _stays_tied(draft: Draft, wanted: Sequence[TensorEntry]) -> bool:
-    """With ensure_weight_tying PEFT trains one weight for both; where it saves both, both are written."""
-    return bool(draft.adapter.config.raw.get("ensure_weight_tying")) and not wanted
+def _stays_tied(draft: Draft, embedding: TensorEntry, wanted: Sequence[TensorEntry]) -> bool:
+    """With ensure_weight_tying PEFT trains one weight for both; where it saves both, both are written.
+
+    PEFT 0.18 tied what is in modules_to_save and token rows only, not a LoRA.
+    """
+    config = draft.adapter.config
+    before = embedding.name in draft.terms and (config.peft_version or "").startswith("0.18.")
+    return bool(config.raw.get("ensure_weight_tying")) and not wanted and not before
 
 
 def _trained_alone(draft: Draft, embedding: TensorEntry) -> bool:
@@ -98,14 +159,34 @@ def _add_head(draft: Draft, embedding: TensorEntry, pairs: Sequence[LoraPair]) -
         draft.problems.append(wrong_shape(str(source), source.shape, embedding))
         return None
     terms = tuple(term for pair in pairs if (term := _head_term(draft, source, pair)) is not None)
-    replaced = source.name not in draft.base.entries
+    replaced, rows = source.name not in draft.base.entries, _head_rows(draft, embedding, source)
+    if rows is not None and pairs:
+        draft.problems.append(_rows_under_lora(rows[1]))
     draft.added[embedding.name] = OutputTensor(
-        key, embedding.file.name, source, draft.dtype(embedding), source.shape, replaced=replaced, terms=terms
+        key,
+        embedding.file.name,
+        source,
+        draft.dtype(embedding),
+        source.shape,
+        replaced=replaced,
+        terms=terms,
+        token_rows=rows,
     )
-    draft.replaced += replaced
+    draft.replaced += replaced + (rows is not None)
     draft.dense += len(terms)
     draft.notes.append(f"{key} becomes a weight of its own: the base ties it to the embedding")
     return source
+
+
+def _head_rows(
+    draft: Draft, embedding: TensorEntry, source: TensorEntry
+) -> tuple[tuple[int, ...], TensorEntry] | None:
+    """The trained token rows of a head that is added: its own, or the embedding's, to which PEFT ties it."""
+    own = draft.head_rows
+    if own is not None:
+        return (own.indices, own.entry) if draft.fits(own, source) else None
+    rows: tuple[tuple[int, ...], TensorEntry] | None = draft.changes.get(embedding.name, {}).get("token_rows")
+    return rows
 
 
 def _head_term(draft: Draft, source: TensorEntry, pair: LoraPair) -> Term | None:

@@ -58,6 +58,11 @@ def _cases(*, merged_only: bool = False) -> list[Any]:
 def make(kind: Kind, folder: Path, dtype: torch.dtype = torch.float32) -> PeftModel:
     """Saves the base and the adapter; gives the live model. The adapter's file has the kind's tensors."""
     kinds.build(kind, dtype).save_pretrained(folder / "base")
+    if kind.stored_twice:
+        weights = folder / "base" / "model.safetensors"
+        held = load_file(weights)
+        held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+        save_file(held, weights, {"format": "pt"})
     live = kinds.attach(kinds.load(folder / "base", dtype), kind)
     live.save_pretrained(folder / "adapter", **kind.save)
     names = load_file(folder / "adapter" / WEIGHTS).keys()

@@ -36,6 +36,7 @@ class Kind:
     model: its model_type. lora: LoraConfig's options, or a function of the live model that gives them.
     config: fields set in the model's config. keys: expressions that keys of the adapter's file must match.
     parted: the live model parts two weights that the base ties, which PEFT's own merge forgets.
+    stored_twice: the base's file holds the matrix that embedding and head share under both names.
     resize: the vocabulary's new size. save: options of PeftModel.save_pretrained.
     needs_peft: the least PEFT. in_memory: "fused" or "apart", where the experts must be so in memory.
     refused: the code with which loudmerge refuses it. bug: what is wrong today; empty when nothing is.
@@ -47,6 +48,7 @@ class Kind:
     keys: tuple[str, ...]
     config: Options = dataclasses.field(default_factory=dict)
     parted: bool = False
+    stored_twice: bool = False
     experts: int = 4
     resize: int = 0
     save: Options = dataclasses.field(default_factory=dict)

@@ -84,6 +84,23 @@ VOCABULARY: tuple[Kind, ...] = (
         config=TIED,
     ),
     Kind(
+        "token indices, tied, stored twice",
+        "qwen3_moe",
+        {"target_modules": ["q_proj"], "trainable_token_indices": list(TOKENS)},
+        (_ROWS,),
+        config=TIED,
+        stored_twice=True,
+    ),
+    Kind(
+        "token indices and LoRA on the head, tied",
+        "qwen3_moe",
+        {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": list(TOKENS)},
+        (_ROWS, r"lm_head\.lora_A"),
+        config=TIED,
+        needs_peft=(0, 19),
+        refused="unsupported-adapter",
+    ),
+    Kind(
         "LoRA on embedding and head",
         "qwen3_moe",
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
@@ -176,6 +193,15 @@ VOCABULARY: tuple[Kind, ...] = (
         save={"save_embedding_layers": True},
     ),
     Kind(
+        "resized vocabulary and token indices, tied",
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [4, 96, 100]},
+        (r"token_adapter",),
+        config=TIED,
+        resize=101,
+        save={"save_embedding_layers": True},
+    ),
+    Kind(
         "ensure_weight_tying, modules_to_save",
         "qwen3_moe",
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
@@ -245,10 +271,9 @@ VOCABULARY: tuple[Kind, ...] = (
             "target_modules": ["q_proj"],
             "trainable_token_indices": {"embed_tokens": list(TOKENS), "lm_head": [5, 6]},
         },
-        (_ROWS,),
+        (_ROWS, r"lm_head\.token_adapter"),
         config=TIED,
         parted=True,
-        refused="missing-base-tensor",
     ),
     Kind(
         "token indices of the head, tied",
@@ -257,6 +282,5 @@ VOCABULARY: tuple[Kind, ...] = (
         (r"token_adapter",),
         config=TIED,
         parted=True,
-        refused="missing-base-tensor",
     ),
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loudmerge.errors import MergeRefused
 from loudmerge.plan import Counts
 from tests.unit.builders import (
     EMBED,
@@ -260,7 +261,7 @@ def test_a_tied_embedding_of_another_name_that_was_trained_is_refused(world: Wor
     held = {key.replace(EMBED, "model.wte"): value for key, value in embedding_lora().items()}
     error = world.refuse(base, held, TIE)
     assert error.code == "unsupported-base"
-    assert "found what was trained on a tied embedding that is not called embed_tokens" in str(error)
+    assert "found something trained on a matrix that embedding and head share" in str(error)
     assert world.plan(base, held, {"tie_word_embeddings": False}).counts.dense == 1
 
 
@@ -293,3 +294,116 @@ def test_dora_and_a_bias_on_a_tied_head_are_refused(extra: str, fields: dict[str
     error = world.refuse(TIED, held, TIE, **fields)
     assert error.code == "unsupported-adapter"
     assert "found DoRA or a LoRA bias on a head that the base ties to its embedding" in str(error)
+
+
+# --- trained token rows ---------------------------------------------------------------------------
+
+HEAD_ROWS = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
+SOME = {ROWS: values(2, H)}
+PICKED = {"trainable_token_indices": [5, 0]}
+
+
+def test_a_tied_head_that_is_stored_too_has_the_embeddings_rows(world: World) -> None:
+    """PEFT ties them; with the embedding's alone the two would differ, and no longer be tied."""
+    plan = world.plan(UNTIED, SOME, TIE, **PICKED)
+    found = outputs(plan)
+    assert found["lm_head.weight"].token_rows == found[f"{EMBED}.weight"].token_rows != None  # noqa: E711
+    assert (plan.config_edits, plan.counts) == ({}, Counts(0, 0, 2, 1))
+
+
+def test_rows_of_an_embedding_leave_an_untied_head_alone(world: World) -> None:
+    plan = world.plan(UNTIED, SOME, {"tie_word_embeddings": False}, **PICKED)
+    assert not outputs(plan)["lm_head.weight"].touched
+
+
+def test_rows_where_nothing_says_if_the_stored_head_is_tied_are_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", UNTIED)
+    (base / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    with pytest.raises(MergeRefused) as caught:
+        plan_of(base, write_adapter(tmp_path / "adapter", SOME, **PICKED))
+    assert caught.value.code == "unsupported-base"
+    assert "config.json that does not say if the head is tied to it" in str(caught.value)
+
+
+@pytest.mark.parametrize("base", [TIED, UNTIED], ids=["stored once", "stored twice"])
+def test_rows_under_a_lora_on_the_tied_head_are_refused(base: Tensors, world: World) -> None:
+    """PEFT adds the LoRA to the rows, too: no other rows are so made."""
+    error = world.refuse(base, SOME | lora("lm_head", V, H), TIE, **PICKED)
+    assert error.code == "unsupported-adapter"
+    assert "a LoRA on the head that PEFT lays over the same rows" in str(error)
+
+
+def test_rows_of_the_head_of_a_tied_model_are_those_of_a_head_of_its_own(world: World) -> None:
+    both = {"trainable_token_indices": {"embed_tokens": [5, 0], "lm_head": [1]}}
+    plan = world.plan(TIED, SOME | {HEAD_ROWS: values(1, H)}, TIE, **both)
+    found = outputs(plan)
+    rows = {key: output.token_rows and output.token_rows[0] for key, output in found.items()}
+    assert (rows[f"{EMBED}.weight"], rows["lm_head.weight"]) == ((5, 0), (1,))
+    assert found["lm_head.weight"].source.name == f"{EMBED}.weight"
+    assert (plan.config_edits, plan.counts) == ({"tie_word_embeddings": False}, Counts(0, 0, 2, 1))
+
+
+def test_a_head_that_was_saved_for_a_tied_model_has_the_embeddings_rows(world: World) -> None:
+    """Its own, where PEFT saved them, else those of the embedding that it is tied to."""
+    held = SOME | full("lm_head.weight", V, H)
+    found = outputs(world.plan(TIED, held, TIE, **PICKED))["lm_head.weight"]
+    assert (found.replaced, found.token_rows and found.token_rows[0]) == (True, (5, 0))
+
+
+def test_rows_of_a_tied_head_must_lie_in_it(world: World) -> None:
+    held = SOME | {HEAD_ROWS: values(1, H)}
+    error = world.refuse(TIED, held, TIE, trainable_token_indices={"embed_tokens": [5, 0], "lm_head": [V]})
+    assert error.code == "shape-mismatch"
+    assert f"found token index {V}, expected indices under {V}" in str(error)
+
+
+# --- other names of embeddings, and what else is shared --------------------------------------------
+
+
+def test_a_parameter_that_is_a_tied_embedding_of_another_name_is_refused(world: World) -> None:
+    """target_parameters wraps any parameter."""
+    base = {**Q, "model.wte.weight": values(V, H)}
+    held, fields = lora("model.wte", V, H), {"target_parameters": ["wte.weight"]}
+    error = world.refuse(base, held, {**TIE, "vocab_size": V}, **fields)
+    assert error.code == "unsupported-base"
+    assert "model.wte.weight" in str(error)
+    untied = {"tie_word_embeddings": False, "vocab_size": V}
+    assert world.plan(base, held, untied, **fields).counts.dense == 1
+
+
+def test_an_embedding_of_positions_is_none_of_tokens(world: World) -> None:
+    base = {**Q, "model.wpe.weight": values(V - 1, H)}
+    held = {key.replace(EMBED, "model.wpe"): value for key, value in embedding_lora(V - 1).items()}
+    assert world.plan(base, held, {**TIE, "vocab_size": V}).counts.dense == 1
+
+
+@pytest.mark.parametrize(
+    ("held", "fields"),
+    [
+        (lora("lm_head", V, H), {}),
+        ({HEAD_ROWS: values(1, H)}, {"trainable_token_indices": {"lm_head": [1]}}),
+    ],
+    ids=["lora", "rows"],
+)
+def test_what_was_trained_on_the_one_matrix_of_a_tied_model_that_is_stored_as_its_head_is_refused(
+    held: Tensors, fields: dict[str, Any], world: World
+) -> None:
+    """Loaded, it would be the embedding, too."""
+    error = world.refuse({**Q, "lm_head.weight": values(V, H)}, held, TIE, **fields)
+    assert error.code == "unsupported-base"
+    assert "a matrix that embedding and head share" in str(error)
+
+
+def test_peft_018_ties_no_lora(world: World) -> None:
+    """Its ensure_weight_tying is about modules_to_save and token rows."""
+    held, fields = embedding_lora(), {"ensure_weight_tying": True}
+    assert "lm_head.weight" in outputs(world.plan(TIED, held, TIE, **fields, peft_version="0.18.1"))
+    assert "lm_head.weight" not in outputs(world.plan(TIED, held, TIE, **fields, peft_version="0.19.0"))
+
+
+def test_a_lora_on_a_block_that_layers_share_is_refused(world: World) -> None:
+    """Zamba2 stores it once, and PEFT trains a LoRA for each layer that runs it."""
+    block = "model.layers.1.shared_transformer.self_attn.q_proj"
+    error = world.refuse({f"{block}.weight": values(8, H)}, lora(block, 8, H), {"model_type": "zamba2"})
+    assert error.code == "unsupported-base"
+    assert "a weight that several layers share" in str(error)
