@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -16,6 +16,15 @@ from loudmerge.hub import resolve
 DEVICE = re.compile(r"cpu|auto|cuda(:\d+)?")
 
 Command = TypeVar("Command", bound=Callable[..., object])
+
+
+class Name(click.Path):
+    """A path or a Hub id. An empty one is an unset variable: as a Path it would be the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty, expected a name.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @contextmanager
@@ -68,7 +77,9 @@ def details_option(command: Command) -> Command:
 
 def input_options(command: Command) -> Command:
     """OUT, --base and --adapter, which verify and compare take."""
-    command = click.option("--adapter", required=True, metavar="ADAPTER", help="What was merged.")(command)
-    command = click.option("--base", required=True, metavar="BASE", help="What it was merged into.")(command)
-    path = click.Path(exists=True, file_okay=False, path_type=Path)
-    return click.argument("out", type=path)(command)
+    command = click.option(
+        "--adapter", required=True, type=Name(), metavar="ADAPTER", help="What was merged."
+    )(command)
+    described = "What it was merged into."
+    command = click.option("--base", required=True, type=Name(), metavar="BASE", help=described)(command)
+    return click.argument("out", type=Name(exists=True, file_okay=False, path_type=Path))(command)

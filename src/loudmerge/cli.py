@@ -15,6 +15,7 @@ import click
 
 from loudmerge import __version__
 from loudmerge.arguments import (
+    Name,
     argument,
     check_device,
     check_transformers,
@@ -82,9 +83,9 @@ def commands() -> None:
 
 
 @commands.command("merge", short_help="Merge an adapter into its base, or refuse.")
-@click.argument("base")
-@click.argument("adapter")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("base", type=Name())
+@click.argument("adapter", type=Name())
+@click.argument("out", type=Name(path_type=Path))
 @choice("--orientation", "auto standard swapped", "Which axis of a fused expert parameter lora_A reads.")
 @choice(
     "--lora-b-layout", "auto rank_major grouped_by_expert", "How the columns of a fused lora_B are packed."
@@ -111,7 +112,9 @@ def commands() -> None:
 @click.option("--dry-run", is_flag=True, help="Plan only: nothing is written.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge into the same OUT.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
-@click.option("--push-to", metavar="REPO", help="Upload OUT to this Hub repository once it is verified.")
+@click.option(
+    "--push-to", type=Name(), metavar="REPO", help="Upload OUT to this Hub repository once it is verified."
+)
 @click.option("--no-verify", is_flag=True, help="Do not read OUT back and check it.")
 @details_option
 @output_options
@@ -172,9 +175,9 @@ def merge_command(
 
 
 @commands.command("inspect", short_help="Say what an adapter is, and by what evidence.")
-@click.argument("adapter")
-@click.option("--base", metavar="BASE", help="The checkpoint the adapter belongs to.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write it as a page, too.")
+@click.argument("adapter", type=Name())
+@click.option("--base", type=Name(), metavar="BASE", help="The checkpoint the adapter belongs to.")
+@click.option("--html", type=Name(dir_okay=False, path_type=Path), help="Write it as a page, too.")
 @output_options
 def inspect_command(*, adapter: str, base: str | None, html: Path | None, as_json: bool, quiet: bool) -> None:
     """Say what ADAPTER is: sites, ranks, layout, and the evidence for it."""
@@ -194,15 +197,17 @@ def inspect_command(*, adapter: str, base: str | None, html: Path | None, as_jso
 
 
 @commands.command("convert", short_help="Rewrite an adapter into another layout.")
-@click.argument("adapter")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("adapter", type=Name())
+@click.argument("out", type=Name(path_type=Path))
 @click.option(
     "--to",
     required=True,
     type=click.Choice(["peft-0.18", "peft-0.19", "grouped-by-expert", "per-expert"]),
     help="The layout of OUT. docs/layouts.md says which one PEFT, vLLM and SGLang read.",
 )
-@click.option("--base", metavar="BASE", help="The checkpoint it belongs to; the shapes tell the layout.")
+@click.option(
+    "--base", type=Name(), metavar="BASE", help="The checkpoint it belongs to; the shapes tell the layout."
+)
 @choice("--orientation", "auto standard swapped", "Which axis lora_A reads, if no file tells.")
 @choice("--lora-b-layout", "auto rank_major grouped_by_expert", "How lora_B is packed, if no file tells.")
 @click.option("--transformers", metavar="VERSION", callback=check_transformers, help="OUT is for this one.")
@@ -291,7 +296,7 @@ def compare_command(
 
 
 @commands.command("demo", short_help="Train, merge, verify and compare, offline.")
-@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Keep the files here.")
+@click.option("--dir", "directory", type=Name(path_type=Path), help="Keep the files here.")
 @output_options
 def demo_command(*, directory: Path | None, as_json: bool, quiet: bool) -> None:
     """Train a tiny MoE adapter, then merge, verify and compare it. Offline."""
@@ -308,7 +313,7 @@ def demo_command(*, directory: Path | None, as_json: bool, quiet: bool) -> None:
 @commands.command("canary", short_help="Check that upstream still keeps what must hold.")
 @click.option(
     "--guards",
-    type=click.Path(path_type=Path),
+    type=Name(path_type=Path),
     help="The directory of the guard files. Default: canary/guards here, else those loudmerge ships.",
 )
 @click.option("--strict", is_flag=True, help="An upstream that cannot be asked fails.")
@@ -326,7 +331,7 @@ def demo_command(*, directory: Path | None, as_json: bool, quiet: bool) -> None:
     metavar="UPSTREAM=REF",
     help="Judge its guards at this ref, not at their own.",
 )
-@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write a report there.")
+@click.option("--markdown", type=Name(dir_okay=False, path_type=Path), help="Write a report there.")
 @click.option(
     "--annotations", is_flag=True, help="Annotate the guards' lines on GitHub. So it does in its workflows."
 )

@@ -190,17 +190,39 @@ def page_aligned(nbytes: int) -> Tensor:
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raises MergeRefused `out-exists` when OUT exists, and may not be replaced."""
-    if os.path.lexists(out) and not overwrite:
-        raise MergeRefused(
-            Problem(
-                "out-exists",
-                str(out),
-                "something of that name",
-                "a name that is free",
-                "Give another OUT, or --overwrite to replace it once the new one is complete.",
-            )
+    """Raises MergeRefused `out-exists` when OUT exists, and may not be replaced.
+
+    The directory one stands in, the home directory and what holds them are never meant by `overwrite`.
+    """
+    if not os.path.lexists(out):
+        return
+    if overwrite:
+        _refuse_ground(out)
+        return
+    raise MergeRefused(
+        Problem(
+            "out-exists",
+            str(out),
+            "something of that name",
+            "a name that is free",
+            "Give another OUT, or --overwrite to replace it once the new one is complete.",
         )
+    )
+
+
+def _refuse_ground(out: Path) -> None:
+    target = out.resolve()
+    for name, path in {"current": Path.cwd(), "home": Path(os.environ.get("HOME", "/")).resolve()}.items():
+        if target == path or target in path.parents:
+            raise MergeRefused(
+                Problem(
+                    "out-exists",
+                    str(out.absolute()),
+                    f"a directory that is or holds the {name} directory {path}",
+                    "one whose files may all be removed",
+                    "Give another OUT: --overwrite replaces the whole directory.",
+                )
+            )
 
 
 def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:

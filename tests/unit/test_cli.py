@@ -353,6 +353,33 @@ def test_wrong_arguments_exit_2_before_anything_is_done(
     assert library.calls == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            [*command[:place], "", *command[place + 1 :]]
+            for command in COMMANDS.values()
+            for place, word in enumerate(command)
+            if word in {"BASE", "ADAPTER", "OUT", "MERGED"}
+        ),
+        ["inspect", "ADAPTER", "--base", ""],
+        ["inspect", "ADAPTER", "--html", ""],
+        ["convert", "ADAPTER", "OUT", "--to", "peft-0.19", "--base="],
+        [*COMMANDS["merge"], "--push-to="],
+        ["demo", "--dir", ""],
+        ["canary", "--guards", ""],
+        ["canary", "--markdown", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_name_is_an_unset_variable_and_not_the_current_directory(
+    arguments: list[str], library: Library, run: Callable[..., Ended]
+) -> None:
+    ended = run(*arguments)
+    assert (ended.code, ended.stdout, library.calls) == (2, "", [])
+    assert "it is empty, expected a name" in ended.stderr
+
+
 def test_a_usage_error_under_json_is_one_json_document_too(run: Callable[..., Ended]) -> None:
     ended = run("merge", "BASE", "--json")
     assert ended.code == 2

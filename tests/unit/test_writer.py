@@ -200,6 +200,24 @@ def test_the_input_that_out_would_touch_is_named(tmp_path: Path) -> None:
 # --- overwriting ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../work", "/", "~"])
+def test_the_directory_one_stands_in_the_home_and_what_holds_them_are_not_replaced(
+    name: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An OUT that is empty, from an unset variable, is the current directory."""
+    for directory in ("work", "home"):
+        (place.root / directory).mkdir()
+        (place.root / directory / "mine.txt").write_text("mine")
+    monkeypatch.chdir(place.root / "work")
+    monkeypatch.setenv("HOME", str(place.root / "home"))
+    before = content(place.root)
+    with pytest.raises(
+        MergeRefused, match=r"^out-exists: .* that is or holds the (current|home) directory /"
+    ):
+        place.merge(Path(name).expanduser(), overwrite=True)
+    assert content(place.root) == before
+
+
 def test_overwriting_replaces_out_only_when_the_new_one_is_complete(
     place: Place, old: dict[str, bytes], reference: dict[str, bytes]
 ) -> None:
