@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from loudmerge.cli import main
+from loudmerge.terminal import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 OBJECTS = 100_000
 """New objects between two garbage collections: to import torch makes a million, which all stay."""
+
+
+class Descriptor(io.FileIO):
+    """A standard stream, for writing. forgiven: the errors that say nobody reads it, which are no failure."""
+
+    def __init__(self, number: int, forgiven: type[OSError]) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._forgiven = forgiven
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except self._forgiven:
+            return memoryview(data).nbytes
 
 
 def run() -> NoReturn:
@@ -20,12 +39,39 @@ def run() -> NoReturn:
     saves a quarter of what importing torch costs.
     """
     gc.set_threshold(OBJECTS)
+    open_streams()
+    try:
+        code = _exit_code()
+        sys.stdout.flush()
+    except OSError as error:
+        # All others have ended in an exit code: this one is of writing the result.
+        sys.stderr.write(f"the environment failed: stdout: {error}\n")
+        code = ENVIRONMENT
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def open_streams() -> None:
+    """A closed pipe, and all of stderr, decide nothing; what an encoding has not is escaped."""
+    # A file of OUT would get the number of a stream that is closed, and what a library writes to it.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = _stream(1, sys.stdout, BrokenPipeError)
+    sys.stderr = _stream(2, sys.stderr, OSError)
+
+
+def _stream(number: int, old: TextIO | None, forgiven: type[OSError]) -> io.TextIOWrapper:
+    encoding = old.encoding if old else "utf-8"
+    buffer = io.BufferedWriter(Descriptor(number, forgiven))
+    return io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=True)
+
+
+def _exit_code() -> int:
     try:
         main()
     except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 if __name__ == "__main__":

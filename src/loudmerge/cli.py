@@ -72,7 +72,8 @@ def _check_merge(*, resume: bool, dry_run: bool, details: bool, push_to: str | N
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 2 usage, 3 refused, 4 mismatch, 5 the environment failed, 1 a defect.",
+    epilog="Exit codes: 0 done, 2 usage, 3 refused, 4 mismatch, 5 the environment failed, 130 interrupted, "
+    "1 a defect.",
 )
 @click.version_option(__version__, prog_name="loudmerge")
 def commands() -> None:
@@ -394,6 +395,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             Terminal(as_json=True, quiet=True).result(Failure("usage", error.format_message()))
         sys.exit(USAGE)
     except click.Abort:
-        click.echo("interrupted", err=True)
+        Terminal("--json" in given, quiet=True).failure("interrupted", Failure("interrupted", "interrupted"))
         sys.exit(INTERRUPTED)
     sys.exit(code)

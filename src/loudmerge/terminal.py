@@ -6,6 +6,7 @@
 3  refused: the inputs cannot be merged correctly
 4  a mismatch: the output is not what it should be
 5  the environment failed: disk, permission, host, memory
+130  interrupted by the user
 """
 
 from __future__ import annotations
