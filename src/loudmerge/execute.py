@@ -57,6 +57,12 @@ WRITERS = 4
 SMALL_BYTES = 64 << 20
 """An OUT of less needs no second thread: they would only wait for each other."""
 
+WIDER = {"F16": "Give --dtype bfloat16 or --dtype float32, whose range is larger."}
+WIDEST = "No --dtype has a larger range: are lora_alpha and r of adapter_config.json those of the training?"
+BROKEN = "The adapter changes this tensor: get the base again, or mend it there; no --dtype helps."
+UNTOUCHED = "Leave out --dtype: a tensor that the adapter does not change is then copied as it is."
+"""What helps where a result is not finite: against an overflow, and where the base is not finite itself."""
+
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), in bytes."""
 
@@ -404,20 +410,20 @@ class Worker:
             self.outcome.rounded[rounding] |= done
 
     def _check(self, piece: Piece, result: Tensor) -> None:
-        bad = int((~result.isfinite()).sum())
+        broken = ~result.isfinite()
+        bad = int(broken.sum())
         if not bad:
             return
-        inherited = int((~self._read(piece).isfinite()).sum())
-        raise MergeRefused(
-            Problem(
-                "non-finite",
-                piece.output.key,
-                f"{bad} values of the result that {piece.output.dtype} cannot hold"
-                + (f", of which the base itself has {inherited}" if inherited else ""),
-                "finite numbers",
-                "Give --dtype bfloat16 or --dtype float32, whose range is larger.",
-            )
-        )
+        output = piece.output
+        inherited = int((broken & ~self._read(piece).isfinite()).sum())
+        found = f"{bad} values of the result that {output.dtype} cannot hold"
+        hint = WIDER.get(output.dtype, WIDEST)
+        if inherited == bad:
+            found = f"{bad} NaN or infinite values that the base itself has"
+            hint = BROKEN if output.touched else UNTOUCHED
+        elif inherited:
+            found += f", of which the base itself has {inherited}"
+        raise MergeRefused(Problem("non-finite", output.key, found, "finite numbers", hint))
 
     def _bytes(self, name: str, nbytes: int, device: torch.device | None = None) -> Tensor:
         """A buffer of this thread, reused: fresh memory for every piece would cost its page faults."""

@@ -60,20 +60,21 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
     Raises MergeRefused `corrupt-file` when safetensors' own reader rejects the file.
     """
-    try:
-        with safe_open(file, framework="pt", backend="pread"):
-            pass
-    except SafetensorError as error:
-        raise MergeRefused(
-            Problem(
-                "corrupt-file",
-                str(file),
-                f"a file that safetensors cannot open ({error})",
-                "a complete safetensors file",
-                "Download or save it again.",
-            )
-        ) from error
+    # Opened first: safetensors' word for a file that may not be read is that there is none.
     with file.open("rb") as stream:
+        try:
+            with safe_open(file, framework="pt", backend="pread"):
+                pass
+        except SafetensorError as error:
+            raise MergeRefused(
+                Problem(
+                    "corrupt-file",
+                    str(file),
+                    f"a file that safetensors cannot open ({error})",
+                    "a complete safetensors file",
+                    "Download or save it again.",
+                )
+            ) from error
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     metadata = header.pop("__metadata__", None) or {}

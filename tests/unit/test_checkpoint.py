@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from loudmerge.checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
 from loudmerge.errors import MergeRefused
 from loudmerge.jsonfile import read_json
+from loudmerge.tensorfile import read_header
 from tests.unit.builders import values, write_base
 
 INDEX = "model.safetensors.index.json"
@@ -332,3 +334,12 @@ def test_problems_of_one_checkpoint_are_reported_together(sharded: Path) -> None
     set_config(sharded, quantization_config={"quant_method": "gptq"})
     edit_index(sharded, lambda index: index["weight_map"].update({"gone.weight": FIRST}))
     assert [problem.code for problem in refused(sharded).problems] == ["corrupt-file", "unsupported-base"]
+
+
+def test_a_file_that_cannot_be_opened_has_the_reason_of_the_operating_system(tmp_path: Path) -> None:
+    """safetensors says of any such file, also of one that may not be read, that there is none."""
+    file = tmp_path / "model.safetensors"
+    file.symlink_to(file)
+    with pytest.raises(OSError, match="symbolic link") as caught:
+        read_header(file)
+    assert caught.value.errno == errno.ELOOP

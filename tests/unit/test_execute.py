@@ -382,7 +382,28 @@ def test_what_the_base_itself_has_is_told_apart(world: World) -> None:
     base = {f"{Q_PROJ}.weight": Q[f"{Q_PROJ}.weight"].clone()}
     base[f"{Q_PROJ}.weight"][0, 0] = float("nan")
     error = world.refuse(base, lora(Q_PROJ, 8, H))
-    assert "found 1 values of the result that F32 cannot hold, of which the base itself has 1" in str(error)
+    assert "found 1 NaN or infinite values that the base itself has, expected finite numbers." in str(error)
+    assert error.hint == module.BROKEN
+    base[f"{Q_PROJ}.weight"][1, 1] = 3.4e38
+    error = world.refuse(base, lora(Q_PROJ, 8, H), name="other", dtype="float16")
+    assert "found 2 values of the result that F16 cannot hold, of which the base itself has 1" in str(error)
+    assert "--dtype bfloat16 or --dtype float32" in error.hint
+
+
+def test_what_the_base_has_in_a_tensor_that_is_only_cast_is_kept_without_dtype(world: World) -> None:
+    base = {**Q, "scale": torch.tensor([float("inf"), 1.0], dtype=torch.bfloat16)}
+    error = world.refuse(base, lora(Q_PROJ, 8, H), dtype="float32")
+    assert str(error).startswith("non-finite: scale: found 1 NaN or infinite values that the base itself has")
+    assert "Leave out --dtype" in error.hint
+    assert world.run(base, lora(Q_PROJ, 8, H), name="other")["scale"].tolist() == [float("inf"), 1.0]
+
+
+def test_no_wider_dtype_is_named_where_there_is_none(world: World) -> None:
+    base = {f"{Q_PROJ}.weight": torch.full((8, H), 3e38)}
+    held = {key: torch.full_like(value, 1e19) for key, value in lora(Q_PROJ, 8, H).items()}
+    error = world.refuse(base, held)
+    assert "found 48 values of the result that F32 cannot hold" in str(error)
+    assert "No --dtype has a larger range" in error.hint
 
 
 @pytest.mark.usefixtures("small_pieces")
