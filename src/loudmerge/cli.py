@@ -191,7 +191,7 @@ def inspect_command(*, adapter: str, base: str | None, html: Path | None, as_jso
         if html is not None:
             from loudmerge.inspect_page import render
 
-            html.write_text(render(result), encoding="utf-8")
+            html.write_text(render(result), encoding="utf-8", errors="backslashreplace")
         return Outcome(result, DONE)
 
     run(Terminal(as_json, quiet), action)

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from loudmerge import __version__
+from loudmerge import __version__, jsonfile
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem
 
 if TYPE_CHECKING:
@@ -240,8 +240,7 @@ def _public(report: Mapping[str, Any], base: str, adapter: str, target: HubId) -
         name: {**report[name], "path": _shown(given)}
         for name, given in (("base", base), ("adapter", adapter))
     }
-    document = {**report, **named, "out": str(target)}
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    return jsonfile.dump({**report, **named, "out": str(target)})
 
 
 def _card(out: Path, report: Mapping[str, Any], base: str, adapter: str) -> str:

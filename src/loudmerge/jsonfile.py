@@ -1,4 +1,4 @@
-"""One JSON file that must hold an object."""
+"""JSON from files that others wrote, and the file that must hold an object."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
+
+DEEPEST = 100
+"""Levels of lists and objects in a file, far from where walking them would exhaust Python's stack."""
+
+
+def parse(text: str | bytes) -> Any:
+    """The JSON value. Raises ValueError for what is none, and for what is nested deeper than `DEEPEST`."""
+    said = f"nested more than {DEEPEST} levels deep"
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(said) from error
+    if _is_deeper(value, DEEPEST):
+        raise ValueError(said)
+    return value
+
+
+def dump(value: object) -> bytes:
+    """A JSON file. A lone surrogate, such as a name that is not UTF-8 has, becomes its JSON escape."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def read_json(file: Path, missing: str, wanted: str) -> dict[str, Any]:
@@ -19,12 +39,20 @@ def read_json(file: Path, missing: str, wanted: str) -> dict[str, Any]:
         hint = f"Give the directory that holds {file.name}."
         raise MergeRefused(Problem(missing, str(file.parent), f"no {file.name}", wanted, hint))
     try:
-        value = json.loads(file.read_text("utf-8"))
+        value = parse(file.read_text("utf-8"))
     except ValueError as error:
         raise MergeRefused(_no_object(file, f"no JSON ({error})")) from error
     if not isinstance(value, dict):
         raise MergeRefused(_no_object(file, f"a JSON {type(value).__name__}"))
     return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    held = [value]
+    for _ in range(levels):
+        nested = (item for item in held if isinstance(item, (dict, list)))
+        held = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
+    return any(isinstance(item, (dict, list)) for item in held)
 
 
 def _no_object(file: Path, found: str) -> Problem:

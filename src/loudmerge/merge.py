@@ -57,7 +57,7 @@ def plan(
     option's value that does not exist.
     """
     options = Options(orientation, lora_b_layout, dtype, rounding)
-    _check_options(options)
+    check_options(options)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
         refuse_inputs(Path(out), [Path(base), Path(adapter)])
@@ -139,7 +139,8 @@ def _threads(made: MergePlan, asked: int | None) -> tuple[int, int]:
     return cores, cores + 1
 
 
-def _check_options(options: Options) -> None:
+def check_options(options: Options) -> None:
+    """Raises ValueError for an option's value that does not exist."""
     for name, choices in _CHOICES.items():
         value = getattr(options, name)
         if value not in choices:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from loudmerge.checkpoint import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES
+from loudmerge.jsonfile import parse
 from loudmerge.plan import MergePlan, OutputTensor
 
 What = Literal[
@@ -101,7 +102,8 @@ def _check_shard(
         )
         return
     try:
-        with safe_open(file, framework="pt") as opened:
+        # safetensors' own word for a file that may not be read is that there is none.
+        with file.open("rb"), safe_open(file, framework="pt", backend="pread") as opened:
             keys = set(opened.keys())
             headers = {}
             for key in keys & numbers.keys():
@@ -188,7 +190,9 @@ def _check_config(plan: MergePlan, out: Path) -> Iterator[TensorMismatch]:
         part[name] = value
     for name in sorted(expected.keys() | found.keys()):
         absent = "nothing"
-        if (name in expected) != (name in found) or found.get(name) != expected.get(name):
+        # As JSON: a NaN is no other NaN's equal.
+        pair = [json.dumps(held.get(name), sort_keys=True) for held in (found, expected)]
+        if (name in expected) != (name in found) or pair[0] != pair[1]:
             detail = f"{name}: found {found.get(name, absent)!r}, expected {expected.get(name, absent)!r}"
             yield TensorMismatch(CONFIG, CONFIG, "config", detail)
 
@@ -197,7 +201,7 @@ def _json_object(file: Path) -> dict[str, Any] | TensorMismatch:
     if not file.is_file():
         return TensorMismatch(file.name, file.name, "missing", "no such file")
     try:
-        value = json.loads(file.read_bytes())
+        value = parse(file.read_bytes())
     except ValueError as error:
         return TensorMismatch(file.name, file.name, "unreadable", f"no JSON: {error}")
     if not isinstance(value, dict):

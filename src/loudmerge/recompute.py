@@ -143,7 +143,8 @@ def _read_factors(site: Site) -> _Factors:
 
 def read_tensor(file: Path, name: str) -> Tensor:
     """One whole tensor by safetensors' own reader."""
-    with safe_open(file, framework="pt") as opened:
+    # Of its backends this one opens a path that is not UTF-8, too.
+    with safe_open(file, framework="pt", backend="pread") as opened:
         tensor: Tensor = opened.get_tensor(name)
         return tensor
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from loudmerge import __version__
+from loudmerge import __version__, jsonfile
 from loudmerge.errors import MergeRefused
 from loudmerge.plan import MergePlan
 
@@ -119,7 +118,7 @@ def refused_report(base: str, adapter: str, out: str | None, error: MergeRefused
 
 def dump(report: MergeReport) -> bytes:
     """The content of merge_report.json."""
-    return (json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n").encode()
+    return jsonfile.dump(report.to_json())
 
 
 def _document(plan: MergePlan, out: Path | None, status: str, *, applied: bool) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Differences are collected, never raised.
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from loudmerge.errors import Mismatch
+from loudmerge.jsonfile import parse
 from loudmerge.judge import MatrixResult, check_matrix
 from loudmerge.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
 from loudmerge.plan import MergePlan, Options, OutputTensor
@@ -152,16 +152,20 @@ def verify_plan(
 
 
 def _recorded_options(out: Path) -> tuple[Options, tuple[str, ...]]:
+    from loudmerge.merge import check_options
+
     report = out / REPORT
     if not report.is_file():
         note = f"{REPORT} is missing: assumed that OUT was merged with the default options, rounding nearest"
         return Options(rounding="nearest"), (note,)
     try:
-        recorded = json.loads(report.read_bytes()).get("options", {})
+        recorded = parse(report.read_bytes()).get("options", {})
+        names = {field.name for field in fields(Options)}
+        options = Options(**{name: str(value) for name, value in recorded.items() if name in names})
+        check_options(options)
     except (ValueError, AttributeError) as error:
         raise Mismatch(f"{report} is no report of a merge: {error}") from error
-    names = {field.name for field in fields(Options)}
-    return Options(**{name: str(value) for name, value in recorded.items() if name in names}), ()
+    return options, ()
 
 
 @contextmanager

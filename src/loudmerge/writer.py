@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loudmerge import jsonfile
 from loudmerge.checkpoint import INDEX
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem
 from loudmerge.plan import OutputTensor
@@ -249,7 +250,7 @@ def index_json(index: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> byt
     ordered.update(weight_map)
     metadata = dict(index.get("metadata") or {})
     metadata["total_size"] = sum(output.nbytes for output in outputs)
-    return _json({**index, "metadata": metadata, "weight_map": ordered})
+    return jsonfile.dump({**index, "metadata": metadata, "weight_map": ordered})
 
 
 def edited_json(content: bytes, edits: Mapping[str, Any]) -> bytes:
@@ -263,11 +264,7 @@ def edited_json(content: bytes, edits: Mapping[str, Any]) -> bytes:
         for parent in parents:
             place = place[parent]
         place[last] = new
-    return _json(value)
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return jsonfile.dump(value)
 
 
 def _layout(

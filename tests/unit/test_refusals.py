@@ -38,6 +38,11 @@ def adapter_fields(**fields: Any) -> Edit:
     )
 
 
+def nested(levels: int) -> list[Any]:
+    """A list in a list in a list."""
+    return [nested(levels - 1)] if levels else []
+
+
 def model_fields(**fields: Any) -> Edit:
     return lambda d: d.edit_json(d.built.base / "config.json", lambda config: config.update(fields))
 
@@ -270,6 +275,15 @@ REFUSALS = (
     Refusal(
         "config.json is no JSON", "corrupt-file", truncated("base", "config.json", 20),
         (r"base/config\.json", r"no JSON", r"JSON object"),
+    ),
+    Refusal(
+        "config.json is nested without end", "corrupt-file",
+        lambda d: (d.built.base / "config.json").write_text('{"a":' + "[" * 10**5 + "]" * 10**5 + "}"),
+        (r"base/config\.json", r"no JSON \(nested more than 100 levels deep\)", r"JSON object"),
+    ),
+    Refusal(
+        "adapter_config.json is nested deep", "corrupt-file", adapter_fields(note=nested(101)),
+        (r"adapter_config\.json", r"no JSON \(nested more than 100 levels deep\)", r"JSON object"),
     ),
     Refusal(
         "an index without its shard", "corrupt-file",

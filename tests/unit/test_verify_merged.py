@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -63,10 +65,55 @@ def test_the_options_of_the_report_are_used(tmp_path: Path) -> None:
 
 def test_a_report_that_is_none_is_a_mismatch(tmp_path: Path) -> None:
     out, base, adapter = published(tmp_path)
-    for text in ("{", "[]"):
+    endless = "[" * 10**5 + "]" * 10**5
+    options = [f'{{"options": {value}}}' for value in ("null", "[1]", '{"dtype": "int4"}', endless)]
+    for text in ("{", "[]", *options):
         (out / "merge_report.json").write_text(text)
         with pytest.raises(Mismatch, match="is no report of a merge"):
             verify(out, base, adapter)
+
+
+def test_a_config_of_out_that_is_nested_without_end_is_a_mismatch(tmp_path: Path) -> None:
+    out, base, adapter = published(tmp_path)
+    (out / "config.json").write_text('{"a":' + "[" * 10**5 + "]" * 10**5 + "}")
+    (found,) = verify(out, base, adapter).mismatches
+    assert (found.key, found.what) == ("config.json", "unreadable")
+    assert "nested more than 100 levels deep" in found.detail
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float32"])
+def test_a_config_with_what_is_no_number_or_no_text_is_kept_and_verified(tmp_path: Path, dtype: str) -> None:
+    """NaN equals no NaN; and a lone surrogate cannot be encoded but as JSON's escape."""
+    built = build(MERGED["per-expert"], tmp_path)
+    file = built.base / "config.json"
+    odd = {"nan": float("nan"), "more": [float("-inf"), {"nan": float("nan")}], "text": "\ud800"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **odd}))
+    merge(built.base, built.adapter, tmp_path / "out", dtype=dtype)
+    held = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert json.dumps({name: held[name] for name in odd}) == json.dumps(odd)
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**held, "more": [float("inf")]}))
+    (found,) = verify(tmp_path / "out", built.base, built.adapter).mismatches
+    assert found.detail.startswith("more: found [inf], expected [-inf, ")
+
+
+def test_an_out_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors says of such a file that there is none."""
+    out, base, adapter = published(tmp_path)
+    opened = Path.open
+
+    def denied(path: Path, *args: Any, **options: Any) -> Any:
+        if path.parent == out and path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr("loudmerge.outfiles.safe_open", unreadable)
+    with pytest.raises(PermissionError):
+        verify(out, base, adapter)
+
+
+def unreadable(file: Path, **_: object) -> NoReturn:
+    raise FileNotFoundError(f"No such file or directory: {file}")
 
 
 def test_every_bit_of_a_published_out_counts(tmp_path: Path) -> None:

@@ -247,12 +247,14 @@ def test_inspect_of_a_refused_merge_shows_the_weights_that_contradict(tmp_path: 
 
 def test_inspect_writes_one_self_contained_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = written(tmp_path, **UNMARKED)
+    adapter = adapter.rename(tmp_path / "not UTF-8: \udce9")
     page = tmp_path / "page.html"
     ended = run_inside(capsys, "inspect", adapter, "--base", base, "--html", page, "--json")
     assert ended.code == 0
     assert json.loads(ended.stdout)["plan"]["layout"]["lora_b_layout"] == "grouped_by_expert"
     text = page.read_text("utf-8")
     assert text.count("<rect ") == 2 * 4
+    assert "not UTF-8: \\udce9" in text
     assert "<strong>grouped_by_expert, confidence 0.99" in text
     assert "<td>weights</td>" in text
     assert not any(word in text for word in ("<script", "http://", "https://", "<link", "@import", "url("))

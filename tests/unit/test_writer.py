@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import loudmerge
 from loudmerge.errors import MergeRefused
 from loudmerge.plan import OutputTensor
 from loudmerge.writer import ShardFile, edited_json, index_json, page_aligned, refuse_existing, refuse_inputs
@@ -64,6 +65,20 @@ def test_out_may_be_a_relative_path(place: Place, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(place.root)
     place.merge(Path("out"))
     assert sorted(content(place.out)) == ENTRIES
+
+
+def test_names_that_are_not_utf_8_are_merged_and_verified(place: Place) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    base, adapter, out = (place.root / f"{kind}-{name}" for kind in ("base", "adapter", "out"))
+    (place.base / f"{name}.txt").write_text("side")
+    place.base.rename(base)
+    place.adapter.rename(adapter)
+    loudmerge.merge(base, adapter, out)
+    assert (out / f"{name}.txt").read_text() == "side"
+    report = json.loads((out / "merge_report.json").read_bytes())
+    assert report["base"]["path"] == str(base)
+    assert f"{name}.txt" in report["files"]
+    assert loudmerge.verify(out, base, adapter).ok
 
 
 @pytest.fixture
