@@ -21,6 +21,10 @@ Command = TypeVar("Command", bound=Callable[..., object])
 class Name(click.Path):
     """A path or a Hub id. An empty one is an unset variable: as a Path it would be the current directory."""
 
+    def __init__(self, **options: Any) -> None:
+        # A directory that may not be read is no wrong argument, but a failure of the environment.
+        super().__init__(**options, readable=False)
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("it is empty, expected a name.", param, ctx)

@@ -57,7 +57,10 @@ WRITERS = 4
 SMALL_BYTES = 64 << 20
 """An OUT of less needs no second thread: they would only wait for each other."""
 
-WIDER = {"F16": "Give --dtype bfloat16 or --dtype float32, whose range is larger."}
+WIDER = {
+    "F16": "Give --dtype bfloat16 or --dtype float32, whose range is larger.",
+    "BF16": "The range of --dtype float32 is a little larger. Are lora_alpha and r those of the training?",
+}
 WIDEST = "No --dtype has a larger range: are lora_alpha and r of adapter_config.json those of the training?"
 BROKEN = "The adapter changes this tensor: get the base again, or mend it there; no --dtype helps."
 UNTOUCHED = "Leave out --dtype: a tensor that the adapter does not change is then copied as it is."

@@ -381,6 +381,16 @@ def test_an_empty_name_is_an_unset_variable_and_not_the_current_directory(
     assert "it is empty, expected a name" in ended.stderr
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_may_not_be_read_is_no_wrong_argument(
+    name: str, library: Library, run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it says so, and that is a failure of the environment."""
+    monkeypatch.setattr("os.access", lambda *_: False)
+    library.error = PermissionError(errno.EACCES, "Permission denied", "BASE")
+    assert run(*COMMANDS[name]).code == 5
+
+
 def test_a_usage_error_under_json_is_one_json_document_too(run: Callable[..., Ended]) -> None:
     ended = run("merge", "BASE", "--json")
     assert ended.code == 2

@@ -404,6 +404,11 @@ def test_no_wider_dtype_is_named_where_there_is_none(world: World) -> None:
     error = world.refuse(base, held)
     assert "found 48 values of the result that F32 cannot hold" in str(error)
     assert "No --dtype has a larger range" in error.hint
+    error = world.refuse(
+        {**Q, "scale": torch.tensor([3.4e38])}, lora(Q_PROJ, 8, H), name="b", dtype="bfloat16"
+    )
+    assert "that BF16 cannot hold" in str(error)
+    assert "The range of --dtype float32 is a little larger." in error.hint
 
 
 @pytest.mark.usefixtures("small_pieces")
