@@ -47,6 +47,9 @@ SYNC_BYTES = 128 << 20
 What goes straight to the disk needs no such reminder: it would only wait for the disk's own cache each time.
 """
 
+OPEN_SHARDS = 8
+"""How many shards are open at a time: one that is written, the others on their way to the disk."""
+
 COMPILED_BYTES = 1 << 30
 """Bytes to be computed from which on the compiled kernel is worth being loaded to round to the nearest: that
 takes half a second once, which it saves with each of them on two cores."""
@@ -149,18 +152,13 @@ def execute(
     ):
         notes = check_weights(plan, reader, pool)
         worker = Worker(plan, reader, torch.device(device), notes, background, threads)
-        done = unsynced = 0
+        begun = _begin(plan, directory, worker.outcome, finished)
+        done = total - sum(output.nbytes for _, outputs in begun for output in outputs)
+        unsynced = 0
         syncs: list[Future[None]] = []
-        begun: list[tuple[ShardFile, list[OutputTensor]]] = []
-        for name, outputs in _by_shard(plan).items():
-            record = finished.get(name) if finished is not None else None
-            if record is not None:
-                worker.outcome.restore(record)
-                done += sum(output.nbytes for output in outputs)
-                continue
-            metadata = {"format": "pt", **plan.base.metadata[plan.base.path / name]}
-            begun.append((shards.enter_context(ShardFile(directory / name, outputs, metadata)), outputs))
+        finishes: list[Future[None]] = []
         for shard, outputs in begun:
+            shards.enter_context(shard)
             for nbytes in _in_order(pool, worker, shard, outputs, threads_of_pool):
                 done += nbytes
                 unsynced += 0 if shard.direct else nbytes
@@ -169,16 +167,43 @@ def execute(
                     unsynced = 0
                 if progress is not None:
                     progress("merge", done, total)
-            syncs.append(syncer.submit(_finish, shard, worker.outcome.record(outputs), finished))
-        for sync in syncs:
+            finishes.append(syncer.submit(_finish, shard, worker.outcome.record(outputs), finished))
+            if len(finishes) >= OPEN_SHARDS:
+                finishes[-OPEN_SHARDS].result()
+        for sync in [*syncs, *finishes]:
             # A write-back error is reported once, to the descriptor that was open: it must not be lost.
             sync.result()
         return worker.outcome
 
 
+def shard_files(plan: MergePlan, directory: Path) -> list[tuple[ShardFile, list[OutputTensor]]]:
+    """The shards of OUT as files of `directory`, of which none is made yet, each with its tensors."""
+    shards: dict[str, list[OutputTensor]] = {path.name: [] for path in plan.base.shards}
+    for output in plan.outputs:
+        shards[output.shard].append(output)
+    metadata = {path.name: {"format": "pt", **plan.base.metadata[path]} for path in plan.base.shards}
+    return [(ShardFile(directory / name, held, metadata[name]), held) for name, held in shards.items()]
+
+
+def _begin(
+    plan: MergePlan, directory: Path, outcome: Outcome, finished: Finished | None
+) -> list[tuple[ShardFile, list[OutputTensor]]]:
+    """The shards that are to be written, each with its place on the disk; the others' outcome is restored."""
+    begun = []
+    for shard, outputs in shard_files(plan, directory):
+        record = finished.get(shard.path.name) if finished is not None else None
+        if record is not None:
+            outcome.restore(record)
+        else:
+            shard.allocate()
+            begun.append((shard, outputs))
+    return begun
+
+
 def _finish(shard: ShardFile, record: ShardRecord, finished: Finished | None) -> None:
     """Makes a shard durable, and only then says that it is finished."""
     shard.sync()
+    shard.close()
     if finished is not None:
         finished.put(shard.path.name, record)
 
@@ -226,13 +251,6 @@ def interleaved(outputs: Sequence[OutputTensor]) -> Iterator[Piece]:
 def _whole_bands(rows: int) -> int:
     """So many rows, or less, that no band is cut; one band at least."""
     return max(BAND, rows - rows % BAND)
-
-
-def _by_shard(plan: MergePlan) -> dict[str, list[OutputTensor]]:
-    shards: dict[str, list[OutputTensor]] = {path.name: [] for path in plan.base.shards}
-    for output in plan.outputs:
-        shards[output.shard].append(output)
-    return shards
 
 
 def _in_order(

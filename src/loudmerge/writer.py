@@ -29,6 +29,8 @@ from loudmerge.plan import OutputTensor
 _PAGE = 4096
 """Alignment, in bytes, of a direct write: of its place in the file, its length and its address in memory."""
 
+_CLOSED = -1
+"""In a descriptor's place where there is none: what is written to it fails, and hits no other file."""
 
 _INTERRUPTIONS = (OSError, EnvironmentFailed, KeyboardInterrupt)
 """What says nothing against the shards that are finished."""
@@ -134,7 +136,9 @@ class Staging:
 
 
 class ShardFile:
-    """One safetensors file that is being written, at positions known beforehand.
+    """One safetensors file that is being written, at positions known beforehand. Its size is `nbytes`.
+
+    `allocate` makes the file; it is open for writing only as a context manager, until it is closed.
 
     What is aligned to pages goes straight to the disk (O_DIRECT) where the file system can: a copy in the
     page cache, which nobody reads before the merge is done, would cost more than the update itself.
@@ -142,29 +146,31 @@ class ShardFile:
 
     def __init__(self, path: Path, outputs: Sequence[OutputTensor], metadata: Mapping[str, str]) -> None:
         self.path = path
-        header, self._starts, size = _layout(outputs, metadata)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._direct: int | None = None
+        self._header, self._starts, self.nbytes = _layout(outputs, metadata)
+        self._descriptor = self._direct = _CLOSED
+
+    def allocate(self) -> None:
+        """Makes the file. A full disk shows now, not at the end; and blocks that exist are written faster."""
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            # A full disk shows now, not at the end; and blocks that exist are written faster.
-            os.posix_fallocate(self._descriptor, 0, size)
-            _write_all(self._descriptor, memoryview(header), 0)
-            self._direct = _open_direct(path)
-        except OSError:
-            os.close(self._descriptor)
-            raise
+            os.posix_fallocate(descriptor, 0, self.nbytes)
+        except OSError as error:
+            wanted = f"{error.strerror}, {self.nbytes} bytes wanted"
+            raise OSError(error.errno, wanted, str(self.path)) from error
+        finally:
+            os.close(descriptor)
 
     @property
     def direct(self) -> bool:
         """Whether all but what is not aligned to pages goes past the page cache."""
-        return self._direct is not None
+        return self._direct != _CLOSED
 
     def write(self, key: str, offset: int, data: Tensor) -> None:
         """Writes the bytes of `data` (contiguous, on the CPU) `offset` bytes into the tensor `key`."""
         content = data.reshape(-1).view(torch.uint8)
         view = memoryview(content.numpy().data)
         position = self._starts[key] + offset
-        if self._direct is not None and not (position | view.nbytes | content.data_ptr()) % _PAGE:
+        if self.direct and not (position | view.nbytes | content.data_ptr()) % _PAGE:
             written = _write_direct(self._direct, view, position)
             view, position = view[written:], position + written
         _write_all(self._descriptor, view, position)
@@ -174,13 +180,26 @@ class ShardFile:
         os.fdatasync(self._descriptor)
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def close(self) -> None:
+        """Closes it, if it is open."""
+        held = {self._descriptor, self._direct} - {_CLOSED}
+        self._descriptor = self._direct = _CLOSED
+        for descriptor in held:
+            os.close(descriptor)
+
     def __enter__(self) -> ShardFile:
+        self._descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            # Not before: the error of a write back is reported to the descriptor that is open, and synced.
+            _write_all(self._descriptor, memoryview(self._header), 0)
+            self._direct = _open_direct(self.path)
+        except OSError:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
-        if self._direct is not None:
-            os.close(self._direct)
+        self.close()
 
 
 def page_aligned(nbytes: int) -> Tensor:
@@ -297,14 +316,14 @@ def _place(output: OutputTensor) -> tuple[bool, int]:
     return output.nbytes % _PAGE != 0, -(output.nbytes // count)
 
 
-def _open_direct(path: Path) -> int | None:
-    """A second descriptor that writes past the page cache, or None where the file system cannot."""
+def _open_direct(path: Path) -> int:
+    """A second descriptor that writes past the page cache, or _CLOSED where the file system cannot."""
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return None
+        return _CLOSED
 
 
 def _write_direct(descriptor: int, view: memoryview, position: int) -> int:

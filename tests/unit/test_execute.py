@@ -505,17 +505,42 @@ def test_every_shard_has_its_place_on_the_disk_before_anything_is_computed(
     begun: list[str] = []
 
     class Full(ShardFile):
-        def __init__(self, path: Path, *more: Any) -> None:
-            begun.append(path.name)
+        def allocate(self) -> None:
+            begun.append(self.path.name)
             if len(begun) == 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            super().__init__(path, *more)
+            super().allocate()
 
     monkeypatch.setattr(module, "ShardFile", Full)
     monkeypatch.setattr(module.Worker, "run", None)
     with pytest.raises(OSError, match="No space left"):
         execute(plan, tmp_path / "out", device="cpu", threads=2)
     assert len(begun) == 2
+
+
+def test_only_a_few_shards_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the disk is slower than what is computed, as it is here."""
+    keys = [f"{Q_PROJ}.weight", *map(str, range(11))]
+    base = write_base(
+        tmp_path / "base", {**Q, **{key: values(4) for key in keys[1:]}}, shards=[[key] for key in keys]
+    )
+    plan = plan_of(base, write_adapter(tmp_path / "adapter", lora(Q_PROJ, 8, H)))
+    (tmp_path / "out").mkdir()
+    held: list[int] = []
+    sync = ShardFile.sync
+
+    def slow(self: ShardFile) -> None:
+        links = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        held.append(len({link for link in links if link.startswith(str(tmp_path / "out"))}))
+        time.sleep(0.01)
+        sync(self)
+
+    monkeypatch.setattr(ShardFile, "sync", slow)
+    monkeypatch.setattr(module, "OPEN_SHARDS", 3)
+    execute(plan, tmp_path / "out", device="cpu", threads=2)
+    assert len(held) == 12
+    assert 1 <= max(held) <= 3
+    assert len(list((tmp_path / "out").iterdir())) == 12
 
 
 # --- rounding ------------------------------------------------------------------------------------

@@ -34,13 +34,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the shards that are written."""
     names: list[str] = []
-    init = ShardFile.__init__
+    allocate = ShardFile.allocate
 
-    def recording(self: ShardFile, path: Path, *rest: Any) -> None:
-        names.append(path.name)
-        init(self, path, *rest)
+    def recording(self: ShardFile) -> None:
+        names.append(self.path.name)
+        allocate(self)
 
-    monkeypatch.setattr(ShardFile, "__init__", recording)
+    monkeypatch.setattr(ShardFile, "allocate", recording)
     return names
 
 

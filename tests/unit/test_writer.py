@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -320,9 +320,16 @@ def outputs() -> list[OutputTensor]:
     ]
 
 
+def allocated(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str, str]) -> ShardFile:
+    shard = ShardFile(path, tensors, metadata)
+    shard.allocate()
+    assert path.stat().st_size == shard.nbytes
+    return shard
+
+
 def test_a_shard_is_written_at_places_known_beforehand_in_any_order(tmp_path: Path) -> None:
     a, b = values(2, 3), values(5).to(torch.bfloat16)
-    with ShardFile(tmp_path / "f.safetensors", outputs(), {"format": "pt"}) as shard:
+    with allocated(tmp_path / "f.safetensors", outputs(), {"format": "pt"}) as shard:
         shard.write("ü", 4, b[2:])
         shard.write("a", 12, a[1])
         shard.write("empty", 0, torch.zeros(0, 3))
@@ -349,7 +356,7 @@ def write_pages(path: Path) -> dict[str, torch.Tensor]:
     tensors = {"norm": values(6).to(torch.bfloat16), "pages": values(2, 1024), "odd": values(3)}
     aligned = page_aligned(8192)
     aligned.view(torch.float32).copy_(tensors["pages"].view(-1))
-    with ShardFile(path, PAGES, {}) as shard:
+    with allocated(path, PAGES, {}) as shard:
         shard.write("pages", 0, aligned[:4096])
         shard.write("pages", 4096, aligned[4096:])
         shard.write("norm", 0, tensors["norm"])
@@ -426,7 +433,7 @@ def refuse_direct(call: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_shard_without_metadata_has_none(tmp_path: Path) -> None:
-    with ShardFile(tmp_path / "f.safetensors", outputs(), {}):
+    with allocated(tmp_path / "f.safetensors", outputs(), {}):
         pass
     with safe_open(tmp_path / "f.safetensors", framework="pt") as opened:
         assert opened.metadata() is None
@@ -435,7 +442,32 @@ def test_a_shard_without_metadata_has_none(tmp_path: Path) -> None:
 def test_a_shard_that_exists_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("mine")
     with pytest.raises(FileExistsError):
-        ShardFile(tmp_path / "f", outputs(), {})
+        ShardFile(tmp_path / "f", outputs(), {}).allocate()
+    assert (tmp_path / "f").read_text() == "mine"
+
+
+def test_a_disk_without_room_for_a_shard_is_said_to_be_so_with_its_path_and_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    shard = ShardFile(tmp_path / "f", outputs(), {})
+    with pytest.raises(
+        OSError, match=rf"No space left on device, {shard.nbytes} bytes wanted: '{shard.path}'"
+    ):
+        shard.allocate()
+
+
+def test_a_shard_that_is_closed_is_written_to_no_more(tmp_path: Path) -> None:
+    """Its descriptors' numbers may be another file's by then."""
+    with allocated(tmp_path / "f", PAGES, {}) as shard:
+        shard.close()
+        before = (tmp_path / "f").read_bytes()
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            shard.write("pages", 0, page_aligned(8192))
+    assert (tmp_path / "f").read_bytes() == before
 
 
 def test_a_write_that_is_cut_short_is_continued(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
