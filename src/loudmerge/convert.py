@@ -370,5 +370,5 @@ def _publish(adapter: Path, out: Path, draft: Draft, *, overwrite: bool) -> tupl
         staging.write_file(CONFIG, (json.dumps(draft.raw, indent=2, sort_keys=False) + "\n").encode())
         for path in others:
             staging.copy_file(path, path.name)
-        staging.publish()
+        staging.publish({WEIGHTS: (staging.weights / WEIGHTS).stat().st_size})
     return tuple(sorted([WEIGHTS, CONFIG, *(path.name for path in others)]))

@@ -15,7 +15,7 @@ import torch
 from loudmerge.adapter import read_adapter
 from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
 from loudmerge.errors import EnvironmentFailed, Mismatch
-from loudmerge.execute import SMALL_BYTES, Outcome, Progress, execute, merged_keys
+from loudmerge.execute import SMALL_BYTES, Outcome, Progress, execute, merged_keys, shard_files
 from loudmerge.plan import MergePlan, Options
 from loudmerge.planner import make_plan
 from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding
@@ -108,7 +108,8 @@ def merge(
     computing, verifying = _threads(made, threads)
     with Staging(Path(out), overwrite=overwrite, resume=resume) as staging:
         finished = Finished(staging.done, identity(made))
-        finished.discard_others(staging.weights)
+        sizes = {shard.path.name: shard.nbytes for shard, _ in shard_files(made, staging.weights)}
+        staging.keep_only(finished.shards(staging.weights, sizes))
         with one_torch_thread():
             outcome = execute(
                 made,
@@ -124,7 +125,7 @@ def merge(
             _verify(made, staging, verifying, progress)
         report = _report(made, Path(out), outcome, verified=verify, started=started)
         staging.write_file(REPORT, dump(report))
-        staging.publish()
+        staging.publish(sizes)
     return report
 
 

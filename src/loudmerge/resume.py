@@ -45,6 +45,9 @@ class Finished:
         directory.mkdir(exist_ok=True)
         named = directory / _IDENTITY
         if not named.exists():
+            for left_over in directory.iterdir():
+                # Whose merge they are of was removed before them, by one that was killed then.
+                left_over.unlink()
             _write_durably(named, identity)
         elif named.read_text("ascii") != identity:
             raise MergeRefused(
@@ -71,11 +74,16 @@ class Finished:
         """Says that a shard, which is on the disk, is finished."""
         _write_durably(self._path(shard), json.dumps(dataclasses.asdict(record)))
 
-    def discard_others(self, weights: Path) -> None:
-        """Removes the shards that were begun and not finished."""
-        for path in weights.iterdir():
-            if not self._path(path.name).exists():
-                path.unlink()
+    def shards(self, weights: Path, sizes: Mapping[str, int]) -> list[str]:
+        """The finished shards that lie in `weights` in full, by `sizes` in bytes. Removes others' records.
+
+        A merge that was killed once it had published its shards, or while it removed them, left such records.
+        """
+        found = {path.name: path.stat().st_size for path in weights.iterdir() if path.is_file()}
+        for shard in sizes:
+            if found.get(shard) != sizes[shard]:
+                self._path(shard).unlink(missing_ok=True)
+        return [shard for shard in sizes if self._path(shard).exists()]
 
     def _path(self, shard: str) -> Path:
         return self._directory / f"{shard}.json"

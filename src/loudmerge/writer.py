@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,6 +105,12 @@ class Staging:
         else:
             self._replaced.rename(self.out)
 
+    def keep_only(self, shards: Collection[str]) -> None:
+        """Removes all else from the weights: shards that were begun, and what a killed `publish` brought."""
+        for path in self.weights.iterdir():
+            if path.name not in shards:
+                _remove(path)
+
     def write_file(self, name: str, content: bytes) -> None:
         """Writes one of the files that hold no weights."""
         path = self.files / name
@@ -117,8 +123,12 @@ class Staging:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
 
-    def publish(self) -> None:
-        """Makes every file durable and renames the directory to OUT, replacing an older OUT if allowed."""
+    def publish(self, sizes: Mapping[str, int]) -> None:
+        """Makes every file durable and renames the directory to OUT, replacing an older OUT if allowed.
+
+        sizes: of each weight file, in bytes. Raises EnvironmentFailed when one is not there in full.
+        """
+        self._check(sizes)
         _sync_tree(self.files)
         _sync_tree(self.weights)
         for path in sorted(self.files.iterdir(), key=_last_config):
@@ -133,6 +143,19 @@ class Staging:
             self._recover()
             raise
         _sync(self.out.parent)
+
+    def _check(self, sizes: Mapping[str, int]) -> None:
+        """Whether the weights are there and stay: verification may be off, or was some time ago."""
+        for name, nbytes in sizes.items():
+            path = self.weights / name
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+            if found != f"{nbytes} bytes":
+                raise EnvironmentFailed(
+                    f"{path}: found {found}, expected {nbytes} bytes. Something else changed it. Merge again."
+                )
+        for path in self.files.iterdir():
+            if os.path.lexists(self.weights / path.name):
+                raise AssertionError(f"{path.name} would replace a weight file of that name")
 
 
 class ShardFile:
@@ -341,6 +364,14 @@ def _write_all(descriptor: int, view: memoryview, position: int) -> None:
         written = os.pwrite(descriptor, view, position)
         view = view[written:]
         position += written
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory with what it holds, or a file; a link itself, never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _last_config(path: Path) -> tuple[int, str]:

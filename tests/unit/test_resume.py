@@ -12,8 +12,8 @@ import pytest
 
 import loudmerge
 from loudmerge.errors import EnvironmentFailed, MergeRefused
-from loudmerge.writer import ShardFile
-from tests.unit.builders import lora, write_adapter
+from loudmerge.writer import ShardFile, Staging
+from tests.unit.builders import Q_PROJ, lora, write_adapter
 from tests.unit.conftest import Killed
 from tests.unit.places import Place, content, make_place, nothing_left, same, undisturbed
 
@@ -136,6 +136,76 @@ def test_a_shard_that_was_begun_is_written_again(place: Place, reference: dict[s
     interrupt(place, KeyboardInterrupt())
     (place.staging / "weights" / SECOND).write_bytes(b"half")
     place.merge(resume=True)
+    assert same(content(place.out), reference)
+
+
+@pytest.mark.parametrize("left", ["nothing", "half", "folder"])
+def test_a_record_without_its_shard_is_none(
+    left: str, place: Place, reference: dict[str, bytes], opened: list[str]
+) -> None:
+    interrupt(place, KeyboardInterrupt())
+    shard = place.staging / "weights" / FIRST
+    if left == "half":
+        os.truncate(shard, shard.stat().st_size // 2)
+    else:
+        shard.unlink()
+    if left == "folder":
+        shard.mkdir()
+    place.merge(resume=True)
+    assert opened == [FIRST, SECOND, FIRST, SECOND]
+    assert same(content(place.out), reference)
+
+
+def test_the_records_of_a_merge_that_was_killed_once_it_had_published_are_none(
+    place: Place, reference: dict[str, bytes], killed: Killed
+) -> None:
+    (moment,) = killed(place, ["fsync:16"])
+    copy = Place(place.root / moment.replace(":", "-"))
+    assert same(content(copy.out), reference)
+    assert (copy.staging / "done" / f"{FIRST}.json").exists()
+    copy.merge(resume=True, overwrite=True)
+    assert same(content(copy.out), reference)
+
+
+def test_records_that_do_not_say_of_which_merge_they_are_are_none(place: Place) -> None:
+    """What says so was removed first, by a merge that was killed while it removed what it had left."""
+    interrupt(place, KeyboardInterrupt())
+    (place.staging / "done" / "identity").unlink()
+    twice = {key: 2 * value for key, value in lora(Q_PROJ, 8, 6).items()}
+    write_adapter(place.adapter, twice)
+    place.merge(resume=True)
+    place.merge(place.root / "reference")
+    assert same(content(place.out), content(place.root / "reference"))
+
+
+def test_a_merge_that_was_killed_while_it_published_is_gone_on_with(
+    place: Place, reference: dict[str, bytes], opened: list[str], killed: Killed
+) -> None:
+    """What it had brought to the weights by then, folders too, is brought anew."""
+    (moment,) = killed(place, ["rename:7"])
+    copy = Place(place.root / moment.replace(":", "-"))
+    assert (copy.staging / "weights" / "chat").is_dir()
+    copy.merge(resume=True)
+    assert opened == []
+    assert same(content(copy.out), reference)
+
+
+def test_a_shard_that_is_gone_before_out_has_its_name_is_written_by_the_next_merge(
+    place: Place, reference: dict[str, bytes], opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file = Staging.write_file
+
+    def losing(self: Staging, name: str, data: bytes) -> None:
+        (self.weights / FIRST).unlink(missing_ok=True)
+        write_file(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "write_file", losing)
+        with pytest.raises(EnvironmentFailed, match=rf"{FIRST}: found no such file, expected \d+ bytes"):
+            place.merge(resume=True)
+    assert not place.out.exists()
+    place.merge(resume=True)
+    assert opened == [FIRST, SECOND, FIRST]
     assert same(content(place.out), reference)
 
 

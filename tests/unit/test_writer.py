@@ -15,9 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import loudmerge
-from loudmerge.errors import MergeRefused
+from loudmerge.errors import EnvironmentFailed, MergeRefused
 from loudmerge.plan import OutputTensor
-from loudmerge.writer import ShardFile, edited_json, index_json, page_aligned, refuse_existing, refuse_inputs
+from loudmerge.writer import (
+    ShardFile,
+    Staging,
+    edited_json,
+    index_json,
+    page_aligned,
+    refuse_existing,
+    refuse_inputs,
+)
 from tests.unit.builders import entry, values
 from tests.unit.places import (
     ENTRIES,
@@ -25,6 +33,7 @@ from tests.unit.places import (
     content,
     make_old,
     make_place,
+    nothing_left,
     same,
     undisturbed,
 )
@@ -156,6 +165,26 @@ def test_the_metadata_of_a_shard_is_kept_and_says_its_format(
     for shard in place.out.glob("*.safetensors"):
         with safe_open(shard, framework="pt") as opened:
             assert opened.metadata() == (metadata or {"format": "pt"})
+
+
+@pytest.mark.parametrize("found", ["no such file", "2 bytes"])
+def test_out_is_not_published_without_all_of_its_weights(found: str, place: Place) -> None:
+    with Staging(place.out, overwrite=False) as staging:
+        (staging.weights / "a").write_bytes(b"aaa")
+        if found == "2 bytes":
+            (staging.weights / "b").write_bytes(b"bb")
+        with pytest.raises(EnvironmentFailed, match=f"weights/b: found {found}, expected 3 bytes"):
+            staging.publish({"a": 3, "b": 3})
+    assert nothing_left(place)
+
+
+def test_a_file_that_is_kept_never_replaces_weights_of_that_name(place: Place) -> None:
+    with Staging(place.out, overwrite=False) as staging:
+        (staging.weights / "a").write_bytes(b"merged")
+        staging.write_file("a", b"kept")
+        with pytest.raises(AssertionError, match="a would replace a weight file of that name"):
+            staging.publish({"a": 6})
+    assert nothing_left(place)
 
 
 # --- names that are taken ------------------------------------------------------------------------
