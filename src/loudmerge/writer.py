@@ -74,7 +74,9 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave(keep=self._resume and isinstance(error, _INTERRUPTIONS))
+        # A refusal of OUT, or to go on with other inputs, says as little against the shards that are finished.
+        harmless = isinstance(error, MergeRefused) and error.code == "out-exists"
+        self._leave(keep=self._resume and (harmless or isinstance(error, _INTERRUPTIONS)))
 
     def _leave(self, *, keep: bool) -> None:
         if not keep:
@@ -101,7 +103,7 @@ class Staging:
         if not os.path.lexists(self._replaced):
             return
         if os.path.lexists(self.out):
-            shutil.rmtree(self._replaced)
+            _remove(self._replaced)
         else:
             self._replaced.rename(self.out)
 
@@ -145,7 +147,7 @@ class Staging:
         _sync(self.out.parent)
 
     def _check(self, sizes: Mapping[str, int]) -> None:
-        """Whether the weights are there and stay: verification may be off, or was some time ago."""
+        """Raises when weights are not there, or would be replaced: verification may be off, and is over."""
         for name, nbytes in sizes.items():
             path = self.weights / name
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"

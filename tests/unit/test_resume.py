@@ -125,11 +125,37 @@ def test_the_shards_of_another_merge_are_refused(change: str, place: Place) -> N
         os.utime(place.base / FIRST, ns=(1, 1))
     else:
         options["dtype"] = "bfloat16"
-    with pytest.raises(MergeRefused, match="an interrupted merge of other inputs") as caught:
-        place.merge(resume=True, **options)
-    assert caught.value.code == "out-exists"
-    assert "Run without --resume to start over" in str(caught.value)
+    before = content(place.staging)
+    for _ in range(2):
+        with pytest.raises(MergeRefused, match="an interrupted merge of other inputs") as caught:
+            place.merge(resume=True, **options)
+        assert caught.value.code == "out-exists"
+        assert "Run without --resume to start over" in str(caught.value)
+        assert content(place.staging) == before
     place.merge(**options)
+    assert not place.staging.exists()
+
+
+def test_with_what_was_given_before_a_merge_goes_on_after_a_refusal(
+    place: Place, reference: dict[str, bytes], opened: list[str]
+) -> None:
+    interrupt(place, KeyboardInterrupt())
+    with pytest.raises(MergeRefused, match="or with what was given before"):
+        place.merge(resume=True, rounding="nearest")
+    place.merge(resume=True)
+    assert opened == [FIRST, SECOND, SECOND]
+    assert same(content(place.out), reference)
+
+
+def test_an_out_that_appears_while_a_merge_goes_on_costs_no_finished_shard(
+    place: Place, reference: dict[str, bytes], opened: list[str]
+) -> None:
+    with pytest.raises(MergeRefused, match=r"^out-exists: "):
+        place.merge(resume=True, progress=lambda *_: place.out.mkdir(exist_ok=True))
+    place.out.rmdir()
+    place.merge(resume=True)
+    assert opened == [FIRST, SECOND]
+    assert same(content(place.out), reference)
 
 
 def test_a_shard_that_was_begun_is_written_again(place: Place, reference: dict[str, bytes]) -> None:

@@ -338,6 +338,27 @@ def test_what_a_killed_merge_had_moved_aside_is_no_obstacle(
     assert not place.staging.exists()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_an_old_out_of_any_kind_that_was_moved_aside_is_removed_and_no_link_is_followed(
+    kind: str, resume: bool, place: Place, old: dict[str, bytes], reference: dict[str, bytes]
+) -> None:
+    """A merge was killed when the new OUT had its name, before the old one was removed."""
+    place.staging.mkdir()
+    replaced = place.staging / "replaced"
+    if kind == "file":
+        replaced.write_text("mine")
+    else:
+        place.out.rename(place.root / "elsewhere")
+        replaced.symlink_to(place.root / ("elsewhere" if kind == "link" else "gone"))
+        place.out.mkdir()
+    place.merge(overwrite=True, resume=resume)
+    assert same(content(place.out), reference)
+    assert not place.staging.exists()
+    if kind != "file":
+        assert content(place.root / "elsewhere") == old
+
+
 # --- shards and JSON -----------------------------------------------------------------------------
 
 
