@@ -74,7 +74,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A refusal of OUT, or to go on with other inputs, says as little against the shards that are finished.
+        # Nor does a refusal of OUT, or to go on with other inputs.
         harmless = isinstance(error, MergeRefused) and error.code == "out-exists"
         self._leave(keep=self._resume and (harmless or isinstance(error, _INTERRUPTIONS)))
 
