@@ -12,6 +12,7 @@ first problem's code, one of `REFUSAL_CODES`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,18 @@ class Mismatch(RuntimeError):
 
 class EnvironmentFailed(RuntimeError):
     """Something outside the inputs failed: network, an extra that is not installed, a device."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch ran out of memory. On the CPU torch says so only in a RuntimeError's text.
+
+    The canary runs where there is no torch, and then it was not torch.
+    """
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (
+        torch is not None
+        and (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error))
+    )
 
 
 def _message(problems: Sequence[Problem]) -> str:

@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 import click
 
 from loudmerge import __version__
-from loudmerge.errors import EnvironmentFailed, MergeRefused, Mismatch
+from loudmerge.errors import EnvironmentFailed, MergeRefused, Mismatch, is_out_of_memory
 
 DONE, USAGE, REFUSED, MISMATCH, ENVIRONMENT, INTERRUPTED = 0, 2, 3, 4, 5, 130
 
@@ -139,17 +139,6 @@ def _environment(error: Exception) -> str | None:
     """The message of a failure of the environment; None for a defect."""
     if isinstance(error, (EnvironmentFailed, OSError)):
         return f"the environment failed: {error}"
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return f"out of memory: {error}"
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether torch ran out of memory. On the CPU it says so only in a RuntimeError's text.
-
-    The canary runs where there is no torch, and then it was not torch.
-    """
-    torch = sys.modules.get("torch")
-    return torch is not None and (
-        isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-    )

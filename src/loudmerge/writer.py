@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loudmerge import jsonfile
 from loudmerge.checkpoint import INDEX
-from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem
+from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem, is_out_of_memory
 from loudmerge.plan import OutputTensor
 
 _PAGE = 4096
@@ -33,7 +33,7 @@ _CLOSED = -1
 """In a descriptor's place where there is none: what is written to it fails, and hits no other file."""
 
 _INTERRUPTIONS = (OSError, EnvironmentFailed, KeyboardInterrupt)
-"""What says nothing against the shards that are finished."""
+"""What says nothing against the shards that are finished, beside a lack of memory."""
 
 
 class Staging:
@@ -76,7 +76,8 @@ class Staging:
     ) -> None:
         # Nor does a refusal of OUT, or to go on with other inputs.
         harmless = isinstance(error, MergeRefused) and error.code == "out-exists"
-        self._leave(keep=self._resume and (harmless or isinstance(error, _INTERRUPTIONS)))
+        interrupted = error is not None and (isinstance(error, _INTERRUPTIONS) or is_out_of_memory(error))
+        self._leave(keep=self._resume and (harmless or interrupted))
 
     def _leave(self, *, keep: bool) -> None:
         if not keep:

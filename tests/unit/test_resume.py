@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import loudmerge
 from loudmerge.errors import EnvironmentFailed, MergeRefused
@@ -57,7 +58,13 @@ def interrupt(place: Place, error: BaseException, **options: Any) -> None:
         place.merge(progress=stop, **{"resume": True, **options})
 
 
-INTERRUPTIONS = [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), EnvironmentFailed("gone")]
+INTERRUPTIONS = [
+    KeyboardInterrupt(),
+    OSError(errno.ENOSPC, "full"),
+    EnvironmentFailed("gone"),
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory"),
+]
 
 
 @pytest.mark.parametrize("error", INTERRUPTIONS, ids=lambda error: type(error).__name__)
