@@ -35,7 +35,7 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
     names = Names(base, family)
     experts = Experts(base, names, family)
     placement, problems = place(adapter, names, experts, family)
-    problems += missing_siblings(base, adapter.config, placement, names, family)
+    problems += missing_siblings(base, adapter, placement, names, family)
     draft = Draft(base, adapter, names, family, options)
     layout = Layout({}, {}, ())
     try:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+from loudmerge.adapter import Adapter
 from loudmerge.adapter_config import AdapterConfig
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.errors import Problem
@@ -18,13 +19,15 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def missing_siblings(
-    base: Checkpoint, config: AdapterConfig, placement: Placement, names: Names, family: Family
+    base: Checkpoint, adapter: Adapter, placement: Placement, names: Names, family: Family
 ) -> list[Problem]:
     """Modules that are targeted and in the base like a trained one, but not trained.
 
     They differ from it only in indices. A module is known by its canonical name; an experts module by that
-    of its group, whatever its parameters are called in memory.
+    of its group, whatever its parameters are called in memory. One that the adapter has, but that could not
+    be placed, has a problem of its own.
     """
+    present = {pair.module for pair in adapter.pairs}
     trained = set(_trained(placement, family))
     examples: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, leaf, module in sorted(trained):
@@ -37,7 +40,7 @@ def missing_siblings(
             sibling = _with_indices(module, name)
             if (name, leaf) in known or _is_extra_layer(base, name):
                 continue
-            if _targets(config, sibling, leaf):
+            if sibling not in present and _targets(adapter.config, sibling, leaf):
                 missing[sibling] = module
     return [_missing_sibling(sibling, module) for sibling, module in missing.items()]
 

@@ -97,3 +97,20 @@ def test_a_layer_whose_experts_have_other_names_on_disk_is_missing_too(world: Wo
     error = world.refuse(base, held, {"model_type": "granitemoe"}, target_parameters=["input_linear.weight"])
     assert error.code == "missing-adapter-tensor"
     assert "layers.1.block_sparse_moe" in error.where
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.experts.2.up_proj.weight", ""])
+def test_a_layer_that_was_refused_for_another_reason_is_not_missing_too(lost: str, world: World) -> None:
+    """The base lacks one expert's matrix, or holds a layer's experts apart and fused."""
+    base = expert_tensors(E, H, I, layers=2)
+    if lost:
+        del base[lost]
+    else:
+        base["model.layers.1.mlp.experts.gate_up_proj"] = values(E, 2 * I, H)
+    held: dict[str, torch.Tensor] = {}
+    for layer in (0, 1):
+        held |= fused_lora(f"model.layers.{layer}.mlp.experts", [(H, I), (2 * I, H)], experts=E)
+    error = world.refuse(base, held, target_parameters=BOTH)
+    assert [problem.code for problem in error.problems] == [
+        "experts-incomplete" if lost else "unsupported-base"
+    ]
