@@ -10,6 +10,7 @@ from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.jsonfile import read_json
+from loudmerge.sidefiles import find_side_files
 from loudmerge.tensorfile import TensorEntry, read_header
 
 CONFIG = "config.json"
@@ -17,33 +18,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WANTED = "a checkpoint directory as save_pretrained writes it, with config.json and safetensors files"
 
-WEIGHT_SUFFIXES = frozenset(
-    {
-        ".bin",
-        ".ckpt",
-        ".gguf",
-        ".h5",
-        ".mlmodel",
-        ".msgpack",
-        ".npz",
-        ".onnx",
-        ".onnx_data",
-        ".ot",
-        ".pickle",
-        ".pkl",
-        ".pt",
-        ".pth",
-        ".safetensors",
-        ".tflite",
-    }
-)
-"""Files that hold weights in some format; OUT holds no weights but the merged ones."""
-
-NOT_COPIED = frozenset({CONFIG, INDEX, "merge_report.json", "adapter_config.json"})
-
 _QUANTISED_CODE = re.compile(r"F[468](_|$)")
 
-QUANTISED_SUFFIXES = (
+_QUANTISED_SUFFIXES = (
     *("_blocks", "_scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed"),
     *(".SCB", ".absmax", ".quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"),
 )
@@ -56,6 +33,7 @@ class Checkpoint:
     entries: every tensor by its key. shards: weight files in order.
     index: the parsed model.safetensors.index.json, None for a single file.
     metadata: the `__metadata__` of each shard. side_files: the other files to keep, as relative paths.
+    left_out: other weights, which are not to be kept.
     """
 
     path: Path
@@ -65,6 +43,7 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     metadata: Mapping[Path, Mapping[str, str]]
     side_files: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     @property
     def model_type(self) -> str:
@@ -79,7 +58,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a checkpoint directory: config, index, and the headers of all shards; no weights.
 
     Raises MergeRefused: `unsupported-base` (no config, no safetensors, quantised), `corrupt-file`
-    (a shard that cannot be opened, an index that disagrees with the shards), `unsafe-file`.
+    (a shard that cannot be opened, an index that disagrees with the shards, a link to nothing),
+    `unsafe-file`. Raises OSError for a folder that cannot be read.
     """
     config = read_json(path / CONFIG, "unsupported-base", WANTED)
     index, names = _weight_files(path)
@@ -92,19 +72,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
         entries.update(found)
     if index is not None:
         problems += _index_problems(path / INDEX, index, entries)
+    problems += _other_weights_named(path, config, index, names)
     problems += _quantised(path, config, entries)
+    side = find_side_files(path, [*names, INDEX] if index is not None else names)
+    problems += side.problems
     if problems:
         raise MergeRefused(problems)
     shards = tuple(path / name for name in names)
-    return Checkpoint(path, config, entries, shards, index, metadata, _side_files(path))
+    return Checkpoint(path, config, entries, shards, index, metadata, side.copied, side.left_out)
 
 
 def _weight_files(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    # transformers looks for the single file first, so a stale index beside it is not read.
-    if (path / SINGLE).is_file():
-        return None, [SINGLE]
+    single = (path / SINGLE).is_file()
     if not (path / INDEX).is_file():
-        raise MergeRefused(_no_weights(path))
+        if not single:
+            raise MergeRefused(_no_weights(path))
+        return None, [SINGLE]
     index = read_json(path / INDEX, "unsupported-base", WANTED)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -112,6 +95,10 @@ def _weight_files(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
             Problem("corrupt-file", str(path / INDEX), "no weight_map", "a map from keys to shards")
         )
     names = sorted({str(name) for name in weight_map.values()})
+    # transformers looks for the single file first: an index that does not name it is another save's. One that
+    # names files beside it is kept for what they hold: layers for multi-token prediction.
+    if single and (SINGLE not in names or names == [SINGLE]):
+        return None, [SINGLE]
     problems = [problem for name in names for problem in _shard_problems(path, name)]
     problems += _numbering_problems(path, names)
     if problems:
@@ -129,6 +116,15 @@ def _shard_problems(path: Path, name: str) -> Iterable[Problem]:
             "a plain file name beside the index",
             "Do not use this checkpoint before you know who wrote that index.",
         )
+    elif not name.endswith(".safetensors"):
+        # transformers 5.24 unpickles a shard of any other name (modeling_utils.py, `load_state_dict`).
+        yield Problem(
+            "unsupported-base",
+            f"weight_map in {path / INDEX}",
+            f"the shard name {name!r}",
+            "a name that ends in .safetensors, as loaders need it",
+            "Rename the shard, in the index too.",
+        )
     elif not (path / name).is_file():
         yield Problem(
             "corrupt-file",
@@ -140,15 +136,35 @@ def _shard_problems(path: Path, name: str) -> Iterable[Problem]:
 
 
 def _numbering_problems(path: Path, names: Sequence[str]) -> Iterable[Problem]:
-    """The names of a set of shards say how many there are: model-00001-of-00003.safetensors."""
-    totals = {int(match[1]) for name in names if (match := re.search(r"-of-0*(\d+)\.safetensors$", name))}
-    if len(totals) == 1 and len(names) != max(totals):
+    """The names of a set of shards say how many there are: model-00001-of-00003.safetensors.
+
+    A file without a number may lie beside the set, mtp.safetensors for one.
+    """
+    numbered = [match for name in names if (match := re.search(r"-of-0*(\d+)\.safetensors$", name))]
+    totals = {int(match[1]) for match in numbered}
+    if len(totals) == 1 and len(numbered) != max(totals):
         yield Problem(
             "corrupt-file",
             f"weight_map in {path / INDEX}",
-            f"{len(names)} shards",
+            f"{len(numbered)} shards",
             f"{max(totals)}, as their names say",
             "Get the checkpoint again.",
+        )
+
+
+def _other_weights_named(
+    path: Path, config: Mapping[str, Any], index: Mapping[str, Any] | None, names: Sequence[str]
+) -> Iterable[Problem]:
+    """transformers >= 5 loads the file that `transformers_weights` names, whatever else is there."""
+    found = config.get("transformers_weights")
+    loaded = [SINGLE] * (SINGLE in names) + [INDEX] * (index is not None)
+    if found is not None and found not in loaded:
+        yield Problem(
+            "unsupported-base",
+            f"transformers_weights in {path / CONFIG}",
+            repr(found),
+            f"{' or '.join(loaded)}, the weights that are merged",
+            "Remove the field, if those are the weights you mean.",
         )
 
 
@@ -206,21 +222,10 @@ def _quantised(path: Path, config: Mapping[str, Any], entries: Mapping[str, Tens
                 found = f"weights quantised with {method}"
                 return [Problem("unsupported-base", where, found, "unquantised weights", hint)]
     for entry in entries.values():
-        if _QUANTISED_CODE.match(entry.dtype) or entry.name.endswith(QUANTISED_SUFFIXES):
+        if _QUANTISED_CODE.match(entry.dtype) or entry.name.endswith(_QUANTISED_SUFFIXES):
             found = f"a quantised tensor ({entry.dtype})"
             return [Problem("unsupported-base", str(entry), found, "unquantised weights", hint)]
     return []
-
-
-def _side_files(path: Path) -> tuple[str, ...]:
-    names = []
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not hidden and not weights and str(relative) not in NOT_COPIED:
-            names.append(relative.as_posix())
-    return tuple(names)
 
 
 def _values(config: Mapping[str, Any], names: frozenset[str]) -> Iterable[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loudmerge.adapter import Adapter, FullTensor, TokenRows
@@ -225,7 +225,7 @@ class Draft:
             counts=Counts(self.expert, self.dense, self.replaced, len(outputs) - touched),
             num_experts=placement.num_experts,
             config_edits=self.edits,
-            notes=tuple(self.notes),
+            notes=(*self.notes, *_left_out(self.base.left_out)),
         )
 
     def _output(self, entry: TensorEntry) -> OutputTensor:
@@ -279,6 +279,12 @@ def _paths(config: Mapping[str, Any], field: str) -> Iterable[str]:
     for name in TEXT_CONFIGS:
         if isinstance(config.get(name), dict):
             yield from (f"{name}.{path}" for path in _paths(config[name], field))
+
+
+def _left_out(names: Sequence[str], shown: int = 10) -> Iterable[str]:
+    if names:
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        yield f"other weights, and adapters, are not copied from the base: {', '.join(names[:shown])}{more}"
 
 
 def wrong_shape(where: str, found: tuple[int, ...], entry: TensorEntry) -> Problem:

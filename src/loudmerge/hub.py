@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from loudmerge import __version__, jsonfile
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem
+from loudmerge.sidefiles import MODULES, is_other_weights, module_folders
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -36,7 +37,7 @@ NOT_DOWNLOADED = (
     # Second copies of the weights, which no loader of a checkpoint directory reads.
     *("consolidated*.safetensors", "*/*.safetensors"),
 )
-"""Patterns, of the whole path, of what a merge never reads: other formats and other copies of weights."""
+"""Patterns, of the whole path, of other formats and other copies of weights, which a merge never reads."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LOADED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
@@ -84,7 +85,7 @@ class HubId:
 def resolve(name: str | Path) -> Path:
     """The directory of a model or adapter: `name` itself where it is one, else a snapshot from the Hub.
 
-    Of `owner/name[@revision]` everything is downloaded but weights in other formats than safetensors.
+    Of `owner/name[@revision]` everything is downloaded but other copies of the model's weights.
     A revision that is in the cache is not downloaded again, but the Hub is asked for it; with
     HF_HUB_OFFLINE=1 it is not, and the cache is taken as it is.
 
@@ -175,6 +176,9 @@ def _download(hub_id: HubId) -> Path:
             library_name="loudmerge",
             library_version=__version__,
         )
+        for name in wanted:
+            if _matches(name, NOT_DOWNLOADED):
+                _api().hf_hub_download(hub_id.repo, name, revision=hub_id.revision)
     missing = [name for name in wanted if not Path(snapshot, name).is_file()]
     if missing:
         raise EnvironmentFailed(
@@ -192,7 +196,14 @@ def _files_to_get(hub_id: HubId) -> list[str]:
         info = _api().model_info(hub_id.repo, revision=hub_id.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     names = _names(info)
     _refuse_pickles(hub_id, names)
-    return [name for name in names if not _matches(name, NOT_DOWNLOADED)]
+    folders = _module_folders(hub_id) if MODULES in names else frozenset()
+    return [name for name in names if not _matches(name, NOT_DOWNLOADED) or is_other_weights(name, folders)]
+
+
+def _module_folders(hub_id: HubId) -> frozenset[PurePosixPath]:
+    with _asking(f"download {MODULES} of {hub_id}", hint=USE_CACHE):
+        file = _api().hf_hub_download(hub_id.repo, MODULES, revision=hub_id.revision)
+    return module_folders(Path(file))
 
 
 def _refuse_pickles(hub_id: HubId, names: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from loudmerge.checkpoint import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES
+from loudmerge.checkpoint import CONFIG, INDEX, SINGLE
 from loudmerge.jsonfile import parse
 from loudmerge.plan import MergePlan, OutputTensor
+from loudmerge.sidefiles import is_weights, walk
 
 What = Literal[
     "missing", "extra", "dtype", "shape", "bytes", "value", "index", "metadata", "config", "unreadable"
@@ -141,10 +142,10 @@ def _check_header(output: OutputTensor, found: tuple[str, tuple[int, ...]] | Non
 
 def _foreign(plan: MergePlan, out: Path, shards: AbstractSet[str]) -> Iterator[TensorMismatch]:
     """Weights that are not of the merge: a loader may take them instead of the merged ones."""
-    for file in sorted(out.rglob("*")):
+    planned = {CONFIG, INDEX, *shards, *plan.side_files}
+    for file in sorted(walk(out)) if out.is_dir() else ():
         name = file.relative_to(out).as_posix()
-        weights = file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json")
-        if weights and file.is_file() and name not in {INDEX, *shards, *plan.side_files}:
+        if is_weights(name) and name not in planned:
             yield TensorMismatch(name, name, "extra", "a weight file or index that is no part of the merge")
 
 

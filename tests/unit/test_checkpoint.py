@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loudmerge.checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
+from loudmerge.checkpoint import Checkpoint, open_checkpoint
 from loudmerge.errors import MergeRefused
 from loudmerge.jsonfile import read_json
+from loudmerge.sidefiles import WEIGHT_SUFFIXES
 from loudmerge.tensorfile import read_header
 from tests.unit.builders import values, write_base
 
@@ -88,6 +90,23 @@ def test_a_stale_index_beside_a_single_file_is_neither_read_nor_kept(single: Pat
     assert INDEX not in found.side_files
 
 
+def test_an_index_that_names_the_single_file_and_others_is_kept_with_them(single: Path) -> None:
+    """transformers loads the single file; the layers beside it are for multi-token prediction elsewhere."""
+    save_file({"mtp.weight": values(2)}, single / "mtp.safetensors")
+    weight_map = dict.fromkeys(TENSORS, "model.safetensors") | {"mtp.weight": "mtp.safetensors"}
+    (single / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    found = open_checkpoint(single)
+    assert names(found) == weight_map
+    assert found.index is not None
+    assert (found.side_files, found.left_out) == ((), ())
+
+
+def test_an_index_of_the_single_file_alone_is_not_kept(single: Path) -> None:
+    (single / INDEX).write_text(json.dumps({"weight_map": {"gone.weight": "model.safetensors"}}))
+    found = open_checkpoint(single)
+    assert (found.index, found.left_out) == (None, (INDEX,))
+
+
 def test_files_may_be_links_as_in_a_cache_of_the_hub(sharded: Path, tmp_path: Path) -> None:
     (sharded / "tokenizer.json").write_text("{}")
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
@@ -146,6 +165,88 @@ def test_other_weights_and_litter_are_dropped(name: str, single: Path) -> None:
     (single / name).parent.mkdir(parents=True, exist_ok=True)
     (single / name).write_bytes(b"x")
     assert open_checkpoint(single).side_files == ()
+
+
+def test_what_is_left_out_is_known_but_for_litter(single: Path) -> None:
+    left_out = ["2_Dense/model.safetensors", "PYTORCH_MODEL.BIN", "adapter_config.json", "x.bin.index.json"]
+    (single / "2_Dense").mkdir()
+    for name in (*left_out, "merge_report.json", ".x.bin"):
+        (single / name).write_text("x")
+    assert open_checkpoint(single).left_out == tuple(left_out)
+
+
+def test_weights_of_other_modules_are_kept(single: Path) -> None:
+    """sentence-transformers puts modules after the model; qwen2_5_omni has its voices beside it."""
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+        {"path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    ]
+    (single / "modules.json").write_text(json.dumps(modules))
+    kept = ["2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "modules.json", "spk_dict.pt"]
+    for name in ("2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "0_Transformer/model.safetensors"):
+        (single / name).parent.mkdir(exist_ok=True)
+        (single / name).write_bytes(b"x")
+    (single / "spk_dict.pt").write_bytes(b"x")
+    found = open_checkpoint(single)
+    assert (list(found.side_files), found.left_out) == (kept, ("0_Transformer/model.safetensors",))
+
+
+@pytest.mark.parametrize(
+    "modules", ["[]", "{}", "null", '["x", {"type": "y"}, {"path": ""}, {"path": "./"}, {"path": 3}]']
+)
+def test_a_list_of_modules_without_folders_keeps_no_weights(modules: str, single: Path) -> None:
+    (single / "modules.json").write_text(modules)
+    (single / "onnx").mkdir()
+    (single / "onnx" / "model.safetensors").write_bytes(b"x")
+    assert open_checkpoint(single).side_files == ("modules.json",)
+
+
+def test_a_list_of_modules_that_is_no_json_is_corrupt(single: Path) -> None:
+    (single / "modules.json").write_text("[")
+    assert str(refused(single)).startswith(f"corrupt-file: {single / 'modules.json'}: found no JSON (")
+
+
+def test_a_link_to_nothing_is_refused_with_its_target(single: Path) -> None:
+    """A cache of the Hub that lost a blob."""
+    (single / "tokenizer.json").symlink_to("../../blobs/gone")
+    (single / "original").symlink_to("config.json/x")
+    error = refused(single)
+    assert str(error).startswith(
+        f"corrupt-file: {single / 'original'}: found a link to config.json/x, where nothing is, expected a"
+    )
+    assert f"{single / 'tokenizer.json'}: found a link to ../../blobs/gone, where nothing is" in str(error)
+
+
+def test_a_link_to_a_folder_is_refused(single: Path, tmp_path: Path) -> None:
+    """It may lead anywhere: what it holds is neither copied nor lost in silence."""
+    (tmp_path / "templates").mkdir()
+    (single / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    error = refused(single)
+    assert error.code == "unsafe-file"
+    assert f"additional_chat_templates: found a link to the folder {tmp_path / 'templates'}" in str(error)
+    assert "Put a copy of that folder in the link's place" in error.hint
+
+
+def test_a_pipe_is_no_file(single: Path) -> None:
+    os.mkfifo(single / "tokenizer.json")
+    assert "tokenizer.json: found a device, a pipe or a socket, expected a file" in str(refused(single))
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may run as root, who can read every folder."""
+    closed = single / "assets"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def scan(path: str) -> Any:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", scan)
+    with pytest.raises(PermissionError, match="assets"):
+        open_checkpoint(single)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -217,6 +318,15 @@ def test_a_shard_outside_the_directory_is_unsafe(name: str, sharded: Path, tmp_p
     assert "before you know who wrote that index" in error.hint
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00002", "model-00001-of-00002.SAFETENSORS", "rest.bin"])
+def test_a_shard_that_loaders_would_unpickle_is_refused(name: str, sharded: Path) -> None:
+    (sharded / FIRST).rename(sharded / name)
+    edit_index(sharded, lambda index: index["weight_map"].update({"a.weight": name}))
+    error = refused(sharded)
+    assert error.code == "unsupported-base"
+    assert f"found the shard name {name!r}, expected a name that ends in .safetensors" in str(error)
+
+
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / SECOND).unlink()
     error = refused(sharded)
@@ -240,6 +350,14 @@ def test_shards_that_are_not_numbered_are_not_counted(tmp_path: Path) -> None:
         path, lambda i: i["weight_map"].update(dict.fromkeys(("b.weight", "c.weight"), "rest.safetensors"))
     )
     assert len(open_checkpoint(path).shards) == 2
+
+
+def test_a_file_beside_the_numbered_shards_is_not_counted(sharded: Path) -> None:
+    save_file({"mtp.weight": values(2)}, sharded / "mtp.safetensors")
+    edit_index(sharded, lambda index: index["weight_map"].update({"mtp.weight": "mtp.safetensors"}))
+    assert len(open_checkpoint(sharded).shards) == 3
+    edit_index(sharded, lambda index: index["weight_map"].pop("a.weight"))
+    assert "found 1 shards, expected 2, as their names say." in str(refused(sharded))
 
 
 def test_a_key_in_two_shards_is_refused(sharded: Path) -> None:
@@ -328,6 +446,22 @@ def test_a_tensor_of_a_quantised_format_is_refused_by_its_name(name: str, tmp_pa
 def test_a_tensor_of_eight_bits_is_refused_by_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     path = write_base(tmp_path / "base", {"a.weight": values(2, 2).to(dtype)})
     assert "found a quantised tensor (F8_E" in str(refused(path))
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", INDEX, "pytorch_model.bin", 3])
+def test_a_config_that_has_other_weights_loaded_is_refused(name: object, single: Path) -> None:
+    """transformers 5 would look for that file in OUT."""
+    error = refused(set_config(single, transformers_weights=name))
+    assert error.code == "unsupported-base"
+    assert f"transformers_weights in {single / 'config.json'}: found {name!r}, expected model.safet" in str(
+        error
+    )
+
+
+def test_a_config_may_name_what_is_merged(single: Path, tmp_path: Path) -> None:
+    assert open_checkpoint(set_config(single, transformers_weights="model.safetensors")).index is None
+    sharded = write_base(tmp_path / "sharded", TENSORS, shards=SHARDS, transformers_weights=INDEX)
+    assert len(open_checkpoint(sharded).shards) == 2
 
 
 def test_problems_of_one_checkpoint_are_reported_together(sharded: Path) -> None:

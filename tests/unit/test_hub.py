@@ -84,6 +84,18 @@ def test_a_download_has_every_byte_and_no_weights_in_other_formats(server: HubSe
     assert not any(name in path for name in OTHER_FORMATS for path in asked)
 
 
+def test_weights_that_are_none_of_the_models_are_downloaded(server: HubServer) -> None:
+    wanted = {
+        **BASE,
+        "modules.json": b'[{"path": "", "type": "x.Transformer"}, {"path": "2_Dense", "type": "x.Dense"}]',
+        "2_Dense/model.safetensors": b"dense",
+        "spk_dict.pt": b"voices",
+    }
+    server.add_repo("owner/base", {**wanted, **OTHER_FORMATS})
+    found = tree(hub.resolve("owner/base"))
+    assert {name: data for name, data in found.items() if name != ".gitattributes"} == wanted
+
+
 def test_a_revision_is_a_commit_of_that_repository(server: HubServer) -> None:
     first = server.add_repo("owner/base", BASE)
     server.commit("owner/base", "second", {"config.json": b"{}"})

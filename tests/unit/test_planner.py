@@ -140,6 +140,17 @@ def test_the_rounding_of_the_plan_is_that_of_the_option(option: str, world: Worl
     assert world.plan(Q, lora(Q_PROJ, 8, H), rounding=option).rounding == option
 
 
+def test_weights_that_are_left_out_are_noted(world: World) -> None:
+    world.plan(Q, lora(Q_PROJ, 8, H))
+    for number in range(1, 13):
+        (world.path / "base" / f"model-{number:02}.gguf").write_bytes(b"x")
+    (note,) = plan_of(world.path / "base", world.path / "adapter").notes
+    assert note.startswith(
+        "other weights, and adapters, are not copied from the base: model-01.gguf, model-02"
+    )
+    assert note.endswith("model-10.gguf and 2 more")
+
+
 def test_two_alphas_for_one_name_are_noted(world: World) -> None:
     plan = world.plan(Q, lora(Q_PROJ, 8, H), alpha_pattern={"q_proj": 1, r".*q_proj": 2})
     (note,) = plan.notes
