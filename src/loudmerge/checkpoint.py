@@ -20,6 +20,9 @@ WANTED = "a checkpoint directory as save_pretrained writes it, with config.json 
 
 _QUANTISED_CODE = re.compile(r"F[468](_|$)")
 
+_PACKED_CODES = frozenset({"I8", "U8", "I32"})
+"""What quantised weights are packed into, and MXFP4's scales."""
+
 _QUANTISED_SUFFIXES = (
     *("_blocks", "_scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed"),
     *(".SCB", ".absmax", ".quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4"),
@@ -222,10 +225,20 @@ def _quantised(path: Path, config: Mapping[str, Any], entries: Mapping[str, Tens
                 found = f"weights quantised with {method}"
                 return [Problem("unsupported-base", where, found, "unquantised weights", hint)]
     for entry in entries.values():
-        if _QUANTISED_CODE.match(entry.dtype) or entry.name.endswith(_QUANTISED_SUFFIXES):
+        if _QUANTISED_CODE.match(entry.dtype) or _is_part_of_packed(entry, entries):
             found = f"a quantised tensor ({entry.dtype})"
             return [Problem("unsupported-base", str(entry), found, "unquantised weights", hint)]
     return []
+
+
+def _is_part_of_packed(entry: TensorEntry, entries: Mapping[str, TensorEntry]) -> bool:
+    """A packed weight, or the scales of one: `vision.layer_scales` in floats scales no weight."""
+    for suffix in _QUANTISED_SUFFIXES:
+        if entry.name.endswith(suffix):
+            stem = entry.name.removesuffix(suffix)
+            parts = (entry, entries.get(stem), entries.get(f"{stem}.weight"))
+            return any(part is not None and part.dtype in _PACKED_CODES for part in parts)
+    return False
 
 
 def _values(config: Mapping[str, Any], names: frozenset[str]) -> Iterable[Any]:

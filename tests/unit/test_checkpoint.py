@@ -448,6 +448,34 @@ def test_a_tensor_of_eight_bits_is_refused_by_its_dtype(dtype: torch.dtype, tmp_
     assert "found a quantised tensor (F8_E" in str(refused(path))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["vision.layer_scales", "x.num_blocks", "x.absmax", "x.weight_scale"])
+def test_floats_of_such_a_name_are_no_quantised_weights(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = {"x.weight": values(2, 2), name: values(4, dtype=dtype)}
+    assert name in open_checkpoint(write_base(tmp_path / "base", tensors)).entries
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        ("x.q_proj.weight", "x.q_proj.weight_scale"),  # compressed-tensors, 8 bits
+        ("x.q_proj.weight", "x.q_proj.SCB"),  # bitsandbytes, 8 bits
+        ("x.q_proj.weight", "x.q_proj.weight.absmax"),  # bitsandbytes, 4 bits
+        ("x.q_proj.weight", "x.q_proj.weight.quant_map"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_scales_in_floats_of_a_packed_weight_are_refused(
+    weight: str, scale: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = {weight: torch.zeros(2, 2, dtype=dtype), scale: values(2)}
+    error = refused(write_base(tmp_path / "base", tensors))
+    assert error.code == "unsupported-base"
+    assert f"{scale} [2] F32 in model.safetensors: found a quantised tensor (F32)" in str(error)
+
+
 @pytest.mark.parametrize("name", ["w.safetensors", INDEX, "pytorch_model.bin", 3])
 def test_a_config_that_has_other_weights_loaded_is_refused(name: object, single: Path) -> None:
     """transformers 5 would look for that file in OUT."""
