@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ from loudmerge.sidefiles import is_weights, walk
 What = Literal[
     "missing", "extra", "dtype", "shape", "bytes", "value", "index", "metadata", "config", "unreadable"
 ]
+
+LOADED = (
+    *("*config.json", "*token*.json", "*.jinja", "chat_template.json", "modules.json", "*.py"),
+    *("*.model", "*.tiktoken", "*vocab.*", "*merges.txt"),
+)
+"""Files without weights that loaders read: an adapter_config.json puts an adapter on top, for one."""
 
 COMPARED_AT_ONCE = 1 << 23
 """Bytes."""
@@ -141,12 +148,16 @@ def _check_header(output: OutputTensor, found: tuple[str, tuple[int, ...]] | Non
 
 
 def _foreign(plan: MergePlan, out: Path, shards: AbstractSet[str]) -> Iterator[TensorMismatch]:
-    """Weights that are not of the merge: a loader may take them instead of the merged ones."""
+    """What is not of the merge, but changes what a loader makes of it, or is loaded in its place."""
     planned = {CONFIG, INDEX, *shards, *plan.side_files}
     for file in sorted(walk(out)) if out.is_dir() else ():
         name = file.relative_to(out).as_posix()
-        if is_weights(name) and name not in planned:
+        if name in planned:
+            continue
+        if is_weights(name):
             yield TensorMismatch(name, name, "extra", "a weight file or index that is no part of the merge")
+        elif file.is_dir() or any(fnmatch(name, pattern) for pattern in LOADED):
+            yield TensorMismatch(name, name, "extra", "read by loaders, and no part of the merge")
 
 
 def _check_index(plan: MergePlan, file: Path, shards: Sequence[Path]) -> Iterator[TensorMismatch]:

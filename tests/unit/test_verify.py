@@ -349,6 +349,37 @@ def test_weights_that_are_no_part_of_the_merge_are_found(world: World, name: str
     assert (world.only().key, world.only().what) == (name, "extra")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "modeling_x.py",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
+        "vocab.txt",
+    ],
+)
+def test_files_that_loaders_read_and_the_merge_did_not_write_are_found(world: World, name: str) -> None:
+    (world.out / name).parent.mkdir(exist_ok=True)
+    (world.out / name).write_bytes(b"x")
+    found = world.only()
+    assert (found.key, found.what) == (name, "extra")
+    assert found.detail == "read by loaders, and no part of the merge"
+
+
+def test_a_folder_that_is_linked_into_out_is_found(world: World, tmp_path: Path) -> None:
+    (world.out / "additional_chat_templates").symlink_to(tmp_path)
+    assert (world.only().key, world.only().what) == ("additional_chat_templates", "extra")
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", ".gitattributes", "eval_results.json"])
+def test_files_that_no_loader_reads_may_lie_in_out(world: World, name: str) -> None:
+    (world.out / name).write_bytes(b"x")
+    assert world.verify().ok
+
+
 def test_a_shard_without_the_format_is_found(world: World) -> None:
     """transformers does not load a shard whose metadata has no format."""
     save_file(load_file(world.out / SHARDS[1]), world.out / SHARDS[1])
