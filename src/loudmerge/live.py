@@ -6,12 +6,12 @@ Going through files keeps one merge for everything: the same plan, the same refu
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
 from loudmerge.merge import Pathish, merge
 from loudmerge.report import MergeReport
 from loudmerge.tensorfile import TensorEntry, TensorReader
+from loudmerge.wrappers import PREFIX, Wrapper, other_adapters, plain_attribute, settle, wrappers
 from loudmerge.writer import refuse_existing
 
 if TYPE_CHECKING:
@@ -40,23 +41,23 @@ COMPARED_BYTES = 16 << 20
 _TOKENIZER_FILE = re.compile(r"token|vocab|merges|chat_template|\.model$|\.jinja$")
 """Side files that a tokenizer given to `save_pretrained_merged` takes the place of."""
 
-_PREFIX = "base_model.model."
-
 
 def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **options: Any) -> MergeReport:
     """Merges a live PeftModel's active adapter into its base and publishes the result as `out`.
 
     model: a peft.PeftModel with one active LoRA adapter; it is not changed. tokenizer: saved beside the
     weights when given. options: those of `loudmerge.merge`. The base is taken from memory, so what was
-    changed since it was loaded is in the file. Where it was loaded from a local checkpoint and is still the
-    same, byte for byte, OUT keeps that checkpoint's shards, side files, and tensors that the model's class
-    does not have.
+    changed since it was loaded is in the file; so are the LoRA's scalings, as set_scale left them. Where the
+    base was loaded from a local checkpoint and is still the same, byte for byte, OUT keeps that checkpoint's
+    shards, side files, and tensors that the model's class does not have.
 
-    Raises MergeRefused like `merge`, and for a base that is quantised, offloaded or has merged adapters;
-    TypeError for what is no PeftModel; ValueError when there is not exactly one active adapter, or adapters
-    are disabled.
+    Raises MergeRefused like `merge`, and for a base that is quantised, offloaded or has merged adapters, and
+    for modules whose active adapter is not the model's; TypeError for what is no PeftModel; ValueError when
+    there is not exactly one active adapter, or adapters are disabled.
     """
     name = _active_adapter(model)
+    found = tuple(wrappers(model))
+    _refuse_others(found, name)
     base = model.get_base_model()
     tensors = base_state_dict(base)
     _refuse_base(model, base, tensors)
@@ -64,18 +65,21 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     refuse_existing(target, overwrite=bool(options.get("overwrite", False)))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.live-", dir=target.parent) as scratch:
-        weights, adapter = Path(scratch, "base"), Path(scratch, "adapter")
-        with _own_copies(model, base, name):
-            # Embeddings are written with the base: what is in memory is what was trained on.
-            model.save_pretrained(adapter, selected_adapters=[name], save_embedding_layers=False)
-            adapter = adapter if name == "default" else adapter / name
-            _add_lost_biases(adapter, tensors)
-            read_adapter(adapter)
-            base.save_pretrained(weights, state_dict=tensors)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(weights)
-        _keep_disk_layout(weights, base, with_tokenizer=tokenizer is None)
-        return merge(weights, adapter, target, **options)
+        weights, saved = Path(scratch, "base"), Path(scratch, "adapter")
+        adapter = saved if name == "default" else saved / name
+        memory = {adapter: f"the live model's adapter {name!r}", weights: "the live model's base"}
+        with _named_as_in_memory(memory):
+            with _own_copies(model, base, name):
+                # Embeddings are written with the base: what is in memory is what was trained on.
+                model.save_pretrained(saved, selected_adapters=[name], save_embedding_layers=False)
+                _add_lost_biases(adapter, tensors)
+                settle(adapter, found, name)
+                read_adapter(adapter)
+                base.save_pretrained(weights, state_dict=tensors)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(weights)
+            _keep_disk_layout(weights, base, with_tokenizer=tokenizer is None)
+            return merge(weights, adapter, target, **options)
 
 
 def base_state_dict(base: nn.Module) -> dict[str, Tensor]:
@@ -111,17 +115,22 @@ def _active_adapter(model: Any) -> str:
     active = list(model.active_adapters)
     if len(active) != 1:
         raise ValueError(f"found the active adapters {active}, expected exactly one: call set_adapter first")
-    tuned = (module for module in model.modules() if _plain_attribute(module, "lora_A") is not None)
-    if any(_plain_attribute(module, "_disable_adapters") for module in tuned):
-        raise ValueError("the adapters are disabled: call enable_adapter_layers first")
     return str(active[0])
+
+
+def _refuse_others(found: Sequence[Wrapper], name: str) -> None:
+    if found and all(wrapper.disabled for wrapper in found):
+        raise ValueError("the adapters are disabled: call enable_adapter_layers first")
+    problems = list(other_adapters(found, name))
+    if problems:
+        raise MergeRefused(problems)
 
 
 def _refuse_base(model: Any, base: Any, tensors: Mapping[str, Tensor]) -> None:
     hint = "Save the adapter, and merge it into the unquantised checkpoint with loudmerge.merge."
     if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
         found, expected = "a quantised base in memory", "full weights"
-    elif any(_plain_attribute(module, "merged_adapters") for module in model.modules()):
+    elif any(plain_attribute(module, "merged_adapters") for module in model.modules()):
         found, expected = "adapters that are merged into the base in memory", "the base without them"
         hint = "Call unmerge_adapter first."
     elif any(tensor.is_meta for tensor in tensors.values()):
@@ -152,6 +161,23 @@ def _own_copies(model: Any, base: Any, name: str) -> Iterator[None]:
             setattr(base, field, value)
 
 
+@contextmanager
+def _named_as_in_memory(memory: Mapping[Path, str]) -> Iterator[None]:
+    """A refusal names what was in memory; the directories that it was written to are gone when it is read."""
+    try:
+        yield
+    except MergeRefused as refusal:
+        named = [replace(problem, where=_in_memory(problem.where, memory)) for problem in refusal.problems]
+        raise MergeRefused(named) from None
+
+
+def _in_memory(where: str, memory: Mapping[Path, str]) -> str:
+    for path, name in memory.items():
+        before, found, file = where.rpartition(f"{path}/")
+        where = f"{before}{file} of {name}" if found else where.replace(str(path), name)
+    return where
+
+
 def _add_lost_biases(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
     """PEFT before 0.21 trains the biases of bias="lora_only" but saves none: the base in memory has them.
 
@@ -160,12 +186,12 @@ def _add_lost_biases(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
     if json.loads((adapter / ADAPTER_CONFIG).read_text("utf-8")).get("bias") != "lora_only":
         return
     saved = load_file(adapter / WEIGHTS)
-    modules = {key.partition(".lora_")[0].removeprefix(_PREFIX) for key in saved if ".lora_" in key}
+    modules = {key.partition(".lora_")[0].removeprefix(PREFIX) for key in saved if ".lora_" in key}
     known = {key.replace(".base_layer.", ".") for key in saved}
     lost = {
-        f"{_PREFIX}{name}": tensors[name].detach().cpu().contiguous()
+        f"{PREFIX}{name}": tensors[name].detach().cpu().contiguous()
         for name in sorted(f"{module}.bias" for module in modules)
-        if name in tensors and f"{_PREFIX}{name}" not in known
+        if name in tensors and f"{PREFIX}{name}" not in known
     }
     if lost:
         save_file({**saved, **lost}, adapter / WEIGHTS, metadata={"format": "pt"})
@@ -248,26 +274,16 @@ def _chain(module: object) -> Iterator[object]:
             return
         seen.add(id(module))
         yield module
-        module = _plain_attribute(module, "base_layer")
+        module = plain_attribute(module, "base_layer")
 
 
 def _counts(layer: object) -> Iterator[int]:
     for name in EXPERT_COUNT_FIELDS:
-        value = _plain_attribute(layer, name)
+        value = plain_attribute(layer, name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             yield value
     for leaf in FUSED_LEAVES:
-        parameter = _plain_attribute(layer, leaf)
+        parameter = plain_attribute(layer, leaf)
         shape: Sequence[int] = getattr(parameter, "shape", ())
         if len(shape) == 3:
             yield int(shape[0])
-
-
-def _plain_attribute(owner: object, name: str) -> object:
-    """An attribute that is simply there, a submodule or a parameter; properties are not run."""
-    own: Mapping[str, Any] = getattr(owner, "__dict__", {})
-    for place in (own, own.get("_modules"), own.get("_parameters")):
-        if place and name in place:
-            return place[name]
-    value = inspect.getattr_static(type(owner), name, None)
-    return None if hasattr(type(value), "__get__") else value

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -237,14 +240,15 @@ def test_what_was_changed_in_memory_is_in_out(change: str, tmp_path: Path) -> No
         assert_logits(tmp_path / "out", wanted)
 
 
-def unchanged(folder: Path, model: PeftModel, code: str, **options: Any) -> None:
-    """Refused with this code; the model, and what lies beside OUT, are as before."""
+def unchanged(folder: Path, model: PeftModel, code: str, **options: Any) -> str:
+    """Refused with this code; the model, and what lies beside OUT, are as before. Returns the message."""
     before, beside = snapshot(model), sorted(folder.rglob("*"))
     with pytest.raises(loudmerge.MergeRefused) as refusal:
         loudmerge.save_pretrained_merged(model, folder / "out", **options)
     assert refusal.value.code == code, str(refusal.value)
     assert snapshot(model) == before
     assert sorted(folder.rglob("*")) == beside
+    return str(refusal.value)
 
 
 @pytest.mark.parametrize(("field", "value"), [("is_quantized", True), ("hf_quantizer", object())])
@@ -266,7 +270,11 @@ def test_an_initialisation_that_changes_the_base_is_refused(tmp_path: Path) -> N
     kind = Kind(
         "PiSSA", "llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, (), config=UNTIED
     )
-    unchanged(tmp_path, live_model(kind), "unsupported-adapter")
+    found = unchanged(tmp_path, live_model(kind), "unsupported-adapter")
+    assert (
+        "init_lora_weights in adapter_config.json of the live model's adapter 'default': found 'pissa'"
+        in found
+    )
 
 
 def test_merged_adapters_are_refused(tmp_path: Path) -> None:
@@ -316,3 +324,119 @@ def test_two_active_adapters_are_a_value_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\['default', 'second'\], expected exactly one"):
         loudmerge.save_pretrained_merged(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# --- what was set on the live model --------------------------------------------------------------------
+
+
+def lora_layers(model: PeftModel) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def set_scale(model: PeftModel) -> None:
+    for layer in lora_layers(model):
+        layer.set_scale("default", 0.25)
+
+
+def scale_layer(model: PeftModel) -> None:
+    for layer in lora_layers(model):
+        layer.scale_layer(0.5)
+
+
+def scale_each_otherwise(model: PeftModel) -> None:
+    for number, layer in enumerate(lora_layers(model)):
+        layer.scaling["default"] = -0.7 * number
+
+
+def change_the_config(model: PeftModel) -> None:
+    """The layers keep what they were made with."""
+    model.peft_config["default"].lora_alpha = 100
+    model.peft_config["default"].alpha_pattern = {"q_proj": 3}
+
+
+@pytest.mark.parametrize("name", ["Llama", "patterns under rslora", "LoRA on fused experts", "DoRA"])
+@pytest.mark.parametrize("change", [set_scale, scale_layer, scale_each_otherwise, change_the_config])
+def test_the_scaling_of_the_live_layers_is_what_is_merged(
+    change: Callable[[PeftModel], None], name: str, tmp_path: Path
+) -> None:
+    kind = {**NAMED, LLAMA.name: LLAMA}[name]
+    if kind.why_not():
+        pytest.skip(kind.why_not())
+    model = live_model(kind)
+    first = tiny.logits(model)
+    change(model)
+    wanted, before = kinds.trained_logits(model), snapshot(model)
+    assert change is change_the_config or (wanted - first).abs().max() >= TRAINED
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert snapshot(model) == before
+    assert_logits(tmp_path / "out", wanted)
+
+
+def test_inside_rescale_adapter_scale_the_rescaled_adapter_is_merged(tmp_path: Path) -> None:
+    model = live_model()
+    with rescale_adapter_scale(model, 0.5):
+        wanted = tiny.logits(model)
+        loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert (tiny.logits(model) - wanted).abs().max() >= TRAINED
+    assert_logits(tmp_path / "out", wanted)
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+def test_of_the_keys_of_a_pattern_the_one_that_the_model_was_made_with_counts(
+    field: str, tmp_path: Path
+) -> None:
+    """PEFT saves the keys sorted, so that ".*" comes before the one that was first."""
+    lora = {"target_modules": ["q_proj", "down_proj"], field: {"self_attn.q_proj": 3, ".*": 1}}
+    model = live_model(Kind("overlapping", "llama", lora, (), config=UNTIED))
+    wanted = tiny.logits(model)
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert_logits(tmp_path / "out", wanted)
+
+
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def with_a_second_adapter() -> PeftModel:
+    model = live_model()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("module", "active", "message"),
+    [
+        (QUERY, ["second"], "found ['second'] active, expected 'default' active, as in the model."),
+        (QUERY, ["default", "second"], "found ['default', 'second'] active, expected 'default' active"),
+        (QUERY, [], "found [] active, expected 'default' active"),
+        (QUERY.replace("q_", "v_"), ["second"], "found ['second'] active, expected none of them active"),
+    ],
+)
+def test_a_module_whose_active_adapter_is_not_the_models_is_refused(
+    module: str, active: list[str], message: str, tmp_path: Path
+) -> None:
+    model = with_a_second_adapter()
+    model.get_base_model().get_submodule(module).set_adapter(active)
+    found = unchanged(tmp_path, model, "unsupported-adapter")
+    assert f"unsupported-adapter: {module} of the live model: {message}" in found
+    assert "Call set_adapter('default') and enable_adapter_layers on the model first." in found
+    model.set_adapter("default")
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert_logits(tmp_path / "out", tiny.logits(model))
+
+
+@pytest.mark.parametrize(
+    ("module", "lora"),
+    [
+        (QUERY, {}),
+        ("lm_head", {"modules_to_save": ["lm_head"]}),
+        ("model.embed_tokens", {"trainable_token_indices": [4, 5]}),
+    ],
+)
+def test_one_module_whose_adapters_are_disabled_is_refused(
+    module: str, lora: dict[str, Any], tmp_path: Path
+) -> None:
+    kind = Kind("disabled", "llama", {"target_modules": ["q_proj"], **lora}, (), config=UNTIED)
+    model = live_model(kind)
+    model.get_base_model().get_submodule(module).enable_adapters(False)
+    found = unchanged(tmp_path, model, "unsupported-adapter")
+    assert f"{module} of the live model: found its adapters disabled, expected 'default' active" in found
