@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROUNDING_FACTOR = 4.0
-"""How many times the divergence of PEFT's own rounded merge is allowed. Stochastic rounding has twice the
-variance of rounding to nearest where updates are large; the rest is for the scatter between tokens."""
+"""How many times the divergence that rounding PEFT's own merge makes is allowed. Stochastic rounding has
+twice the variance of rounding to nearest where updates are large; the rest is for the scatter of tokens."""
 TRAINING_FRACTION = 2e-2
 """The part of KL(base || trained) that is allowed in any case. In tiny random models rounding sends some
 tokens to another expert, which cost up to 0.6 % of it over 512 tokens; a missing update costs 100 %."""
@@ -76,7 +76,9 @@ class Sample:
 class Comparison:
     """How base, trained (base + adapter by PEFT) and merged (OUT) behave. KL in nats a token, from float32.
 
-    kl_rounding: KL(trained || PEFT's own merge, rounded to nearest in OUT's dtype): what a right merge costs.
+    kl_rounding: KL(PEFT's own merge || the same, rounded to nearest in OUT's dtype): what rounding costs. Not
+    from the trained model: PEFT's merge may be another one, as where it forgets that weights are tied.
+    kl_peft: KL(trained || PEFT's own merge before rounding), which tells that.
     kl_bfloat16: KL(merged || merged run in bfloat16): the noise floor of bfloat16 arithmetic; None where OUT
     is not stored in it. stored: the dtype of most of OUT. text: what the models were run on.
     """
@@ -88,6 +90,7 @@ class Comparison:
     kl_base_merged: float
     kl_trained_merged: float
     kl_rounding: float
+    kl_peft: float
     kl_bfloat16: float | None
     top1_agreement: float
     samples: tuple[Sample, ...]
@@ -99,7 +102,12 @@ class Comparison:
     @property
     def allowance(self) -> float:
         """The largest KL(trained || merged) that counts as rounding."""
-        return max(ROUNDING_FACTOR * self.kl_rounding, TRAINING_FRACTION * self.kl_base_trained, ARITHMETIC)
+        return max(ROUNDING_FACTOR * self.kl_rounding, self._unrounded)
+
+    @property
+    def _unrounded(self) -> float:
+        """The same where nothing is rounded."""
+        return max(TRAINING_FRACTION * self.kl_base_trained, ARITHMETIC)
 
     @property
     def ok(self) -> bool:
@@ -122,8 +130,13 @@ class Comparison:
         return sum(sample.matched for sample in self.samples)
 
     def explained(self, sample: Sample) -> bool:
-        """Whether a sample matches, or differs by what rounding to OUT's dtype does."""
-        if sample.preference is None or sample.merged == sample.rounded:
+        """Whether a sample matches, or differs by what rounding to OUT's dtype does.
+
+        PEFT's own rounded merge shows that only where it is a merge of what was trained.
+        """
+        if sample.preference is None:
+            return True
+        if sample.merged == sample.rounded and self.kl_peft <= self._unrounded:
             return True
         return sample.preference <= TIE_DEVIATIONS * math.sqrt(self.allowance)
 
@@ -139,6 +152,7 @@ class Comparison:
             "kl_base_merged": self.kl_base_merged,
             "kl_trained_merged": self.kl_trained_merged,
             "kl_rounding": self.kl_rounding,
+            "kl_peft": self.kl_peft,
             "kl_bfloat16": self.kl_bfloat16,
             "allowance": self.allowance,
             "top1_agreement": self.top1_agreement,
@@ -235,7 +249,7 @@ def _compare(
     vocabulary = bare.config.get_text_config().vocab_size
     passages = behaviour.make_passages(merged.path, merged.config, vocabulary, prompts, tokens)
     out = _run_out(cls, merged, passages, device)
-    base_logits, trained, rounded = _run_trained(cls, merge_plan, out, passages, device)
+    base_logits, trained, unrounded, rounded = _run_trained(cls, merge_plan, out, passages, device)
     return Comparison(
         out=merged.path,
         base=base.path,
@@ -243,7 +257,8 @@ def _compare(
         kl_base_trained=behaviour.divergence(base_logits, trained.logits),
         kl_base_merged=behaviour.divergence(base_logits, out.run.logits),
         kl_trained_merged=behaviour.divergence(trained.logits, out.run.logits),
-        kl_rounding=behaviour.divergence(trained.logits, rounded.logits),
+        kl_rounding=behaviour.divergence(unrounded, rounded.logits),
+        kl_peft=behaviour.divergence(trained.logits, unrounded),
         kl_bfloat16=out.kl_bfloat16,
         top1_agreement=behaviour.top1_agreement(trained.logits, out.run.logits),
         samples=_samples(passages, trained, out.run, rounded),
@@ -287,8 +302,8 @@ def _noise_floor(
 
 def _run_trained(
     cls: type[PreTrainedModel], merge_plan: MergePlan, out: _Out, passages: Passages, device: str
-) -> tuple[tuple[Tensor, ...], Run, Run]:
-    """The base's logits, and the runs of the trained model and of PEFT's own merge, rounded as OUT is."""
+) -> tuple[tuple[Tensor, ...], Run, tuple[Tensor, ...], Run]:
+    """The base's logits, the trained model's run, and PEFT's merge: logits, and its run rounded as OUT is."""
     adapter, sites = merge_plan.adapter, merge_plan.sites
     loaded = models.load_base(cls, merge_plan.base.path, device)
     models.check_no_extra(out.path, out.unexpected, loaded)
@@ -300,9 +315,10 @@ def _run_trained(
         trained = models.attach(base, Path(directory), adapter, len(sites), device)
     run = behaviour.run(trained, passages, ends)
     behaviour.check_finite(run.logits, adapter.path, EnvironmentFailed)
-    rounded = trained.merge_and_unload()
-    models.round_parameters(rounded, out.exact, out.dtype)
-    return base_logits, run, behaviour.run(rounded, passages, ends)
+    merged = trained.merge_and_unload()
+    unrounded = behaviour.logits(merged, passages.sequences)
+    models.round_parameters(merged, out.exact, out.dtype)
+    return base_logits, run, unrounded, behaviour.run(merged, passages, ends)
 
 
 def _samples(passages: Passages, trained: Run, merged: Run, rounded: Run) -> tuple[Sample, ...]:

@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from torch import Tensor
 from loudmerge.compare import Comparison, compare
 from loudmerge.errors import EnvironmentFailed, Mismatch
 from loudmerge.merge import merge
+from tests.support import kinds
+from tests.support.kinds_vocabulary import VOCABULARY
 from tests.support.tiny import BUILDABLE, attach_random_lora, build, build_square, expert_parameters
 
 EXPERTS, RANK, TOKENS = 4, 4, 192
@@ -263,3 +265,25 @@ def test_an_update_that_hardly_shows_is_inconclusive_not_failed(family: str, tmp
     assert found.ok, found.summary()
     assert found.inconclusive
     assert found.summary().startswith("ok: inconclusive: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_pefts_own_merge_is_wrong_only_a_right_one_is_ok(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT merges LoRA on a tied head into the embedding, too. That is no rounding, and allows nothing."""
+    (kind,) = (kind for kind in VOCABULARY if kind.name == "LoRA on the head, tied")
+    model = kinds.build(kind, dtype)
+    model.save_pretrained(tmp_path / "base")
+    live = kinds.attach(model.float(), kind)
+    live.save_pretrained(tmp_path / "adapter")
+    live.merge_and_unload().to(dtype).save_pretrained(tmp_path / "by-peft")
+    made = Inputs(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge(made.base, made.adapter, made.out)
+    right = run(made)
+    assert right.ok, right.summary()
+    assert not right.inconclusive
+    assert right.kl_peft > 0.1 * right.kl_base_trained
+    for wrong in (made.base, tmp_path / "by-peft"):
+        found = run(replace(made, out=wrong))
+        assert not found.ok, found.summary()
+        assert not found.inconclusive
+        assert found.summary().startswith("mismatch: ")

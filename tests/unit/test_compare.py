@@ -25,6 +25,7 @@ RIGHT = Comparison(
     kl_base_merged=0.2,
     kl_trained_merged=6e-4,
     kl_rounding=6e-4,
+    kl_peft=1e-9,
     kl_bfloat16=2e-3,
     top1_agreement=0.99,
     samples=(SAME, SAME),
@@ -94,6 +95,12 @@ def test_a_sample_may_part_only_where_rounding_explains_it(sample: Sample, ok: b
     assert ("(by rounding)" if ok else "(not by rounding)") in found.summary()
 
 
+def test_a_sample_as_peft_merges_is_not_explained_where_that_is_another_model() -> None:
+    as_peft = replace(RIGHT, samples=(Sample("p", "x y", "x z", "x z", 5.0),))
+    assert as_peft.ok
+    assert not replace(as_peft, kl_peft=0.1).ok
+
+
 def test_the_json_holds_what_a_compatibility_cell_reads_and_no_infinity() -> None:
     found = replace(RIGHT, samples=(SAME, Sample("p", "x", "x z", "x", math.inf)))
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
@@ -106,8 +113,8 @@ def test_the_json_holds_what_a_compatibility_cell_reads_and_no_infinity() -> Non
         "matched": False,
         "preference": None,
     }
-    for name in ("kl_base_trained", "kl_base_merged", "kl_trained_merged", "kl_rounding", "kl_bfloat16"):
-        assert document[name] == getattr(found, name)
+    for name in ("base_trained", "base_merged", "trained_merged", "rounding", "peft", "bfloat16"):
+        assert document[f"kl_{name}"] == getattr(found, f"kl_{name}")
     assert document["versions"]["peft"] == "0"
 
 
