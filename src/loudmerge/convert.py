@@ -129,9 +129,9 @@ def convert(
         )
     draft = Draft(found.config, tensors, reading.taken)
     if to == PER_EXPERT:
-        write_apart(draft, experts, everywhere=reading.everywhere)
+        write_apart(draft, experts, reading.layers)
     else:
-        write_fused(draft, experts, to, family.under(transformers), everywhere=reading.everywhere)
+        write_fused(draft, experts, to, family.under(transformers), reading.layers)
     files = _publish(where, target, draft, overwrite=overwrite)
     return Conversion(where, target, to, _before(sites), draft.sites, len(draft.tensors), files)
 
@@ -220,7 +220,7 @@ def _slots(planned: MergePlan) -> Slots:
 class _Reading:
     """Takes the LoRA of experts out of an adapter's tensors.
 
-    taken: the modules whose LoRA that was. everywhere: whether each experts module has some.
+    taken: the modules whose LoRA that was. layers: how many of the base's have experts; 0 without a base.
     apart: the sites of experts' own Linears, by experts module.
     """
 
@@ -233,7 +233,7 @@ class _Reading:
         self._tensors = tensors
         keys = planned.base.entries if planned is not None else ()
         self._gated = any(map(self._is_gate, keys))
-        self.everywhere = self._modules(keys) == self._modules(site.parameter for site in sites)
+        self.layers = len(self._modules(keys))
         self.taken: set[str] = set()
         self.apart: dict[str, dict[tuple[str, int], Site]] = defaultdict(dict)
         for site in sites:

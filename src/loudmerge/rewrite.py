@@ -130,13 +130,10 @@ class Draft:
             self.raw[_MARKER] = packing.value
 
 
-def write_fused(
-    draft: Draft, found: Sequence[ExpertLora], to: str, family: Family, *, everywhere: bool
-) -> None:
+def write_fused(draft: Draft, found: Sequence[ExpertLora], to: str, family: Family, layers: int) -> None:
     """One pair for each parameter, those of a module nested, in the orientation that the layout's PEFT reads.
 
-    everywhere: whether every layer of the base that has experts is among them; then they are targeted by the
-    ends of their names, else by the whole.
+    layers: how many layers of the base have experts, for `_targets`.
     Raises MergeRefused `ambiguous-layout` where that depends on the transformers version it will run under,
     and `family` has more than one's.
     """
@@ -164,7 +161,7 @@ def write_fused(
             factors = one.factors if family.axes is Axes.OUT_IN else one.factors.transposed()
             draft.add(module, depth, *fused(factors, orientation, packing))
             draft.settle([one.parameter], re.escape(one.parameter), factors.rank, one.scaling)
-    targets = {_target(one.parameter, one.module, everywhere=everywhere) for one in found}
+    targets = _targets([(one.parameter, one.module) for one in found], layers)
     named_already = parse_config(draft.raw).targeted_parameters
     if not all(one.leaf in named_already(one.module) for one in found):
         draft.target(targets, "target_parameters")
@@ -172,12 +169,12 @@ def write_fused(
     draft.mark(packing)
 
 
-def write_apart(draft: Draft, found: Sequence[ExpertLora], *, everywhere: bool) -> None:
+def write_apart(draft: Draft, found: Sequence[ExpertLora], layers: int) -> None:
     """One pair for each expert and projection, as PEFT has them for transformers 4.
 
-    everywhere: as for `write_fused`. Raises MergeRefused where nothing tells gate from up.
+    layers: as for `write_fused`. Raises MergeRefused where nothing tells gate from up.
     """
-    targets: set[str] = set()
+    places: list[tuple[str, str]] = []
     for one in found:
         if not one.parts:
             raise MergeRefused(
@@ -198,16 +195,23 @@ def write_apart(draft: Draft, found: Sequence[ExpertLora], *, everywhere: bool) 
             group = names[0].rpartition(".")[0].rpartition(".")[0]
             expression = rf"{re.escape(group)}\.\d+\.{re.escape(leaf)}"
             draft.settle(names, expression, factors.rank, one.scaling)
-            targets.update(_target(name, group, everywhere=everywhere) for name in names)
+            places += [(name, group) for name in names]
     draft.raw["target_parameters"] = _others(draft.raw.get("target_parameters"), found) or None
-    draft.target(targets, "target_modules")
+    draft.target(_targets(places, layers), "target_modules")
     draft.mark(LoraBLayout.RANK_MAJOR)
     draft.raw.pop(_MARKER, None)
 
 
-def _target(name: str, module: str, *, everywhere: bool) -> str:
-    """What names a parameter or Linear of an experts module, and nothing of a shared expert or dense MLP."""
-    return f"{module.rpartition('.')[2]}.{name.removeprefix(f'{module}.')}" if everywhere else name
+def _targets(places: Iterable[tuple[str, str]], layers: int) -> set[str]:
+    """What names these parameters or Linears, each with its experts module, and nothing of a shared expert.
+
+    The end of the name where all layers with experts have LoRA there, else the whole: where a config targets
+    a layer without LoRA, the adapter is not complete.
+    """
+    ends: dict[str, list[str]] = defaultdict(list)
+    for name, module in places:
+        ends[f"{module.rpartition('.')[2]}.{name.removeprefix(f'{module}.')}"].append(name)
+    return {target for end, names in ends.items() for target in ([end] if len(names) == layers else names)}
 
 
 def registration(leaf: str) -> int:

@@ -240,6 +240,28 @@ def test_per_expert_has_the_checkpoints_own_names(tmp_path: Path) -> None:
     assert "model.layers.0.block_sparse_moe.experts.0.w1" in modules
 
 
+@pytest.mark.parametrize("then", FUSED)
+def test_down_in_one_layer_and_gate_and_up_in_another_are_read_back(then: str, tmp_path: Path) -> None:
+    """Each is targeted where it has LoRA: in the other layer the config would name what the file lacks."""
+    built = build(qwen(), tmp_path)
+    held = tensors(built.adapter)
+    inner, outer = "layers.0.mlp.experts.base_layer.lora_", "layers.1.mlp.experts.lora_"
+    half = {key.replace(".base_layer", ""): held[key] for key in held if inner in key or outer in key}
+    save_file(half, built.adapter / WEIGHTS)
+    targets = ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"]
+    raw = {**config(built.adapter), "target_parameters": targets}
+    (built.adapter / "adapter_config.json").write_text(json.dumps(raw))
+    convert(built.adapter, tmp_path / "apart", PER_EXPERT, base=built.base)
+    convert(tmp_path / "apart", tmp_path / "fused", then, base=built.base)
+    merged = {}
+    for name in ("adapter", "apart", "fused"):
+        loudmerge.merge(built.base, tmp_path / name, tmp_path / f"out-{name}", verify=False)
+        merged[name], _ = read(tmp_path / f"out-{name}")
+    for key, wanted in merged["adapter"].items():
+        torch.testing.assert_close(merged["apart"][key], wanted)
+        torch.testing.assert_close(merged["fused"][key], wanted)
+
+
 def test_experts_without_lora_get_an_update_of_zero(tmp_path: Path) -> None:
     case = replace(qwen(fused=(), per_expert=ALL, num_experts=3), fused_layers=())
     built = build(case, tmp_path)
