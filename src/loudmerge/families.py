@@ -50,8 +50,8 @@ class Family:
     eras: oldest first; the last one's axes are those in which `orientation` is stated.
     interleaved: gate and up alternate in memory (gate_0, up_0, gate_1, …) instead of gate before up.
     refused: why models of this family cannot be merged into, "" when they can.
-    known: False for a model_type that no row describes.
-    conv1d: whether the model has transformers' Conv1D, whose weight is (in, out).
+    known: whether the row describes experts.
+    conv1d: whether the model has transformers' Conv1D, whose weight is (in, out); None when nobody knows.
     shared: pattern of the modules that several layers share; PEFT trains a LoRA for each of these layers.
     """
 
@@ -60,7 +60,7 @@ class Family:
     interleaved: bool = False
     refused: str = ""
     known: bool = True
-    conv1d: bool = False
+    conv1d: bool | None = False
     shared: str | None = None
 
     @property
@@ -337,8 +337,17 @@ FAMILIES: Mapping[str, Family] = {
     **_rows(Family(eras=(Era("all", _TRANSPOSED, False),)), "llama4", "llama4_text"),
     **_rows(Family(eras=_QWEN3_VL_ERAS), "qwen3_vl_moe", "qwen3_vl_moe_text"),
     **_rows(Family(renames=_ARIA, eras=_ARIA_ERAS), "aria", "aria_text"),
-    **_rows(Family(known=False, conv1d=True), "gpt2", "imagegpt", "openai-gpt", "decision_transformer"),
+    **_rows(
+        Family(known=False, conv1d=True), "gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp"
+    ),
     **_rows(Family(known=False, shared=r"\.shared_transf(ormer)?\."), "zamba", "zamba2"),
+    # No experts: here only because their Linears are known to be Linears.
+    **_rows(
+        Family(known=False),
+        *("cohere", "cohere2", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "granite", "llama"),
+        *("mistral", "mistral3", "olmo2", "phi", "phi3", "qwen2", "qwen2_5_vl", "qwen2_vl", "qwen3"),
+        *("qwen3_5", "qwen3_vl", "smollm3", "starcoder2"),
+    ),
     "ernie4_5_vl_moe": Family(
         refused="text and vision experts under one numbering, and routers stored transposed"
     ),
@@ -348,7 +357,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 """model_type -> its row."""
 
-UNKNOWN = Family(known=False)
+UNKNOWN = Family(known=False, conv1d=None)
 
 
 def family_of(model_type: str) -> Family:

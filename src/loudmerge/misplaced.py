@@ -108,8 +108,16 @@ def no_matrix(entry: TensorEntry, pair: LoraPair) -> Problem:
     )
 
 
-def linear_or_conv1d(entry: TensorEntry, pair: LoraPair) -> Problem:
-    """A square weight of a model with Linears and Conv1Ds."""
+def linear_or_conv1d(entry: TensorEntry, pair: LoraPair, *, known: bool) -> Problem:
+    """A square weight of a model that has Linears and Conv1Ds, or of one not known."""
+    if not known:
+        return Problem(
+            "ambiguous-layout",
+            str(pair.a),
+            f"a LoRA on the square {entry} with fan_in_fan_out true, and a model_type that families.py lacks",
+            "fan_in_fan_out false, as PEFT sets it for a Linear",
+            "Set fan_in_fan_out in adapter_config.json to false if this weight is a Linear's, no Conv1D's.",
+        )
     return Problem(
         "ambiguous-layout",
         str(pair.a),

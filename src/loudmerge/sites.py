@@ -265,18 +265,19 @@ class _Placer:
         return Slot(entry, -1, axes, Span(0, final.shape[1] if axes is Axes.IN_OUT else final.shape[0]))
 
     def _axes(self, entry: TensorEntry, pair: LoraPair) -> Axes:
-        """fan_in_fan_out, as far as the config is to be believed.
+        """(out, in), but for a Conv1D: the weight's class decides, and fan_in_fan_out does not prove it.
 
-        PEFT sets it for the whole config at each Conv1D and each Linear that it wraps; the last one stands.
+        PEFT sets it for the whole config at each Conv1D and each Linear that it wraps, and the last one
+        stands; at bitsandbytes' Linears it leaves what it was given. On loading it goes by the class again.
         """
-        flagged = Axes.IN_OUT if self._config.fan_in_fan_out else Axes.OUT_IN
-        if not self._family.conv1d:
-            return flagged
+        conv1d, flagged = self._family.conv1d, self._config.fan_in_fan_out
+        if conv1d is False or not (conv1d or flagged):
+            return Axes.OUT_IN
         if entry.shape[0] != entry.shape[1]:
             return Axes.IN_OUT if entry.shape == (pair.a.shape[1], pair.b.shape[0]) else Axes.OUT_IN
-        if flagged is Axes.OUT_IN:
-            raise MergeRefused(linear_or_conv1d(entry, pair))
-        return flagged
+        if conv1d is None or not flagged:
+            raise MergeRefused(linear_or_conv1d(entry, pair, known=conv1d is not None))
+        return Axes.IN_OUT
 
     def _missing(self, pair: LoraPair, name: str) -> None:
         canonical = self._family.canonical(name)

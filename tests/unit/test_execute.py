@@ -258,7 +258,9 @@ def test_dora_is_merged_in_either_order_of_the_axes(transposed: bool, world: Wor
     expected = magnitude[:, None] * summed / summed.norm(dim=1, keepdim=True)
     base = {f"{Q_PROJ}.weight": weight.T.contiguous() if transposed else weight}
     held = {**adapter, f"{PREFIX}{Q_PROJ}.lora_magnitude_vector": magnitude}
-    merged = world.run(base, held, use_dora=True, fan_in_fan_out=transposed)[f"{Q_PROJ}.weight"]
+    model = {"model_type": "gpt2" if transposed else "qwen3_moe"}
+    run = world.run(base, held, model=model, use_dora=True, fan_in_fan_out=transposed)
+    merged = run[f"{Q_PROJ}.weight"]
     torch.testing.assert_close(merged.T if transposed else merged, expected)
     assert world.outcome.overall.ratio == pytest.approx(1, abs=1e-5)
 

@@ -80,11 +80,37 @@ def test_names_in_memory_and_on_disk_meet_under_other_prefixes(tmp_path: Path) -
     assert found.slot.entry.name == f"{Q_PROJ}.weight"
 
 
-def test_a_transposed_weight_is_read_the_other_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["gpt2", "nobody_knows"])
+def test_a_transposed_weight_is_read_the_other_way(model_type: str, tmp_path: Path) -> None:
     """GPT-2's Conv1D stores (in, out) and says fan_in_fan_out."""
-    base = {f"{Q_PROJ}.weight": values(H, 8)}
-    (found,) = sound(tmp_path, base, lora(Q_PROJ, 8, H), fan_in_fan_out=True).dense
+    base, model = {f"{Q_PROJ}.weight": values(H, 8)}, {"model_type": model_type}
+    (found,) = sound(tmp_path, base, lora(Q_PROJ, 8, H), model, fan_in_fan_out=True).dense
     assert (found.slot.axes, found.slot.out) == (Axes.IN_OUT, Span(0, 8))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama"])
+@pytest.mark.parametrize("out", [8, H])
+def test_a_linear_is_not_transposed_whatever_the_config_says(
+    model_type: str, out: int, tmp_path: Path
+) -> None:
+    """bitsandbytes' Linears leave fan_in_fan_out as it was given; PEFT sets it to false on a Linear."""
+    base, model = {f"{Q_PROJ}.weight": values(out, H)}, {"model_type": model_type}
+    (found,) = sound(tmp_path, base, lora(Q_PROJ, out, H), model, fan_in_fan_out=True).dense
+    assert (found.slot.axes, found.slot.out) == (Axes.OUT_IN, Span(0, out))
+
+
+def test_a_square_weight_of_an_unknown_model_is_a_linears_only_where_the_config_agrees(
+    tmp_path: Path,
+) -> None:
+    base, held, model = {f"{Q_PROJ}.weight": values(H, H)}, lora(Q_PROJ, H, H), {"model_type": "nobody_knows"}
+    (found,) = sound(tmp_path / "false", base, held, model).dense
+    assert found.slot.axes is Axes.OUT_IN
+    refused = problem(tmp_path / "true", base, held, model, fan_in_fan_out=True)
+    assert refused.code == "ambiguous-layout"
+    assert refused.found.endswith("with fan_in_fan_out true, and a model_type that families.py lacks")
+    assert "to false if this weight is a Linear's" in refused.hint
+    (found,) = sound(tmp_path / "oblong", Q, lora(Q_PROJ, 8, H), model, fan_in_fan_out=True).dense
+    assert found.slot.axes is Axes.OUT_IN
 
 
 def test_an_embedding_is_never_transposed(tmp_path: Path) -> None:
