@@ -265,7 +265,7 @@ class _Sorter:
     def _is_kept(self, name: str) -> bool:
         """An embedding that was saved because it was resized or wrapped, or a trained bias."""
         module, _, leaf = name.rpartition(".")
-        trained = self.config.raw.get("bias", "none")
+        trained = self.config.bias
         bias = "bias" in name if trained == "all" else leaf == "bias" and trained == "lora_only"
         return bias or (leaf == "weight" and module.rpartition(".")[2] in EMBEDDING_NAMES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,11 @@ class AdapterConfig:
     target_parameters: frozenset[str]
     modules_to_save: frozenset[str]
 
+    @property
+    def bias(self) -> str:
+        """Which of the base's biases were trained: "none", "all" or "lora_only"."""
+        return str(self.raw.get("bias") or "none")
+
     def rank_for(self, name: str) -> int:
         """The rank of a module or parameter, by its full name in memory, after `rank_pattern`."""
         return int(_by_pattern(self.rank_pattern, name, self.rank))
@@ -151,6 +157,7 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
 
 
 _Refuse = Callable[..., Problem]
+_Form = Callable[[object], bool]
 
 
 def _config_problems(file: Path, raw: Mapping[str, Any]) -> Iterable[Problem]:
@@ -159,15 +166,9 @@ def _config_problems(file: Path, raw: Mapping[str, Any]) -> Iterable[Problem]:
 
     if raw.get("peft_type") != "LORA":
         yield refuse("peft_type", "'LORA'")
-    if not _is_rank(raw.get("r")):
-        yield refuse("r", "a positive whole number")
-    if not _is_number(raw.get("lora_alpha")):
-        yield refuse("lora_alpha", "a number")
-    for field, good in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
-        if not _is_pattern(raw.get(field) or {}, good):
-            yield refuse(field, "regular expressions with positive numbers")
-    if isinstance(raw.get("target_modules"), str) and not _is_expression(raw["target_modules"]):
-        yield refuse("target_modules", "a list of names, or a regular expression")
+    for field, (fits, expected) in FIELD_FORMS.items():
+        if not fits(raw.get(field)) and (raw.get(field) is not None or field in _REQUIRED):
+            yield refuse(field, expected)
     yield from _function_problems(raw, refuse)
 
 
@@ -201,21 +202,77 @@ def _matches(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def _is_pattern(value: object, good: Callable[[object], bool]) -> bool:
-    return isinstance(value, dict) and all(_is_expression(key) and good(value[key]) for key in value)
-
-
-def _is_expression(value: str) -> bool:
+def _is_expression(value: object) -> bool:
     try:
-        re.compile(value)
+        return isinstance(value, str) and bool(re.compile(value))
     except re.error:
         return False
-    return True
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that a float can hold: JSON may have whole numbers of hundreds of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and _is_number(value) and value > 0
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _list_of(good: _Form) -> _Form:
+    return lambda value: isinstance(value, list) and all(map(good, value))
+
+
+def _map_of(good_key: _Form, good: _Form) -> _Form:
+    return lambda value: isinstance(value, dict) and all(good_key(key) and good(value[key]) for key in value)
+
+
+def _either(one: _Form, other: _Form) -> _Form:
+    return lambda value: one(value) or other(value)
+
+
+_TARGETS = (_either(_list_of(_is_name), _is_expression), "a list of names, or a regular expression")
+_NAMES = (_list_of(_is_name), "a list of names")
+_FLAG = (_is_flag, "true or false")
+_PATTERN = "regular expressions with positive numbers"
+_INDICES = _list_of(_is_whole)
+
+FIELD_FORMS: Mapping[str, tuple[_Form, str]] = {
+    "r": (_is_rank, "a positive whole number"),
+    "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (_map_of(_is_expression, _is_rank), _PATTERN),
+    "alpha_pattern": (_map_of(_is_expression, _is_number), _PATTERN),
+    "target_modules": _TARGETS,
+    "exclude_modules": _TARGETS,
+    "target_parameters": _NAMES,
+    "modules_to_save": _NAMES,
+    "trainable_token_indices": (
+        _either(_INDICES, _map_of(_is_name, _INDICES)),
+        "a list of token indices, or one for each embedding's name",
+    ),
+    "layers_to_transform": (_either(_is_whole, _INDICES), "a layer's index, or a list of them"),
+    "layers_pattern": (
+        _either(_is_expression, _list_of(_is_expression)),
+        "a regular expression, or a list of them",
+    ),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "use_rslora": _FLAG,
+    "use_dora": _FLAG,
+    "lora_bias": _FLAG,
+    "fan_in_fan_out": _FLAG,
+    "ensure_weight_tying": _FLAG,
+}
+"""What the fields that are read hold, where they are not null."""
+
+_REQUIRED = frozenset({"r", "lora_alpha"})

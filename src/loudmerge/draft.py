@@ -121,7 +121,7 @@ class Draft:
 
     def _require_bias(self, item: Placed) -> None:
         """PEFT before 0.21 trains the biases of bias="lora_only", but does not save them."""
-        if self.adapter.config.raw.get("bias", "none") == "none" or item.pair.embedding:
+        if self.adapter.config.bias == "none" or item.pair.embedding:
             return
         name = item.parameter.removesuffix("weight") + "bias"
         entry = self.names.find(name)
@@ -130,7 +130,7 @@ class Draft:
                 Problem(
                     "missing-adapter-tensor",
                     f"{name}, beside {item.pair.a}",
-                    f"no trained bias, though the config says bias={self.adapter.config.raw['bias']!r}",
+                    f"no trained bias, though the config says bias={self.adapter.config.bias!r}",
                     "the bias that was trained with the LoRA",
                     "Merge the live model with save_pretrained_merged, or save it with PEFT >= 0.21.",
                 )

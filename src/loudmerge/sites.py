@@ -254,13 +254,14 @@ class _Placer:
 
     def _whole(self, entry: TensorEntry, pair: LoraPair) -> Slot:
         require_float(entry)
-        if len(entry.shape) != 2:
-            raise MergeRefused(no_matrix(entry, pair))
+        final = self._full.get(self._family.canonical(entry.name), entry)
+        for tensor in (entry, final):
+            if len(tensor.shape) != 2:
+                raise MergeRefused(no_matrix(tensor, pair))
         if pair.embedding and pair.magnitude is not None:
             raise MergeRefused(
                 Problem("unsupported-adapter", str(pair.magnitude), "DoRA on an embedding", "plain LoRA")
             )
-        final = self._full.get(self._family.canonical(entry.name), entry)
         axes = Axes.OUT_IN if pair.embedding else self._axes(final, pair)
         return Slot(entry, -1, axes, Span(0, final.shape[1] if axes is Axes.IN_OUT else final.shape[0]))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loudmerge.adapter_config import INERT_FIELDS, READ_FIELDS, AdapterConfig, read_config
+from loudmerge.adapter_config import FIELD_FORMS, INERT_FIELDS, READ_FIELDS, AdapterConfig, read_config
 from loudmerge.errors import MergeRefused
 from tests.unit.builders import config, raw_config
 from tests.unit.synthetic import config_fields
@@ -73,9 +74,49 @@ def test_bytes_that_are_no_text_are_corrupt(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("field", sorted(INERT_FIELDS - {"target_modules", "peft_version"}))
+@pytest.mark.parametrize("field", sorted(INERT_FIELDS - FIELD_FORMS.keys() - {"peft_version"}))
 def test_an_inert_field_may_have_any_value(field: str, tmp_path: Path) -> None:
     assert read(tmp_path, **{field: "anything"}).raw[field] == "anything"
+
+
+NAMES, FLAGS = (
+    ("target_parameters", "modules_to_save"),
+    ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"),
+)
+OTHER_FORMS: dict[str, Sequence[object]] = {
+    **dict.fromkeys(NAMES, ([None], [1], True, -1, "experts.down_proj", {"a": 1}, [["a"]])),
+    **dict.fromkeys(("target_modules", "exclude_modules"), ([1], [None], True, 3, {"a": 1}, "(")),
+    **dict.fromkeys(FLAGS, ("false", 1, [], 0)),
+    "trainable_token_indices": ({"embed_tokens": 5}, {"embed_tokens": "ab"}, ["4"], [4.0], [True], 3, "4"),
+    "layers_to_transform": ("1", [1.5], [None], {"a": 1}, True),
+    "layers_pattern": (3, [3], "(", ["("]),
+    "bias": ("some", True, ["all"]),
+    "r": (10**400,),
+    "lora_alpha": (10**400, -(10**400)),
+    "rank_pattern": ({"q_proj": 10**400}, [], True),
+    "alpha_pattern": ({"q_proj": 10**400}, [], True),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in OTHER_FORMS.items() for value in values]
+)
+def test_a_field_that_holds_something_else_is_refused(field: str, value: object, tmp_path: Path) -> None:
+    (found,) = refused(tmp_path, **{field: value}).problems
+    assert (found.code, found.found) == ("unsupported-adapter", repr(value))
+    assert found.where == f"{field} in {tmp_path / 'adapter_config.json'}"
+    assert found.expected == FIELD_FORMS[field][1]
+
+
+def test_every_field_with_a_form_is_a_known_one() -> None:
+    assert FIELD_FORMS.keys() <= INERT_FIELDS | READ_FIELDS
+    assert FIELD_FORMS.keys() == OTHER_FORMS.keys()
+
+
+@pytest.mark.parametrize("field", sorted(FIELD_FORMS.keys() - {"r", "lora_alpha"}))
+def test_a_field_with_a_form_may_be_null(field: str, tmp_path: Path) -> None:
+    found = read(tmp_path, **{field: None})
+    assert (found.rank, found.bias, found.target_parameters) == (2, "none", frozenset())
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}, ""])

@@ -88,6 +88,15 @@ def test_a_transposed_weight_is_read_the_other_way(model_type: str, tmp_path: Pa
     assert (found.slot.axes, found.slot.out) == (Axes.IN_OUT, Span(0, 8))
 
 
+def test_a_saved_embedding_that_is_no_matrix_is_refused(tmp_path: Path) -> None:
+    """Beside its LoRA PEFT saves the whole weight, whose shape the LoRA has to fit."""
+    base = {"lm_head.weight": values(9, H)}
+    held = {**lora("lm_head", 9, H), f"{PREFIX}lm_head.base_layer.weight": torch.ones(())}
+    refused = problem(tmp_path, base, held)
+    assert refused.code == "unsupported-adapter"
+    assert "lm_head.base_layer.weight [] F32 in adapter_model.safetensors, which has 0 axes" in refused.found
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "llama"])
 @pytest.mark.parametrize("out", [8, H])
 def test_a_linear_is_not_transposed_whatever_the_config_says(
