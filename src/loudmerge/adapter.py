@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -258,9 +258,7 @@ class _Sorter:
                 self.originals.append(kinds["original_module"])
 
     def _is_saved(self, name: str) -> bool:
-        """PEFT's rule for modules_to_save (peft/utils/other.py): a plain `endswith`, without a dot."""
-        ends = tuple(self.config.modules_to_save)
-        return any(part.endswith(ends) for part in _ancestors(name.rpartition(".")[0]))
+        return self.config.saves_module(name.rpartition(".")[0])
 
     def _is_kept(self, name: str) -> bool:
         """An embedding that was saved because it was resized or wrapped, or a trained bias."""
@@ -284,8 +282,3 @@ def _no_weights(path: Path) -> Problem:
             "Load it with PEFT where you trust it, and save it again with safe_serialization=True.",
         )
     return Problem("unsupported-adapter", str(path), f"no {WEIGHTS}", "the weights beside the config")
-
-
-def _ancestors(module: str) -> Iterable[str]:
-    parts = module.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))

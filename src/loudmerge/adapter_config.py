@@ -118,14 +118,48 @@ class AdapterConfig:
                 found.add(target.rpartition(".")[2])
         return tuple(sorted(found))
 
+    @property
+    def all_linear(self) -> bool:
+        """Whether `target_modules` is the word for all Linears; PEFT saves the names that it stands for."""
+        return str(self.raw.get("target_modules")).lower() == "all-linear"
+
     def targets_module(self, module: str) -> bool:
-        """Whether `target_modules` names this Linear; False where the config restricts it further."""
-        if self.raw.get("layers_to_transform") is not None or self.raw.get("exclude_modules"):
+        """Whether PEFT puts a LoRA on the Linear that has this name in memory.
+
+        Source: peft/tuners/tuners_utils.py, `check_target_module_exists`.
+        """
+        if _is_named(self.raw.get("exclude_modules") or (), module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
             return False
         targets = self.raw.get("target_modules") or ()
         if isinstance(targets, str):
-            return targets == "all-linear" or re.fullmatch(targets, module) is not None
-        return any(module == target or module.endswith(f".{target}") for target in targets)
+            return self.all_linear or _is_named(targets, module)
+        return module in targets or (_is_named(targets, module) and self._is_in_layer(module))
+
+    def _is_in_layer(self, module: str) -> bool:
+        """Whether `layers_to_transform` has the module's layer.
+
+        PEFT goes by the first index of the name; older releases went by the last, which may be an expert's.
+        """
+        layers = self.raw.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        pattern = self.raw.get("layers_pattern") or r"[^.]*"
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        chosen = [layers] if isinstance(layers, int) else layers
+        names = "|".join(f"(?:{name})" for name in patterns)
+        found = [re.match(rf"{lead}\.(?:{names})\.(\d+)\.", module) for lead in (".*?", ".*")]
+        return all(match is not None and int(match[1]) in chosen for match in found)
+
+    def saves_module(self, module: str) -> bool:
+        """Whether `modules_to_save` names this module, or one around it.
+
+        PEFT's rule (peft/utils/other.py, `_set_trainable`): a plain `endswith`, without a dot.
+        """
+        parts = module.split(".")
+        around = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return any(name.endswith(tuple(self.modules_to_save)) for name in around)
 
 
 def read_config(path: Path) -> AdapterConfig:
@@ -200,6 +234,12 @@ def _by_pattern(pattern: Mapping[str, Any], name: str, default: float) -> Any:
 
 def _matches(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _is_named(names: str | Iterable[str], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _is_expression(value: object) -> bool:

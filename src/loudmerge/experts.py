@@ -94,6 +94,12 @@ class Experts:
     def __contains__(self, name: str) -> bool:
         return name in self._found
 
+    def projections(self, name: str) -> set[str]:
+        """The projections that the checkpoint has of a group, whether it is sound or not."""
+        found = self._found[name]
+        fused = {projection for leaf in found.fused for projection in FUSED_LEAVES[leaf]}
+        return fused | {projection for projection, _ in found.apart}
+
     def group(self, name: str) -> ExpertGroup:
         """The group with this canonical name.
 

@@ -6,6 +6,7 @@ Every problem found is reported together. Of the weights, only what tells how lo
 from __future__ import annotations
 
 from loudmerge.adapter import Adapter
+from loudmerge.announced import Announced
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.draft import Draft
 from loudmerge.errors import MergeRefused, Problem
@@ -35,6 +36,9 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
     names = Names(base, family)
     experts = Experts(base, names, family)
     placement, problems = place(adapter, names, experts, family)
+    if not problems:
+        # What is not there can be told once all that is there has its place.
+        problems += Announced(base, adapter, names, family, placement).missing(experts)
     problems += missing_siblings(base, adapter, placement, names, family)
     draft = Draft(base, adapter, names, family, options)
     layout = Layout({}, {}, ())

@@ -15,7 +15,7 @@ from loudmerge.families import Family
 from loudmerge.names import Names
 from loudmerge.sites import Placement
 
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def missing_siblings(
@@ -31,14 +31,14 @@ def missing_siblings(
     trained = set(_trained(placement, family))
     examples: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, leaf, module in sorted(trained):
-        if not any(leaf == other for other, _ in examples[_template(name)]):
-            examples[_template(name)].append((leaf, module))
+        if not any(leaf == other for other, _ in examples[template(name)]):
+            examples[template(name)].append((leaf, module))
     known = {(name, leaf) for name, leaf, _ in trained}
     missing: dict[str, str] = {}
-    for name in _base_modules(names, {template.count(".") for template in examples}):
-        for leaf, module in examples.get(_template(name), ()):
-            sibling = _with_indices(module, name)
-            if (name, leaf) in known or _is_extra_layer(base, name):
+    for name in _base_modules(names, {example.count(".") for example in examples}):
+        for leaf, module in examples.get(template(name), ()):
+            sibling = with_indices(module, name)
+            if (name, leaf) in known or is_extra_layer(base, name):
                 continue
             if sibling not in present and _targets(adapter.config, sibling, leaf):
                 missing[sibling] = module
@@ -73,20 +73,21 @@ def _targets(config: AdapterConfig, module: str, leaf: str) -> bool:
     return config.targets_module(module) or "weight" in config.targeted_parameters(module)
 
 
-def _template(name: str) -> str:
-    return _INDEX.sub("*", name)
+def template(name: str) -> str:
+    """The name without its indices."""
+    return INDEX.sub("*", name)
 
 
-def _with_indices(module: str, name: str) -> str:
+def with_indices(module: str, name: str) -> str:
     """`module` with the indices of `name`; renames keep the number and order of indices."""
-    indices = iter(_INDEX.findall(name))
-    return _INDEX.sub(lambda match: next(indices, match[0]), module)
+    indices = iter(INDEX.findall(name))
+    return INDEX.sub(lambda match: next(indices, match[0]), module)
 
 
-def _is_extra_layer(base: Checkpoint, name: str) -> bool:
+def is_extra_layer(base: Checkpoint, name: str) -> bool:
     """Layers past num_hidden_layers are on disk only (multi-token prediction): no model trains them."""
     counts = [count for count in base.config_values("num_hidden_layers") if isinstance(count, int)]
-    layer = _INDEX.search(name)
+    layer = INDEX.search(name)
     return bool(counts) and layer is not None and int(layer[0]) >= max(counts)
 
 

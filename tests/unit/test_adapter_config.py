@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -303,9 +304,63 @@ def test_target_modules_are_names_or_one_expression(targets: object, targeted: b
     assert found.targets_module("model.layers.0.self_attn.q_proj") is targeted
 
 
-@pytest.mark.parametrize("fields", [{"layers_to_transform": [0]}, {"exclude_modules": ["lm_head"]}])
-def test_a_restricted_target_says_nothing_about_other_layers(fields: dict[str, Any]) -> None:
-    assert not config(target_modules=["q_proj"], **fields).targets_module("model.layers.0.self_attn.q_proj")
+RESTRICTED: Sequence[dict[str, Any]] = (
+    {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+    {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": []},
+    {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers", "blocks"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h"]},
+    {"target_modules": ["lm_head", "q_proj"], "layers_to_transform": [0]},
+    {"target_modules": ["model.layers.1.self_attn.q_proj"], "layers_to_transform": [0]},
+    {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+    {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["layers.1.self_attn.q_proj", "head"]},
+    {"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*\.1\..*"},
+    {"target_modules": r".*_proj", "exclude_modules": r".*\.0\..*"},
+    {"target_modules": ["q_proj", "down_proj", "lm_head"], "modules_to_save": ["lm_head", "mlp"]},
+    {"target_modules": r".*", "modules_to_save": ["layers"]},
+)
+
+
+@pytest.mark.parametrize("fields", RESTRICTED)
+def test_targets_mean_what_they_mean_in_peft(fields: dict[str, Any]) -> None:
+    """The expert's name is one whose layer and whose expert are both, or neither, in layers_to_transform."""
+    utils = pytest.importorskip("peft.tuners.tuners_utils")
+    peft = pytest.importorskip("peft")
+    names = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1, 10)]
+    names += ["model.layers.1.mlp.experts.1.down_proj", "model.layers.2.mlp.experts.0.down_proj", "lm_head"]
+    if fields.get("layers_to_transform") == [0]:
+        names.remove("model.layers.2.mlp.experts.0.down_proj")
+    meant = SimpleNamespace(**{**peft.LoraConfig().to_dict(), **fields})
+    for name in names:
+        result = utils.check_target_module_exists(meant, name)
+        wanted = bool(result) and not isinstance(result, utils._ExcludedModule)
+        assert config(**fields).targets_module(name) is wanted, name
+
+
+def test_a_layer_is_chosen_where_all_releases_choose_it() -> None:
+    """PEFT's older releases took an expert's index for the layer's."""
+    found = config(target_modules=["down_proj"], layers_to_transform=[1])
+    assert found.targets_module("model.layers.1.mlp.experts.1.down_proj")
+    assert not found.targets_module("model.layers.1.mlp.experts.0.down_proj")
+    assert not found.targets_module("model.layers.0.mlp.experts.1.down_proj")
+
+
+def test_all_linear_leaves_out_what_is_excluded() -> None:
+    found = config(target_modules="all-linear", exclude_modules=["q_proj"])
+    assert found.all_linear
+    assert not found.targets_module("model.layers.0.self_attn.q_proj")
+    assert found.targets_module("model.layers.0.self_attn.k_proj")
+
+
+@pytest.mark.parametrize(
+    ("module", "saved"),
+    [("model.norm", True), ("model.layers.0.q_norm", True), ("score.dense", True), ("model.score_", False)],
+)
+def test_modules_to_save_are_names_ends(module: str, saved: bool) -> None:
+    assert config(modules_to_save=["norm", "score"]).saves_module(module) is saved
+    assert not config().saves_module(module)
 
 
 def test_target_modules_that_are_no_expression_are_refused(tmp_path: Path) -> None:
