@@ -19,7 +19,7 @@ from loudmerge.tensorfile import FLOAT_CODES, TensorEntry, read_header
 WEIGHTS = "adapter_model.safetensors"
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
-"""PEFT saves the whole weight of these beside the LoRA (`save_embedding_layers`)."""
+"""PEFT saves the weight of these, and a head's bias, beside the LoRA (`save_embedding_layers`)."""
 
 _LORA_KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+?)(?P<nesting>(?:\.base_layer)*)"
@@ -261,11 +261,12 @@ class _Sorter:
         return self.config.saves_module(name.rpartition(".")[0])
 
     def _is_kept(self, name: str) -> bool:
-        """An embedding that was saved because it was resized or wrapped, or a trained bias."""
+        """An embedding or head that was saved because it was resized or wrapped, or a trained bias."""
         module, _, leaf = name.rpartition(".")
         trained = self.config.bias
         bias = "bias" in name if trained == "all" else leaf == "bias" and trained == "lora_only"
-        return bias or (leaf == "weight" and module.rpartition(".")[2] in EMBEDDING_NAMES)
+        whole = leaf == "weight" or (leaf == "bias" and f"{module}.weight" in self._whole)
+        return bias or (whole and module.rpartition(".")[2] in EMBEDDING_NAMES)
 
     def _refuse(self, code: str, entry: TensorEntry, found: str, expected: str, hint: str = "") -> None:
         self.problems.append(Problem(code, str(entry), found, expected, hint))

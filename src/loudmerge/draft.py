@@ -22,6 +22,7 @@ from loudmerge.tensorfile import DTYPE_CODES, FLOAT_CODES, TensorEntry
 
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
 
 
 class Draft:
@@ -150,7 +151,7 @@ class Draft:
         for tensor in full:
             entry = self.names.find(tensor.name)
             canonical = self.family.canonical(tensor.name)
-            resizable = canonical in (EMBEDDING, HEAD)
+            resizable = canonical in (EMBEDDING, HEAD, HEAD_BIAS)
             if entry is None and canonical == HEAD:
                 self.full_head = tensor.entry
             elif entry is None:
@@ -164,6 +165,22 @@ class Draft:
             else:
                 self._change(entry, tensor.entry, "replacement", tensor.entry)
                 self.replaced += 1
+
+        self._require_resized_bias()
+
+    def _require_resized_bias(self) -> None:
+        """A resized head has a bias of its new size, if any."""
+        bias = self.names.find(HEAD_BIAS)
+        head = self.names.find(HEAD) or self.names.find(EMBEDDING)
+        if bias is None or head is None:
+            return
+        final, rows = self.final(bias), self.final(head).shape[0]
+        if final.shape != (rows,):
+            expected = f"[{rows}], one for each row of {self.final(head)}"
+            hint = "Save the adapter with save_embedding_layers=True."
+            self.problems.append(
+                Problem("shape-mismatch", str(final), f"{list(final.shape)}", expected, hint)
+            )
 
     def add_rows(self, rows: Iterable[TokenRows]) -> None:
         for item in rows:

@@ -176,6 +176,22 @@ VOCABULARY: tuple[Kind, ...] = (
         save={"save_embedding_layers": True},
     ),
     Kind(
+        "LoRA on a head with a bias",
+        "phimoe",
+        {"target_modules": ["q_proj", "lm_head"]},
+        (r"lm_head\.lora_A", r"lm_head\.base_layer\.bias"),
+        config={**UNTIED, "lm_head_bias": True},
+    ),
+    Kind(
+        "resized vocabulary, head with a bias",
+        "phimoe",
+        {"target_modules": ["q_proj"]},
+        (r"embed_tokens\.weight", r"lm_head\.weight", r"lm_head\.bias"),
+        config={**UNTIED, "lm_head_bias": True},
+        resize=101,
+        save={"save_embedding_layers": True},
+    ),
+    Kind(
         "resized vocabulary and modules_to_save",
         "llama",
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},

@@ -219,6 +219,14 @@ def test_a_name_that_peft_does_not_write_is_refused(key: str, tmp_path: Path) ->
     assert "convert the adapter to PEFT's names first" in error.hint
 
 
+@pytest.mark.parametrize("middle", ["", "base_layer."])
+def test_a_heads_bias_is_saved_beside_its_weight(middle: str, tmp_path: Path) -> None:
+    """PEFT saves the whole module: with LoRA on it, or a resized vocabulary."""
+    held = full(f"lm_head.{middle}weight", 5, 4) | full(f"lm_head.{middle}bias", 5)
+    names = [(tensor.name, tensor.saved_module) for tensor in read(tmp_path, held).full]
+    assert sorted(names) == [("lm_head.bias", False), ("lm_head.weight", False)]
+
+
 def test_two_full_tensors_for_one_weight_are_refused(tmp_path: Path) -> None:
     """Only one of them can be written; the other would be dropped in silence."""
     held = full(f"{EMBED}.weight", 5, 4) | full(f"{EMBED}.base_layer.weight", 5, 4)

@@ -260,6 +260,18 @@ def test_a_conv1d_is_told_from_a_linear_by_its_shape_or_by_the_config(world: Wor
     assert term.axes is Axes.IN_OUT
 
 
+def test_a_heads_bias_is_resized_with_its_weight(world: World) -> None:
+    base = {f"{EMBED}.weight": values(9, H), "lm_head.weight": values(9, H), "lm_head.bias": values(9)}
+    weights = full(f"{EMBED}.weight", 11, H) | full("lm_head.weight", 11, H)
+    plan = world.plan(base, weights | full("lm_head.bias", 11))
+    assert {key: output.shape[0] for key, output in outputs(plan).items()} == dict.fromkeys(base, 11)
+    error = world.refuse(base, weights)
+    assert error.code == "shape-mismatch"
+    assert "lm_head.bias [9] F32 in model.safetensors: found [9], expected [11], one for each row of" in str(
+        error
+    )
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_a_trained_bias_that_is_not_in_the_file_is_missing(bias: str, world: World) -> None:
     """PEFT before 0.21 trains the biases of lora_only and does not save them."""
