@@ -249,6 +249,11 @@ def _is_expression(value: object) -> bool:
         return False
 
 
+def _is_part(value: object) -> bool:
+    """An expression that PEFT can put inside another one: without flags, which go first."""
+    return _is_expression(value) and _is_expression(f"()({value})")
+
+
 def _is_number(value: object) -> bool:
     """A number that a float can hold: JSON may have whole numbers of hundreds of digits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -283,7 +288,6 @@ def _either(one: _Form, other: _Form) -> _Form:
 
 
 _TARGETS = (_either(_list_of(_is_name), _is_expression), "a list of names, or a regular expression")
-_NAMES = (_list_of(_is_name), "a list of names")
 _FLAG = (_is_flag, "true or false")
 _PATTERN = "regular expressions with positive numbers"
 _INDICES = _list_of(_is_whole)
@@ -291,19 +295,20 @@ _INDICES = _list_of(_is_whole)
 FIELD_FORMS: Mapping[str, tuple[_Form, str]] = {
     "r": (_is_rank, "a positive whole number"),
     "lora_alpha": (_is_number, "a number"),
-    "rank_pattern": (_map_of(_is_expression, _is_rank), _PATTERN),
-    "alpha_pattern": (_map_of(_is_expression, _is_number), _PATTERN),
+    "rank_pattern": (_map_of(_is_part, _is_rank), _PATTERN),
+    "alpha_pattern": (_map_of(_is_part, _is_number), _PATTERN),
     "target_modules": _TARGETS,
     "exclude_modules": _TARGETS,
-    "target_parameters": _NAMES,
-    "modules_to_save": _NAMES,
+    "target_parameters": (_list_of(_is_name), "a list of names"),
+    # As names' ends, but as expressions where they take modules out of target_modules.
+    "modules_to_save": (_list_of(_is_part), "a list of names"),
     "trainable_token_indices": (
         _either(_INDICES, _map_of(_is_name, _INDICES)),
         "a list of token indices, or one for each embedding's name",
     ),
     "layers_to_transform": (_either(_is_whole, _INDICES), "a layer's index, or a list of them"),
     "layers_pattern": (
-        _either(_is_expression, _list_of(_is_expression)),
+        _either(_is_part, _list_of(_is_part)),
         "a regular expression, or a list of them",
     ),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),

@@ -80,22 +80,21 @@ def test_an_inert_field_may_have_any_value(field: str, tmp_path: Path) -> None:
     assert read(tmp_path, **{field: "anything"}).raw[field] == "anything"
 
 
-NAMES, FLAGS = (
-    ("target_parameters", "modules_to_save"),
-    ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"),
-)
+NO_NAMES = ([None], [1], True, -1, "experts.down_proj", {"a": 1}, [["a"]])
+FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 OTHER_FORMS: dict[str, Sequence[object]] = {
-    **dict.fromkeys(NAMES, ([None], [1], True, -1, "experts.down_proj", {"a": 1}, [["a"]])),
+    "target_parameters": NO_NAMES,
     **dict.fromkeys(("target_modules", "exclude_modules"), ([1], [None], True, 3, {"a": 1}, "(")),
     **dict.fromkeys(FLAGS, ("false", 1, [], 0)),
     "trainable_token_indices": ({"embed_tokens": 5}, {"embed_tokens": "ab"}, ["4"], [4.0], [True], 3, "4"),
     "layers_to_transform": ("1", [1.5], [None], {"a": 1}, True),
-    "layers_pattern": (3, [3], "(", ["("]),
+    "layers_pattern": (3, [3], "(", ["("], "(?i)layers"),
     "bias": ("some", True, ["all"]),
     "r": (10**400,),
     "lora_alpha": (10**400, -(10**400)),
-    "rank_pattern": ({"q_proj": 10**400}, [], True),
-    "alpha_pattern": ({"q_proj": 10**400}, [], True),
+    "modules_to_save": (*NO_NAMES, ["("], ["(?i)gate"], [")("]),
+    "rank_pattern": ({"q_proj": 10**400}, {"(?i)q_proj": 2}, [], True),
+    "alpha_pattern": ({"q_proj": 10**400}, {"(?i)q_proj": 2}, [], True),
 }
 
 
