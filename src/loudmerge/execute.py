@@ -1,7 +1,7 @@
 """Executes a plan into staged weight files: streaming, piece by piece, in a few threads.
 
-A piece is a run of rows of one matrix of one tensor; it is read, updated, rounded and written at its known
-place, so pieces may be done in any order and the bytes do not depend on the number of threads.
+A piece (loudmerge.pieces) is read, updated, rounded and written at its known place, so pieces may be done in
+any order and the bytes do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,25 +15,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import LifoQueue
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loudmerge.balance import BAND
 from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.layout import Axes
-from loudmerge.plan import MergePlan, OutputTensor, Term
+from loudmerge.pieces import PIECE_BYTES, Piece, interleaved
+from loudmerge.plan import MergePlan, OutputTensor
 from loudmerge.preflight import check_weights
 from loudmerge.readahead import ReadAhead
 from loudmerge.resume import Finished, ShardRecord
 from loudmerge.rounding import DROPPED, NEAREST_KEEPS, Dither, dither_table
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 from loudmerge.writer import ShardFile, page_aligned
-
-PIECE_BYTES = 16 << 20
-"""Bytes of a tensor that one thread holds at a time."""
 
 FACTOR_BYTES = 192 << 20
 """Bytes of factors that are held at a time: a layer's, and some of the next, which is read ahead."""
@@ -71,18 +67,6 @@ UNTOUCHED = "Leave out --dtype: a tensor that the adapter does not change is the
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), in bytes."""
-
-
-class Piece(NamedTuple):
-    """Rows first, …, first + rows - 1 of one matrix; `offset` counts elements from the tensor's start."""
-
-    output: OutputTensor
-    matrix: int
-    first: int
-    rows: int
-    columns: int
-    offset: int
-    terms: tuple[Term, ...]
 
 
 Prepared = Sequence[Future[Factors]]
@@ -206,51 +190,6 @@ def _finish(shard: ShardFile, record: ShardRecord, finished: Finished | None) ->
     shard.close()
     if finished is not None:
         finished.put(shard.path.name, record)
-
-
-def split(output: OutputTensor) -> Iterator[Piece]:
-    """A tensor's pieces, in the order of its bytes; a single one for what has no rows to split at."""
-    count = math.prod(output.shape)
-    if len(output.shape) < 2 or count == 0:
-        yield Piece(output, -1, 0, 1, count, 0, output.terms)
-        return
-    stacked = len(output.shape) == 3 and any(term.index >= 0 for term in output.terms)
-    matrices, rows = (output.shape[0], output.shape[1]) if stacked else (1, output.shape[0])
-    columns = count // (matrices * rows)
-    by_matrix: dict[int, list[Term]] = defaultdict(list)
-    for term in output.terms:
-        by_matrix[max(term.index, 0)].append(term)
-    itemsize = max(output.source.nbytes, output.nbytes) / count
-    step = rows if output.dora is not None else _whole_bands(int(PIECE_BYTES / (columns * itemsize)))
-    for matrix in range(matrices):
-        for first in range(0, rows, step):
-            held = min(step, rows - first)
-            offset = (matrix * rows + first) * columns
-            yield Piece(output, matrix, first, held, columns, offset, tuple(by_matrix[matrix]))
-
-
-def interleaved(outputs: Sequence[OutputTensor]) -> Iterator[Piece]:
-    """The pieces of a shard: what is only copied lies between what is computed, as evenly as it goes.
-
-    Copying waits for the disk, and computing leaves it idle.
-    """
-    copied = [output for output in outputs if output.is_copied]
-    computed = [output for output in outputs if not output.is_copied]
-    to_copy, to_compute = (sum(math.prod(one.shape) for one in them) for them in (copied, computed))
-    copies = (piece for output in copied for piece in split(output))
-    behind = 0
-    for piece in (piece for output in computed for piece in split(output)):
-        yield piece
-        behind += piece.rows * piece.columns * to_copy
-        while behind > 0 and (copy := next(copies, None)) is not None:
-            yield copy
-            behind -= copy.rows * copy.columns * to_compute
-    yield from copies
-
-
-def _whole_bands(rows: int) -> int:
-    """So many rows, or less, that no band is cut; one band at least."""
-    return max(BAND, rows - rows % BAND)
 
 
 def _in_order(

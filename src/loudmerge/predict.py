@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from loudmerge.balance import BAND
 from loudmerge.delta import Kept
-from loudmerge.execute import Piece, split
+from loudmerge.pieces import Piece, split
 from loudmerge.plan import MergePlan
 from loudmerge.report import KEPT_WARNING
 from loudmerge.trial import Trial

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from loudmerge import execute as module
-from loudmerge import preflight
+from loudmerge import pieces, preflight
 from loudmerge.delta import Kept
 from loudmerge.errors import MergeRefused
-from loudmerge.execute import Outcome, execute, interleaved, merged_keys, split
-from loudmerge.layout import Axes, Span
-from loudmerge.plan import OutputTensor, Term
+from loudmerge.execute import Outcome, execute, merged_keys
+from loudmerge.layout import Axes
 from loudmerge.writer import ShardFile
 from tests.unit.builders import (
     EMBED,
@@ -32,7 +27,6 @@ from tests.unit.builders import (
     PREFIX,
     Q_PROJ,
     Tensors,
-    entry,
     expert_tensors,
     fused_lora,
     lora,
@@ -46,7 +40,6 @@ E, H, I, V = 3, 6, 4, 9  # noqa: E741
 Q = {f"{Q_PROJ}.weight": values(8, H)}
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 ROWS = f"{PREFIX}{EMBED}.token_adapter.trainable_tokens_delta"
-SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple)
 
 
 class World:
@@ -92,61 +85,15 @@ def update(adapter: Tensors, name: str, scaling: float = 2.0) -> torch.Tensor:
     return (b.double() @ a.double() * scaling).float()
 
 
-# --- pieces --------------------------------------------------------------------------------------
-
-
-def output(shape: tuple[int, ...], *, stacked: bool = False, **more: Any) -> OutputTensor:
-    terms: tuple[Term, ...] = ()
-    if stacked and len(shape) == 3:
-        terms = tuple(
-            Term(0, e, Span(0, shape[1]), e, Axes.OUT_IN, Span(0, shape[1])) for e in range(shape[0])
-        )
-    return OutputTensor("a", "f", entry("a", shape), more.pop("dtype", "F32"), shape, terms=terms, **more)
-
-
-@given(SHAPES, st.booleans(), st.sampled_from(("F32", "BF16", "F64")), st.integers(1, 60))
-def test_pieces_cover_every_element_exactly_once(
-    shape: tuple[int, ...], stacked: bool, dtype: str, piece_bytes: int
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE_BYTES", piece_bytes)
-        pieces = list(split(output(shape, stacked=stacked, dtype=dtype)))
-    covered = Counter(
-        element
-        for piece in pieces
-        for element in range(piece.offset, piece.offset + piece.rows * piece.columns)
-    )
-    assert covered == Counter(range(math.prod(shape)))
-    assert [piece.offset for piece in pieces] == sorted(piece.offset for piece in pieces)
-
-
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(1, 80))
-def test_a_piece_of_stacked_matrices_lies_in_one_and_has_its_terms(
-    experts: int, rows: int, columns: int, piece_bytes: int
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE_BYTES", piece_bytes)
-        patch.setattr(module, "BAND", 2)
-        pieces = list(split(output((experts, rows, columns), stacked=True)))
-    for piece in pieces:
-        assert piece.offset == (piece.matrix * rows + piece.first) * columns
-        assert [term.index for term in piece.terms] == [piece.matrix]
-        assert piece.rows <= 2 or piece.rows * columns * 4 <= piece_bytes
-        assert piece.first % 2 == 0, "no band is cut"
-
-
-def test_dora_needs_the_whole_matrix_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE_BYTES", 8)
-    assert [piece.rows for piece in split(output((6, 4), dora=entry("m", (6,))))] == [6]
-
-
 # --- bytes ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("PIECE_BYTES", 64), ("SYNC_BYTES", 128), ("FACTOR_BYTES", 1), ("BAND", 1)):
+    for name, size in (("SYNC_BYTES", 128), ("FACTOR_BYTES", 1)):
         monkeypatch.setattr(module, name, size)
+    for name, size in (("PIECE_BYTES", 64), ("BAND", 1)):
+        monkeypatch.setattr(pieces, name, size)
 
 
 def mixed(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -160,8 +107,10 @@ def test_the_bytes_do_not_depend_on_threads_or_pieces(
 ) -> None:
     base, adapter = mixed(dtype)
     world.run(base, adapter, target_parameters=BOTH, name="large")
-    for name, size in (("PIECE_BYTES", 64), ("SYNC_BYTES", 128), ("FACTOR_BYTES", 1), ("BAND", 1)):
+    for name, size in (("SYNC_BYTES", 128), ("FACTOR_BYTES", 1)):
         monkeypatch.setattr(module, name, size)
+    for name, size in (("PIECE_BYTES", 64), ("BAND", 1)):
+        monkeypatch.setattr(pieces, name, size)
     found = {}
     for threads in (1, 2):
         world.run(base, adapter, target_parameters=BOTH, threads=threads, name=str(threads))
@@ -448,35 +397,6 @@ def test_the_caller_may_stop_a_merge_from_its_progress(tmp_path: Path) -> None:
         execute(plan, tmp_path / "out", device="cpu", threads=2, progress=stop)
 
 
-@given(
-    st.lists(st.tuples(st.booleans(), st.integers(0, 900), st.integers(1, 5)), max_size=8),
-    st.integers(8, 60),
-)
-def test_what_is_copied_lies_between_what_is_computed(
-    kinds: list[tuple[bool, int, int]], piece_bytes: int
-) -> None:
-    """Every piece once, what is computed in its order, and copies never a piece further than their share."""
-    outputs = [output((1, rows, columns), stacked=computed) for computed, rows, columns in kinds]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE_BYTES", piece_bytes)
-        wanted = [piece for one in outputs for piece in split(one)]
-        found = list(interleaved(outputs))
-    assert Counter(map(repr, found)) == Counter(map(repr, wanted))
-    computed = [piece for piece in found if not piece.output.is_copied]
-    assert computed == [piece for piece in wanted if not piece.output.is_copied]
-    to_copy = sum(piece.rows * piece.columns for piece in found if piece.output.is_copied)
-    to_compute = sum(piece.rows * piece.columns for piece in computed)
-    largest = max((piece.rows * piece.columns for piece in found), default=0)
-    copied = done = 0
-    for piece in found:
-        if piece.output.is_copied:
-            copied += piece.rows * piece.columns
-        else:
-            done += piece.rows * piece.columns
-        if done < to_compute:
-            assert abs(copied * to_compute - done * to_copy) <= largest * (to_copy + to_compute)
-
-
 def test_no_more_threads_compute_than_were_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, now, most = threading.Lock(), [0], [0]
     update = module.Worker._update
@@ -493,7 +413,7 @@ def test_no_more_threads_compute_than_were_asked_for(world: World, monkeypatch: 
                 now[0] -= 1
 
     monkeypatch.setattr(module.Worker, "_update", counted)
-    monkeypatch.setattr(module, "PIECE_BYTES", 16)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
     world.run({f"{Q_PROJ}.weight": values(512, H)}, lora(Q_PROJ, 512, H), threads=2)
     assert most == [2]
 
@@ -560,7 +480,7 @@ def test_rounding_by_chance_is_the_same_for_any_threads_and_pieces(
     adapter = {name: tensor * 3e-3 for name, tensor in lora(Q_PROJ, rows, columns).items()}
     found = []
     for number, (threads, piece) in enumerate(((1, 16 << 20), (2, 16 << 20), (2, 10 * columns * 2))):
-        monkeypatch.setattr(module, "PIECE_BYTES", piece)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
         (tmp_path / str(number)).mkdir()
         world = World(tmp_path / str(number))
         found.append(world.run(base, adapter, threads=threads, rounding=rounding)[key])
@@ -595,16 +515,16 @@ def test_factors_are_held_for_a_bounded_number_of_bytes(
     adapter = {k: v for name in layers for k, v in fused_lora(name, [(H, I), (2 * I, H)], experts=E).items()}
     plain = world.run(base, adapter, name="plain", target_parameters=BOTH)
 
-    running: list[module.Piece] = []
+    running: list[pieces.Piece] = []
     sums: list[tuple[int, int]] = []
     prepare, run = module.Worker.prepare, module.Worker.run
 
-    def prepared(self: module.Worker, piece: module.Piece) -> module.Prepared:
+    def prepared(self: module.Worker, piece: pieces.Piece) -> module.Prepared:
         sums.append((len(running), self.factor_bytes([*running, piece])))
         running.append(piece)
         return prepare(self, piece)
 
-    def ran(self: module.Worker, piece: module.Piece, *rest: Any) -> int:
+    def ran(self: module.Worker, piece: pieces.Piece, *rest: Any) -> int:
         done = run(self, piece, *rest)
         running.remove(piece)
         return done

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loudmerge
-from loudmerge import execute, redraw
+from loudmerge import pieces, redraw
 from loudmerge.verify import Verification
 from tests.unit.builders import lora, values, write_adapter, write_base
 from tests.unit.neighbours import neighbours
@@ -86,7 +86,7 @@ def test_the_same_bytes_for_any_pieces(
     """A piece holds whole bands of rows, so a band is rounded at once in any of them."""
     place = Place(tmp_path)
     wanted = place.merge("whole", rounding)
-    monkeypatch.setattr(execute, "PIECE_BYTES", 70 * INPUTS * 2)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 70 * INPUTS * 2)
     found = place.merge("pieces", rounding)
     if rounding == "auto":
         # Its products have the same shapes, too.
@@ -121,7 +121,7 @@ def test_a_resumed_merge_writes_what_an_undisturbed_one_does(rounding: str, tmp_
 def test_a_balanced_merge_of_any_storage_is_verified(
     case: Case, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "PIECE_BYTES", piece)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
     built = build(case, tmp_path)
     shrink(built.adapter, 1e-4)
     out = tmp_path / "out"
