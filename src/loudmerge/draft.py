@@ -24,6 +24,11 @@ EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
 
+SAVE_BOTH = (
+    "Save the adapter with save_embedding_layers=True, or merge the live model with save_pretrained_merged."
+)
+"""What helps where only one of a resized embedding and head is in the file."""
+
 
 class Draft:
     """Collects what happens to each output tensor, and refuses what would happen twice."""
@@ -177,9 +182,8 @@ class Draft:
         final, rows = self.final(bias), self.final(head).shape[0]
         if final.shape != (rows,):
             expected = f"[{rows}], one for each row of {self.final(head)}"
-            hint = "Save the adapter with save_embedding_layers=True."
             self.problems.append(
-                Problem("shape-mismatch", str(final), f"{list(final.shape)}", expected, hint)
+                Problem("shape-mismatch", str(final), f"{list(final.shape)}", expected, SAVE_BOTH)
             )
 
     def add_rows(self, rows: Iterable[TokenRows]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loudmerge.adapter import LoraPair
-from loudmerge.draft import EMBEDDING, HEAD, Draft, wrong_shape
+from loudmerge.draft import EMBEDDING, HEAD, SAVE_BOTH, Draft, wrong_shape
 from loudmerge.errors import Problem
 from loudmerge.experts import Slot
 from loudmerge.layout import Axes, Span
@@ -228,5 +228,5 @@ def _sizes_differ(embedding: TensorEntry, head: TensorEntry) -> Problem:
         f"{embedding} and {head}",
         f"vocabularies of {embedding.shape[0]} and {head.shape[0]}",
         "one size for embedding and head",
-        "Save the adapter with save_embedding_layers=True.",
+        SAVE_BOTH,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loudmerge.draft import SAVE_BOTH
 from loudmerge.errors import MergeRefused
 from loudmerge.plan import Counts
 from tests.unit.builders import (
@@ -99,7 +100,7 @@ def test_embedding_and_head_are_resized_together_or_refused(
     assert re.search(
         r"found vocabularies of \d+ and \d+, expected one size for embedding and head", str(error)
     )
-    assert error.hint == "Save the adapter with save_embedding_layers=True."
+    assert error.hint == SAVE_BOTH
 
 
 def test_a_resized_trained_embedding_of_a_tied_model_has_no_head_to_go_with_it(world: World) -> None:
