@@ -27,9 +27,11 @@ class Descriptor(io.FileIO):
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
-            return super().write(data)
+            written = super().write(data)
         except self._forgiven:
             return memoryview(data).nbytes
+        # None: it would have had to wait.
+        return memoryview(data).nbytes if written is None and self._forgiven is OSError else written
 
 
 def run() -> NoReturn:

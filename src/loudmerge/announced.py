@@ -1,8 +1,8 @@
 """What the config announces and the base has must be in the adapter's file, or the file is not complete.
 
 Only what is sure is missed. A part of the base is known to have been in memory where it lies beside something
-trained, and its name there where no rename changes what the config says of it. Experts are left to
-`siblings.py`: in which form they were in memory, and with that what `target_modules` meant, no file says.
+trained, and its name there where no rename changes what the config says of it. What `target_modules` means
+for experts is left to `siblings.py`: no file says in which form they were in memory.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from loudmerge.adapter import Adapter
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.draft import EMBEDDING, HEAD
 from loudmerge.errors import Problem
-from loudmerge.experts import Experts
+from loudmerge.experts import Experts, split_expert_name
 from loudmerge.families import FUSED_LEAVES, PROJECTION_LEAVES, Family
 from loudmerge.names import Names
 from loudmerge.siblings import INDEX, is_extra_layer, template, with_indices
 from loudmerge.sites import Placement
 from loudmerge.tensorfile import TensorEntry
+from loudmerge.vocabulary import is_tied
 
 _WITH_HEAD = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Values of task_type under which a model has its head; under PEFT's other ones it has another, or none."""
 
-_REDIRECTED = frozenset({*PROJECTION_LEAVES, "gate"})
-"""Names that mean fused experts to PEFT >= 0.19, and then no Linear."""
+_ROUTERS = frozenset({"gate", "router"})
+"""Names of routers, which are Linears in some releases of transformers only."""
 
 _AS_ON_DISK = Family()
 
@@ -42,6 +43,9 @@ class Announced:
         self._full = {family.canonical(full.name): full.name for full in adapter.full}
         self._fused = {parameter.name for module in placement.modules for parameter in module.parameters}
         self._dense = {item.parameter for item in placement.dense}
+        experts = (split_expert_name(family.canonical(item.parameter)) for item in placement.dense)
+        # What experts' own Linears have LoRA for: where there were such, `target_parameters` named nothing.
+        self._apart = {PROJECTION_LEAVES[parts[2]] for parts in experts if parts and parts[1] is not None}
         # Of each list of layers with something trained, `layers.`: what precedes it in memory.
         self._prefixes: dict[str, set[str]] = defaultdict(set)
         for name in (*(pair.module for pair in adapter.pairs), *self._full.values()):
@@ -93,7 +97,7 @@ class Announced:
         return whole and self._config.raw.get("task_type") in _WITH_HEAD
 
     def _tied(self) -> bool:
-        return any(self._base.config_values("tie_word_embeddings"))
+        return is_tied(self._base, self._names)
 
     def _is_the_other(self, canonical: str, trained: Iterable[str]) -> bool:
         """Whether this is the head of a tied embedding, or that, and the other of the two was trained."""
@@ -105,14 +109,25 @@ class Announced:
         for canonical, (entry, names) in self._known.items():
             module = _module(canonical)
             matrix = all(name.endswith(".weight") for name in names) and len(entry.shape) == 2
-            redirected = self._fused and module.rpartition(".")[2] in _REDIRECTED
-            if not matrix or redirected or self._config.all_linear or template(module) in self._pairs:
+            if not matrix or self._config.all_linear or template(module) in self._pairs:
+                continue
+            if self._may_be_another(module.rpartition(".")[2]):
                 continue
             if self._config.raw.get("ensure_weight_tying") and self._is_the_other(module, self._pairs):
                 continue
             modules = {_module(name) for name in names}
             if all(map(self._config.targets_module, modules)):
                 yield _missing(min(modules), "no LoRA", "target_modules")
+
+    def _may_be_another(self, leaf: str) -> bool:
+        """Whether a Linear of this name on disk may have been none in memory.
+
+        Beside fused LoRA PEFT >= 0.19 takes the projections' names for the fused experts'. And some families
+        have one Linear for gate and up (minimax_m3_vl's shared experts).
+        """
+        projection = PROJECTION_LEAVES.get(leaf)
+        joined = self._family.known and projection in ("gate", "up")
+        return leaf in _ROUTERS or joined or bool(projection and self._fused)
 
     def _missing_parameters(self, experts: Experts) -> Iterable[Problem]:
         fused = set(self._fused_parameters(experts))
@@ -129,9 +144,9 @@ class Announced:
         """Canonical names of the parameters that the base's experts have in memory where they are fused."""
         for group in experts.names:
             if _layers(group) in self._prefixes and not is_extra_layer(self._base, group):
-                held = experts.projections(group)
+                untrained = experts.projections(group) - self._apart
                 yield from (
-                    f"{group}.{leaf}" for leaf, needs in FUSED_LEAVES.items() if held.issuperset(needs)
+                    f"{group}.{leaf}" for leaf, needs in FUSED_LEAVES.items() if untrained.issuperset(needs)
                 )
 
     def _missing_modules(self) -> Iterable[Problem]:

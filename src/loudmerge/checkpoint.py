@@ -29,6 +29,10 @@ _QUANTISED_SUFFIXES = (
 )
 
 
+TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
+"""Where multimodal configs keep the text model's fields."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory.
@@ -51,6 +55,14 @@ class Checkpoint:
     @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of the config that describes the text model: all of it, where it has no parts."""
+        found: Mapping[str, Any] = self.config
+        while parts := [found[name] for name in TEXT_CONFIGS if isinstance(found.get(name), dict)]:
+            found = parts[0]
+        return found
 
     def config_values(self, *names: str) -> list[Any]:
         """The values of these config fields, at any depth: multimodal configs nest the text model's."""

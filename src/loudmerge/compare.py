@@ -6,7 +6,6 @@ transformers and peft are imported only when a comparison runs.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from loudmerge import behaviour, models
 from loudmerge.behaviour import Passages, Run
 from loudmerge.checkpoint import Checkpoint, open_checkpoint
 from loudmerge.errors import EnvironmentFailed, Mismatch
+from loudmerge.jsonfile import parse
 from loudmerge.merge import plan
 from loudmerge.plan import MergePlan
 from loudmerge.relay import MemoryAxes, read_sites, relay
@@ -340,7 +340,7 @@ def _options(out: Path) -> dict[str, Any]:
     report = out / "merge_report.json"
     if not report.is_file():
         return {}
-    options = json.loads(report.read_text("utf-8")).get("options") or {}
+    options = parse(report.read_bytes()).get("options") or {}
     return {name: options[name] for name in OPTIONS if name in options}
 
 

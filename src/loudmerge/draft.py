@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loudmerge.adapter import Adapter, FullTensor, TokenRows
-from loudmerge.checkpoint import Checkpoint
+from loudmerge.checkpoint import TEXT_CONFIGS, Checkpoint
 from loudmerge.errors import Problem
 from loudmerge.evidence import Layout
 from loudmerge.experts import Slot
@@ -170,14 +170,13 @@ class Draft:
             else:
                 self._change(entry, tensor.entry, "replacement", tensor.entry)
                 self.replaced += 1
-
         self._require_resized_bias()
 
     def _require_resized_bias(self) -> None:
         """A resized head has a bias of its new size, if any."""
         bias = self.names.find(HEAD_BIAS)
         head = self.names.find(HEAD) or self.names.find(EMBEDDING)
-        if bias is None or head is None:
+        if bias is None or head is None or not {bias.name, head.name} & self.changes.keys():
             return
         final, rows = self.final(bias), self.final(head).shape[0]
         if final.shape != (rows,):
@@ -287,9 +286,6 @@ class Draft:
         paths = list(_paths(self.base.config, field)) or [field]
         self.edits.update(dict.fromkeys(paths, value))
 
-
-TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
-"""Where multimodal configs keep the text model's fields."""
 
 _CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_CODES.items()}
 

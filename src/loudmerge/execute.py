@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from queue import LifoQueue
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.layout import Axes
+from loudmerge.outcome import Outcome
 from loudmerge.pieces import PIECE_BYTES, Piece, interleaved
 from loudmerge.plan import MergePlan, OutputTensor
 from loudmerge.preflight import check_weights
@@ -73,41 +73,6 @@ Prepared = Sequence[Future[Factors]]
 """The factors of a piece's terms, in their order, as soon as they are read."""
 
 
-@dataclass
-class Outcome:
-    """What an execution did.
-
-    notes: on the adapter's weights. kept: by key, for the tensors that were merged. terms: those applied.
-    rounded: the same by how they were rounded.
-    """
-
-    notes: tuple[str, ...] = ()
-    kept: dict[str, Kept] = field(default_factory=lambda: defaultdict(Kept))
-    terms: set[tuple[str, int, int]] = field(default_factory=set)
-    rounded: dict[str, set[tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(set))
-
-    def record(self, outputs: Iterable[OutputTensor]) -> ShardRecord:
-        """What is known of some outputs."""
-        keys = {output.key for output in outputs}
-        kept = {key: (kept.along, kept.total) for key, kept in self.kept.items() if key in keys}
-        rounded = {how: [term for term in found if term[0] in keys] for how, found in self.rounded.items()}
-        return ShardRecord(kept, sorted(term for term in self.terms if term[0] in keys), rounded)
-
-    def restore(self, record: ShardRecord) -> None:
-        """Takes over what an interrupted merge did."""
-        self.kept.update({key: Kept(along, total) for key, (along, total) in record.kept.items()})
-        self.terms.update(record.terms)
-        for how, terms in record.rounded.items():
-            self.rounded[how].update(terms)
-
-    @property
-    def overall(self) -> Kept:
-        total = Kept()
-        for kept in self.kept.values():
-            total.add(kept)
-        return total
-
-
 def execute(
     plan: MergePlan,
     directory: Path,
@@ -151,12 +116,12 @@ def execute(
                     unsynced = 0
                 if progress is not None:
                     progress("merge", done, total)
-            finishes.append(syncer.submit(_finish, shard, worker.outcome.record(outputs), finished))
+            finishes.append(syncer.submit(_finish, shard, syncs, worker.outcome.record(outputs), finished))
+            syncs = []
             if len(finishes) >= OPEN_SHARDS:
                 finishes[-OPEN_SHARDS].result()
-        for sync in [*syncs, *finishes]:
-            # A write-back error is reported once, to the descriptor that was open: it must not be lost.
-            sync.result()
+        for finish in finishes:
+            finish.result()
         return worker.outcome
 
 
@@ -184,8 +149,13 @@ def _begin(
     return begun
 
 
-def _finish(shard: ShardFile, record: ShardRecord, finished: Finished | None) -> None:
+def _finish(
+    shard: ShardFile, syncs: Sequence[Future[None]], record: ShardRecord, finished: Finished | None
+) -> None:
     """Makes a shard durable, and only then says that it is finished."""
+    for sync in syncs:
+        # A write-back error is reported once: what these saw, the last sync does not.
+        sync.result()
     shard.sync()
     shard.close()
     if finished is not None:
@@ -393,8 +363,3 @@ class Worker:
             on_cpu = device is None or device.type == "cpu"
             held[name] = page_aligned(size) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)
         return held[name][:nbytes]
-
-
-def merged_keys(outputs: Sequence[OutputTensor]) -> set[tuple[str, int, int]]:
-    """What `Outcome.terms` must hold when every term of the plan was applied."""
-    return {(output.key, term.index, term.out.start) for output in outputs for term in output.terms}

@@ -223,8 +223,8 @@ def _refuse_pickles(hub_id: HubId, names: Sequence[str]) -> None:
 def _published(out: Path) -> tuple[Mapping[str, Any], list[str]]:
     """The report of a verified OUT and the names of its files, or ValueError."""
     try:
-        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as error:
+        report = jsonfile.parse((out / REPORT).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise ValueError(
             f"{out} cannot be pushed: found no readable {REPORT} in it ({error}), expected a merge's OUT"
         ) from error

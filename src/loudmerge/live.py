@@ -26,7 +26,7 @@ from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
 from loudmerge.merge import Pathish, merge
 from loudmerge.report import MergeReport
 from loudmerge.tensorfile import TensorEntry, TensorReader
-from loudmerge.wrappers import PREFIX, Wrapper, other_adapters, plain_attribute, settle, wrappers
+from loudmerge.wrappers import PREFIX, Wrapper, other_adapters, plain_attribute, settle_scalings, wrappers
 from loudmerge.writer import refuse_existing
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
                 # Embeddings are written with the base: what is in memory is what was trained on.
                 model.save_pretrained(saved, selected_adapters=[name], save_embedding_layers=False)
                 _add_lost_biases(adapter, tensors)
-                settle(adapter, found, name)
+                settle_scalings(adapter, found, name)
                 read_adapter(adapter)
                 base.save_pretrained(weights, state_dict=tensors)
             if tokenizer is not None:
@@ -210,7 +210,7 @@ def _keep_disk_layout(weights: Path, base: Any, *, with_tokenizer: bool) -> None
         return
     try:
         disk = open_checkpoint(source)
-    except MergeRefused:
+    except (MergeRefused, OSError):
         return  # The copy of the memory is complete without it.
     saved = open_checkpoint(weights)
     if disk.model_type != saved.model_type:

@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +14,9 @@ import torch
 from loudmerge.adapter import read_adapter
 from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
 from loudmerge.errors import EnvironmentFailed, Mismatch
-from loudmerge.execute import SMALL_BYTES, Outcome, Progress, execute, merged_keys, shard_files
-from loudmerge.plan import MergePlan, Options
+from loudmerge.execute import SMALL_BYTES, Progress, execute, shard_files
+from loudmerge.outcome import Outcome, merged_keys
+from loudmerge.plan import MergePlan, Options, check_options
 from loudmerge.planner import make_plan
 from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding
 from loudmerge.resume import Finished, identity
@@ -25,12 +25,6 @@ from loudmerge.writer import Staging, edited_json, index_json, refuse_existing, 
 
 REPORT = "merge_report.json"
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "orientation": ("auto", "standard", "swapped"),
-    "lora_b_layout": ("auto", "rank_major", "grouped_by_expert"),
-    "dtype": ("keep", "bfloat16", "float16", "float32"),
-    "rounding": ("auto", "nearest", "balanced", "stochastic", "peft"),
-}
 
 Pathish = str | os.PathLike[str]
 
@@ -138,14 +132,6 @@ def _threads(made: MergePlan, asked: int | None) -> tuple[int, int]:
     cores = os.cpu_count() or 1
     # While one that verifies waits for the disk, another computes.
     return cores, cores + 1
-
-
-def check_options(options: Options) -> None:
-    """Raises ValueError for an option's value that does not exist."""
-    for name, choices in _CHOICES.items():
-        value = getattr(options, name)
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
 
 
 def _device(name: str) -> str:

@@ -22,7 +22,7 @@ What = Literal[
     "missing", "extra", "dtype", "shape", "bytes", "value", "index", "metadata", "config", "unreadable"
 ]
 
-LOADED = (
+READ_BY_LOADERS = (
     *("*config.json", "*token*.json", "*.jinja", "chat_template.json", "modules.json", "*.py"),
     *("*.model", "*.tiktoken", "*vocab.*", "*merges.txt"),
 )
@@ -156,7 +156,7 @@ def _foreign(plan: MergePlan, out: Path, shards: AbstractSet[str]) -> Iterator[T
             continue
         if is_weights(name):
             yield TensorMismatch(name, name, "extra", "a weight file or index that is no part of the merge")
-        elif file.is_dir() or any(fnmatch(name, pattern) for pattern in LOADED):
+        elif file.is_dir() or any(fnmatch(name, pattern) for pattern in READ_BY_LOADERS):
             yield TensorMismatch(name, name, "extra", "read by loaders, and no part of the merge")
 
 

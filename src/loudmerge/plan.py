@@ -121,6 +121,22 @@ class Options:
     rounding: str = "auto"
 
 
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "orientation": ("auto", "standard", "swapped"),
+    "lora_b_layout": ("auto", "rank_major", "grouped_by_expert"),
+    "dtype": ("keep", "bfloat16", "float16", "float32"),
+    "rounding": ("auto", "nearest", "balanced", "stochastic", "peft"),
+}
+
+
+def check_options(options: Options) -> None:
+    """Raises ValueError for an option's value that does not exist."""
+    for name, choices in _CHOICES.items():
+        value = getattr(options, name)
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """Everything that a merge will do.

@@ -17,6 +17,8 @@ from loudmerge.sites import Placement
 
 INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
+_TEXT_LAYER = re.compile(r"layers\.(\d+)\.(self_attn\.[kv]_(?:proj|norm)\b)?")
+
 
 def missing_siblings(
     base: Checkpoint, adapter: Adapter, placement: Placement, names: Names, family: Family
@@ -85,10 +87,17 @@ def with_indices(module: str, name: str) -> str:
 
 
 def is_extra_layer(base: Checkpoint, name: str) -> bool:
-    """Layers past num_hidden_layers are on disk only (multi-token prediction): no model trains them."""
-    counts = [count for count in base.config_values("num_hidden_layers") if isinstance(count, int)]
-    layer = INDEX.search(name)
-    return bool(counts) and layer is not None and int(layer[0]) >= max(counts)
+    """Whether this is on disk only, so that no model trains it.
+
+    So are layers past num_hidden_layers (multi-token prediction), and the keys and values of layers that use
+    those of another one (num_kv_shared_layers of gemma3n and gemma4).
+    """
+    text = base.text_config
+    count, layer = text.get("num_hidden_layers"), _TEXT_LAYER.match(name)
+    if not isinstance(count, int) or layer is None:
+        return False
+    shared = text.get("num_kv_shared_layers") or 0
+    return int(layer[1]) >= (count - shared if layer[2] else count)
 
 
 def _missing_sibling(sibling: str, module: str) -> Problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterator
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from loudmerge.errors import MergeRefused, Problem
+from loudmerge.jsonfile import parse
 
 WEIGHT_SUFFIXES = frozenset(
     {
@@ -42,7 +43,7 @@ from_pretrained raises (transformers/models/qwen2_5_omni/modeling_qwen2_5_omni.p
 REWRITTEN = frozenset({"config.json", "merge_report.json"})
 ADAPTER_CONFIG = "adapter_config.json"
 
-_LITTER = (".", "__pycache__")
+_LITTER = (".", "__pycache__", "lost+found")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def module_folders(file: Path) -> frozenset[PurePosixPath]:
     A Transformer in a folder of its own is a model, not what comes after it.
     """
     try:
-        modules = json.loads(file.read_bytes())
+        modules = parse(file.read_bytes())
     except ValueError as error:
         raise MergeRefused(
             Problem("corrupt-file", str(file), f"no JSON ({error})", "a list of modules", "Get it again.")
@@ -122,7 +123,9 @@ def module_folders(file: Path) -> frozenset[PurePosixPath]:
 def _no_file(file: Path) -> Problem | None:
     try:
         mode = file.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         return Problem(
             "corrupt-file",
             str(file),

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from loudmerge.delta import Kept
-from loudmerge.execute import Outcome, Worker
+from loudmerge.execute import Worker
+from loudmerge.outcome import Outcome
 from loudmerge.pieces import Piece
 from loudmerge.plan import MergePlan
 from loudmerge.tensorfile import TensorReader

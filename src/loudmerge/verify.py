@@ -25,7 +25,7 @@ from loudmerge.errors import Mismatch
 from loudmerge.jsonfile import parse
 from loudmerge.judge import MatrixResult, check_matrix
 from loudmerge.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
-from loudmerge.plan import MergePlan, Options, OutputTensor
+from loudmerge.plan import MergePlan, Options, OutputTensor, check_options
 from loudmerge.recompute import FactorCache, Matrix, RawFiles, Workspace, matrices
 from loudmerge.report import TensorKept, one_rounding
 from loudmerge.threads import one_torch_thread
@@ -152,8 +152,6 @@ def verify_plan(
 
 
 def _recorded_options(out: Path) -> tuple[Options, tuple[str, ...]]:
-    from loudmerge.merge import check_options
-
     report = out / REPORT
     if not report.is_file():
         note = f"{REPORT} is missing: assumed that OUT was merged with the default options, rounding nearest"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loudmerge.adapter import LoraPair
+from loudmerge.checkpoint import Checkpoint
 from loudmerge.draft import EMBEDDING, HEAD, SAVE_BOTH, Draft, wrong_shape
 from loudmerge.errors import Problem
 from loudmerge.experts import Slot
 from loudmerge.layout import Axes, Span
 from loudmerge.misplaced import missing_base
+from loudmerge.names import Names
 from loudmerge.plan import OutputTensor, Site, Term
 from loudmerge.sites import Placed, dense_problem
 from loudmerge.tensorfile import TensorEntry
@@ -91,11 +93,14 @@ def _carry_rows(draft: Draft, embedding: TensorEntry, head: TensorEntry | None) 
     rows = draft.changes[embedding.name]["token_rows"]
     if head is None:
         return
-    if not draft.base.config_values("tie_word_embeddings"):
+    said = draft.base.config_values("tie_word_embeddings")
+    # PEFT asks the whole model's config, whatever its text part says.
+    tied = draft.base.config.get("tie_word_embeddings", any(said))
+    if not said:
         draft.problems.append(_unsaid(rows[1], head))
-    elif _tied(draft) and head.name in draft.terms:
+    elif tied and head.name in draft.terms:
         draft.problems.append(_rows_under_lora(rows[1]))
-    elif _tied(draft) and not draft.changes.get(head.name):
+    elif tied and not draft.changes.get(head.name):
         draft.changes[head.name]["token_rows"] = rows
         draft.replaced += 1
 
@@ -120,10 +125,14 @@ def _rows_under_lora(rows: TensorEntry) -> Problem:
     )
 
 
-def _tied(draft: Draft) -> bool:
+def is_tied(base: Checkpoint, names: Names) -> bool:
     """Whether the model ties its head: the config says so, or says nothing and there is no head on disk."""
-    said = draft.base.config_values("tie_word_embeddings")
-    return any(said) or (not said and draft.names.find(HEAD) is None)
+    said = base.config_values("tie_word_embeddings")
+    return any(said) or (not said and names.find(HEAD) is None)
+
+
+def _tied(draft: Draft) -> bool:
+    return is_tied(draft.base, draft.names)
 
 
 def _stays_tied(draft: Draft, embedding: TensorEntry, wanted: Sequence[TensorEntry]) -> bool:

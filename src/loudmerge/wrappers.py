@@ -80,7 +80,7 @@ def other_adapters(found: Collection[Wrapper], adapter: str) -> Iterator[Problem
             )
 
 
-def settle(directory: Path, found: Collection[Wrapper], adapter: str) -> None:
+def settle_scalings(directory: Path, found: Collection[Wrapper], adapter: str) -> None:
     """Has a saved adapter's config say the ranks and scalings that the live model computes with.
 
     They differ after set_scale, scale_layer, rescale_adapter_scale or a change of the config, and where

@@ -39,8 +39,8 @@ _INTERRUPTIONS = (OSError, EnvironmentFailed, KeyboardInterrupt)
 class Staging:
     """The staged directory of one merge. Leaving it without `publish` removes it.
 
-    resume: what an interrupted merge left is kept to go on from; and should this one be interrupted by the
-    disk or the user, so is what it leaves.
+    resume: what an interrupted merge left is kept to go on from; and should this one be interrupted (by the
+    disk, the user, a lack of memory) or refused its OUT, so is what it leaves.
     """
 
     def __init__(self, out: Path, *, overwrite: bool, resume: bool = False) -> None:
@@ -92,6 +92,9 @@ class Staging:
             free = self.root.exists() and os.path.samestat(os.fstat(descriptor), self.root.stat())
         except BlockingIOError:
             free = False
+        except OSError:
+            os.close(descriptor)
+            raise
         if free:
             return descriptor
         os.close(descriptor)

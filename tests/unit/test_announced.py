@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loudmerge.errors import MergeRefused
 from tests.unit.builders import (
     EMBED,
     EXPERTS,
@@ -19,7 +20,10 @@ from tests.unit.builders import (
     full,
     fused_lora,
     lora,
+    plan_of,
     values,
+    write_adapter,
+    write_base,
 )
 
 E, H, I = 3, 6, 4  # noqa: E741
@@ -155,6 +159,35 @@ def test_linears_named_like_fused_experts_were_not_trained_beside_them(world: Wo
     assert world.refuse(base, Q, MODEL, **fields).where.endswith("shared_expert.down_proj")
 
 
+def test_experts_that_were_linears_have_no_parameter_to_target(world: World) -> None:
+    """Unsloth names the fused parameters for any model; on transformers 4 they match nothing."""
+    held = dict(Q)
+    for expert in range(E):
+        for leaf, b, a in (("gate_proj", I, H), ("up_proj", I, H), ("down_proj", H, I)):
+            held |= lora(f"{EXPERTS}.{expert}.{leaf}", b, a)
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    plan = world.plan(BASE, held, MODEL, target_modules=targets, target_parameters=BOTH)
+    assert plan.counts.expert == 3 * E
+    downs = {key: tensor for key, tensor in held.items() if "down_proj" in key or Q_PROJ in key}
+    error = world.refuse(BASE, downs, MODEL, target_modules=["q_proj", "down_proj"], target_parameters=BOTH)
+    assert "no LoRA for experts.gate_up_proj" in str(error)
+
+
+def test_gate_and_up_may_have_been_one_linear(world: World) -> None:
+    """minimax_m3_vl's shared experts; what is not in the base's names is not missed."""
+    base = {**BASE, "model.layers.0.mlp.shared_experts.gate_proj.weight": values(I, H)}
+    fields = {"target_modules": ["q_proj", "gate_proj"]}
+    assert world.plan(base, Q, {**MODEL, "model_type": "minimax_m3_vl"}, **fields).counts.dense == 1
+    dense = {**MODEL, "model_type": "llama"}
+    assert world.refuse(base, Q, dense, **fields).where.endswith("shared_experts.gate_proj")
+
+
+def test_a_router_may_have_been_no_linear(world: World) -> None:
+    """In transformers 5 it is a module of its own class: trainers with broad expressions leave it out."""
+    broad = r"model\.layers\.\d\..*(q_proj|gate)"
+    assert world.plan(BASE, Q, MODEL, target_modules=broad).counts.dense == 1
+
+
 def test_a_renamed_module_is_known_by_a_sibling(world: World) -> None:
     """phimoe's router: `block_sparse_moe.gate` on disk, `mlp.router` in memory."""
     base = {f"model.layers.{n}.block_sparse_moe.gate.weight": values(E, H) for n in (0, 1)} | {
@@ -176,6 +209,15 @@ def test_a_tied_head_that_is_announced_is_missing_too(world: World) -> None:
     """It is no tensor of the base, but the model has it."""
     for fields in ({"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}):
         assert world.refuse(HEADLESS, Q, TIED, **fields).where.startswith("lm_head")
+
+
+def test_a_config_that_does_not_say_ties_a_head_that_is_not_on_disk(tmp_path: Path) -> None:
+    """As transformers 4 saves gemma."""
+    base = write_base(tmp_path / "base", HEADLESS)
+    (base / "config.json").write_text('{"model_type": "qwen3_moe", "num_hidden_layers": 2}')
+    adapter = write_adapter(tmp_path / "adapter", Q, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(MergeRefused, match="missing-adapter-tensor: lm_head: found no LoRA"):
+        plan_of(base, adapter)
 
 
 @pytest.mark.parametrize("base", [BASE, HEADLESS])

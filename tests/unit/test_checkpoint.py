@@ -207,6 +207,23 @@ def test_a_list_of_modules_that_is_no_json_is_corrupt(single: Path) -> None:
     assert str(refused(single)).startswith(f"corrupt-file: {single / 'modules.json'}: found no JSON (")
 
 
+def test_a_list_of_modules_that_is_nested_without_end_is_corrupt(single: Path) -> None:
+    (single / "modules.json").write_text("[" * 5000 + "]" * 5000)
+    assert str(refused(single)).startswith(f"corrupt-file: {single / 'modules.json'}: found no JSON (nested")
+
+
+def test_a_link_to_itself_leads_to_nothing(single: Path) -> None:
+    (single / "tokenizer.json").symlink_to("tokenizer.json")
+    assert "found a link to tokenizer.json, where nothing is" in str(refused(single))
+
+
+def test_what_a_file_system_has_at_its_root_is_no_part_of_the_base(single: Path) -> None:
+    """Only root may read it."""
+    (single / "lost+found").mkdir()
+    (single / "lost+found" / "#1").write_text("")
+    assert "lost+found/#1" not in open_checkpoint(single).side_files
+
+
 def test_a_link_to_nothing_is_refused_with_its_target(single: Path) -> None:
     """A cache of the Hub that lost a blob."""
     (single / "tokenizer.json").symlink_to("../../blobs/gone")

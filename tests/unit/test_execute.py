@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from loudmerge import execute as module
-from loudmerge import pieces, preflight
+from loudmerge import pieces, preflight, writer
 from loudmerge.delta import Kept
 from loudmerge.errors import MergeRefused
-from loudmerge.execute import Outcome, execute, merged_keys
+from loudmerge.execute import execute
 from loudmerge.layout import Axes
+from loudmerge.outcome import Outcome, merged_keys
+from loudmerge.resume import Finished
 from loudmerge.writer import ShardFile
 from tests.unit.builders import (
     EMBED,
@@ -384,6 +386,27 @@ def test_the_disks_error_while_a_shard_is_synced_is_not_lost(
     monkeypatch.setattr(os, "fdatasync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         world.run(Q, lora(Q_PROJ, 8, H))
+
+
+def test_a_shard_whose_sync_failed_once_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next sync succeeds: the kernel has told what it had to tell."""
+    failures = iter([OSError(errno.EIO, os.strerror(errno.EIO))])
+
+    def fail_once(_: int) -> None:
+        for error in failures:
+            raise error
+
+    monkeypatch.setattr(module, "SYNC_BYTES", 1)
+    monkeypatch.setattr(writer, "_open_direct", lambda _: writer._CLOSED)
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    plan = plan_of(write_base(tmp_path / "base", Q), write_adapter(tmp_path / "adapter", lora(Q_PROJ, 8, H)))
+    (tmp_path / "out").mkdir()
+    finished = Finished(tmp_path / "done", "identity")
+    with pytest.raises(OSError, match="Input/output error"):
+        execute(plan, tmp_path / "out", device="cpu", threads=1, finished=finished)
+    assert finished.get("model.safetensors") is None
 
 
 def test_the_caller_may_stop_a_merge_from_its_progress(tmp_path: Path) -> None:

@@ -57,6 +57,23 @@ def test_layers_on_disk_past_the_models_are_not_trained(world: World) -> None:
     assert plan.counts.dense == 2
 
 
+def test_a_deeper_vision_tower_says_nothing_of_the_text_models_layers(world: World) -> None:
+    """Step-3.7-Flash: 45 layers and three for multi-token prediction, beside 47 layers of vision."""
+    model = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 5}}
+    assert world.plan(LAYERS, q_of(0, 1), model, target_modules=["q_proj"]).counts.dense == 2
+
+
+def test_keys_and_values_that_layers_share_are_not_trained(world: World) -> None:
+    """gemma3n and gemma4: their last layers use an earlier one's, and have their own on disk only."""
+    keys = {f"model.layers.{n}.self_attn.k_proj.weight": values(8, H) for n in range(3)}
+    held = {**q_of(0, 1, 2), **lora("model.layers.0.self_attn.k_proj", 8, H)}
+    model = {"num_hidden_layers": 3, "num_kv_shared_layers": 2}
+    fields = {"target_modules": ["q_proj", "k_proj"]}
+    assert world.plan({**LAYERS, **keys}, held, model, **fields).counts.dense == 4
+    error = world.refuse({**LAYERS, **keys}, held, {**model, "num_kv_shared_layers": 1}, **fields)
+    assert error.where == "model.layers.1.self_attn.k_proj"
+
+
 def test_layers_of_a_nested_config_count_too(world: World) -> None:
     model = {"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 1}}
     assert world.refuse(LAYERS, q_of(0, 1), model, target_modules=["q_proj"]).code == "missing-adapter-tensor"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -51,6 +52,20 @@ def test_a_pipe_that_closes_early_changes_no_exit_code(stream: str, arguments: l
     os.close(write)
     assert done.returncode == code
     assert b"Traceback" not in (done.stderr or b"")
+
+
+def test_a_stderr_that_would_have_to_wait_changes_no_exit_code() -> None:
+    """A pipe that nobody empties, and that does not block: as some programs make it."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while os.write(write, b"x" * 4096):
+            pass
+    done = subprocess.run([*COMMAND, *USAGE], check=False, timeout=120, stdout=subprocess.PIPE, stderr=write)
+    os.close(read)
+    os.close(write)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["status"] == "usage"
 
 
 @pytest.mark.parametrize("arguments", [["--version"], USAGE])

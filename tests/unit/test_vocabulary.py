@@ -317,6 +317,12 @@ def test_rows_of_an_embedding_leave_an_untied_head_alone(world: World) -> None:
     assert not outputs(plan)["lm_head.weight"].touched
 
 
+def test_the_whole_models_config_says_whether_rows_are_the_heads_too(world: World) -> None:
+    """qwen3_vl_moe's text part says true by default; PEFT asks the whole, and so does transformers 5."""
+    model = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}
+    assert not outputs(world.plan(UNTIED, SOME, model, **PICKED))["lm_head.weight"].touched
+
+
 def test_rows_where_nothing_says_if_the_stored_head_is_tied_are_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", UNTIED)
     (base / "config.json").write_text('{"model_type": "qwen3_moe"}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -206,6 +207,21 @@ def test_an_out_that_exists_is_refused_and_untouched(kind: str, place: Place) ->
     assert "--overwrite to replace it once the new one is complete" in e.value.hint
     assert os.path.lexists(place.out)
     assert content(place.base) == before
+
+
+def test_a_file_system_without_locks_is_a_failure_of_the_environment(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, _: int) -> None:
+        opened.append(descriptor)
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    opened: list[int] = []
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="No locks available"), Staging(place.out, overwrite=False):
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
 
 
 def test_an_out_that_appears_during_the_merge_is_not_replaced(place: Place) -> None:
