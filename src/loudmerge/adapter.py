@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loudmerge.adapter_config import AdapterConfig, read_config
+from loudmerge.adapter_config import AdapterConfig, ends_with, read_config
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.tensorfile import FLOAT_CODES, TensorEntry, read_header
 
@@ -215,7 +215,7 @@ class _Sorter:
             return tuple(spec)
         if isinstance(spec, dict):
             for name, indices in spec.items():
-                if module == name or module.endswith(f".{name}"):
+                if ends_with(module, name):
                     return tuple(indices)
         return None
 

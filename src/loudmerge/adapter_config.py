@@ -114,7 +114,7 @@ class AdapterConfig:
         found = set()
         for target in self.target_parameters:
             name = f"{module}.{target.rpartition('.')[2]}"
-            if name == target or name.endswith(f".{target}"):
+            if ends_with(name, target):
                 found.add(target.rpartition(".")[2])
         return tuple(sorted(found))
 
@@ -160,6 +160,11 @@ class AdapterConfig:
         parts = module.split(".")
         around = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
         return any(name.endswith(tuple(self.modules_to_save)) for name in around)
+
+
+def ends_with(name: str, target: str) -> bool:
+    """Whether a target in one of the config's lists means this name: by PEFT's rule all of it, or its end."""
+    return name == target or name.endswith(f".{target}")
 
 
 def read_config(path: Path) -> AdapterConfig:
@@ -239,7 +244,7 @@ def _matches(key: str, name: str) -> bool:
 def _is_named(names: str | Iterable[str], module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    return any(ends_with(module, name) for name in names)
 
 
 def _is_expression(value: object) -> bool:

@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from loudmerge.adapter import Adapter
+from loudmerge.adapter_config import ends_with
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.draft import EMBEDDING, HEAD
 from loudmerge.errors import Problem
 from loudmerge.experts import Experts, split_expert_name
-from loudmerge.families import FUSED_LEAVES, PROJECTION_LEAVES, Family
-from loudmerge.names import Names
-from loudmerge.siblings import INDEX, is_extra_layer, template, with_indices
+from loudmerge.families import FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
+from loudmerge.names import INDEX, Names, template, with_indices
+from loudmerge.siblings import is_extra_layer
 from loudmerge.sites import Placement
 from loudmerge.tensorfile import TensorEntry
 from loudmerge.vocabulary import is_tied
@@ -126,17 +127,19 @@ class Announced:
         have one Linear for gate and up (minimax_m3_vl's shared experts).
         """
         projection = PROJECTION_LEAVES.get(leaf)
-        joined = self._family.known and projection in ("gate", "up")
+        joined = self._family.known and projection in (GATE, UP)
         return leaf in _ROUTERS or joined or bool(projection and self._fused)
 
     def _missing_parameters(self, experts: Experts) -> Iterable[Problem]:
         fused = set(self._fused_parameters(experts))
         for target in sorted(self._config.target_parameters):
-            if any(_ends(name, target) for name in self._fused | self._dense):
+            if any(ends_with(name, target) for name in self._fused | self._dense):
                 continue
             whole = self._family.canonical(target)
-            found = [name for name in fused if name == whole or _ends(name, target)]
-            found += [min(names) for _, names in self._known.values() if all(_ends(n, target) for n in names)]
+            found = [name for name in fused if name == whole or ends_with(name, target)]
+            found += [
+                min(names) for _, names in self._known.values() if all(ends_with(n, target) for n in names)
+            ]
             if found:
                 yield _missing(min(found), f"no LoRA for {target}", "target_parameters")
 
@@ -178,9 +181,9 @@ class Announced:
         if isinstance(spec, list):
             return
         for name in (name for name, indices in spec.items() if indices):
-            held = (key for key in self._base.entries if _ends(key, f"{name}.weight"))
+            held = (key for key in self._base.entries if ends_with(key, f"{name}.weight"))
             key = next(held, None)
-            if key is None or any(_ends(module, name) for module in trained):
+            if key is None or any(ends_with(module, name) for module in trained):
                 continue
             if not self._is_the_other(self._names.canonical[key], map(self._family.canonical, trained)):
                 yield _missing(_module(key), "no trained token rows", "trainable_token_indices")
@@ -199,10 +202,6 @@ def _parent(name: str) -> str:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _missing(where: str, found: str, field: str) -> Problem:

@@ -24,11 +24,6 @@ EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
 
-SAVE_BOTH = (
-    "Save the adapter with save_embedding_layers=True, or merge the live model with save_pretrained_merged."
-)
-"""What helps where only one of a resized embedding and head is in the file."""
-
 
 class Draft:
     """Collects what happens to each output tensor, and refuses what would happen twice."""
@@ -170,20 +165,6 @@ class Draft:
             else:
                 self._change(entry, tensor.entry, "replacement", tensor.entry)
                 self.replaced += 1
-        self._require_resized_bias()
-
-    def _require_resized_bias(self) -> None:
-        """A resized head has a bias of its new size, if any."""
-        bias = self.names.find(HEAD_BIAS)
-        head = self.names.find(HEAD) or self.names.find(EMBEDDING)
-        if bias is None or head is None or not {bias.name, head.name} & self.changes.keys():
-            return
-        final, rows = self.final(bias), self.final(head).shape[0]
-        if final.shape != (rows,):
-            expected = f"[{rows}], one for each row of {self.final(head)}"
-            self.problems.append(
-                Problem("shape-mismatch", str(final), f"{list(final.shape)}", expected, SAVE_BOTH)
-            )
 
     def add_rows(self, rows: Iterable[TokenRows]) -> None:
         for item in rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from loudmerge.adapter import Adapter, LoraPair, read_adapter
 from loudmerge.errors import MergeRefused
 from loudmerge.merge import Pathish, plan
+from loudmerge.names import template
 from loudmerge.plan import MergePlan
 from loudmerge.predict import Prediction, predict
 from loudmerge.report import planned_report
@@ -19,8 +19,6 @@ from loudmerge.traceplot import terminal_lines
 from loudmerge.weighing import UNREAD, Weighed, sites_of, weigh
 
 SHOWN_EVIDENCE = 8
-
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,7 @@ def inspect(
 
 def _kinds(pairs: Iterable[LoraPair]) -> tuple[Kind, ...]:
     counts = Counter(
-        (_INDEX.sub("*", pair.module), pair.depth, pair.a.shape, pair.b.shape, _extras(pair))
-        for pair in pairs
+        (template(pair.module), pair.depth, pair.a.shape, pair.b.shape, _extras(pair)) for pair in pairs
     )
     return tuple(
         Kind(module, depth, sites, shape_a, shape_b, extras)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -9,6 +10,9 @@ from loudmerge.checkpoint import Checkpoint
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import Family
 from loudmerge.tensorfile import TensorEntry
+
+INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""A layer's or an expert's number in a name."""
 
 
 class Names:
@@ -41,3 +45,14 @@ class Names:
                 )
             )
         return self._entries[keys[0]] if keys else None
+
+
+def template(name: str) -> str:
+    """The name without its indices."""
+    return INDEX.sub("*", name)
+
+
+def with_indices(module: str, name: str) -> str:
+    """`module` with the indices of `name`; renames keep the number and order of indices."""
+    indices = iter(INDEX.findall(name))
+    return INDEX.sub(lambda match: next(indices, match[0]), module)

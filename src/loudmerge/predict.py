@@ -6,7 +6,6 @@ code: on them the prediction is exact. Between kinds it is weighed by their size
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from loudmerge.balance import BAND
 from loudmerge.delta import Kept
+from loudmerge.names import template
 from loudmerge.pieces import Piece, split
 from loudmerge.plan import MergePlan
 from loudmerge.report import KEPT_WARNING
@@ -27,8 +27,6 @@ RUNS, ROWS = 2, BAND
 """Of each matrix: how many runs of how many rows, each of whole bands."""
 
 T = TypeVar("T")
-
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def _matrices(plan: MergePlan) -> Iterator[_Matrix]:
             if piece.terms:
                 pieces[piece.matrix].append(piece)
         for found in pieces.values():
-            yield _Matrix(_INDEX.sub("*", output.key), tuple(found))
+            yield _Matrix(template(output.key), tuple(found))
 
 
 def _chosen(members: Iterable[_Matrix]) -> Iterator[_Matrix]:

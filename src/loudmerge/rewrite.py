@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loudmerge.adapter_config import AdapterConfig, parse_config
+from loudmerge.adapter_config import AdapterConfig, ends_with, parse_config
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import REGISTRATION_ORDER, Family
 from loudmerge.layout import Axes, LoraBLayout, Span
@@ -101,11 +101,10 @@ class Draft:
         return [*(found or []), *sorted(set(add) - set(found or []))]
 
     def _only_replaced(self, name: str, kept: Iterable[str]) -> bool:
-        def named(module: str) -> bool:
-            return module == name or module.endswith(f".{name}")
-
         left = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in kept}
-        return any(map(named, self._replaced)) and not any(map(named, left))
+        return any(ends_with(module, name) for module in self._replaced) and not any(
+            ends_with(module, name) for module in left
+        )
 
     def _pattern(self, field: str, expression: str, value: float) -> None:
         self.raw[field] = {expression: value, **(self.raw.get(field) or {})}
@@ -225,8 +224,4 @@ def registration(leaf: str) -> int:
 def _others(targets: Sequence[str] | None, found: Sequence[ExpertLora]) -> list[str]:
     """The target_parameters that name none of these."""
     names = [one.parameter for one in found]
-    return [
-        target
-        for target in targets or ()
-        if not any(name == target or name.endswith(f".{target}") for name in names)
-    ]
+    return [target for target in targets or () if not any(ends_with(name, target) for name in names)]

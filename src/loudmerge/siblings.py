@@ -12,10 +12,8 @@ from loudmerge.checkpoint import Checkpoint
 from loudmerge.errors import Problem
 from loudmerge.experts import split_expert_name
 from loudmerge.families import Family
-from loudmerge.names import Names
+from loudmerge.names import Names, template, with_indices
 from loudmerge.sites import Placement
-
-INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 _TEXT_LAYER = re.compile(r"layers\.(\d+)\.(self_attn\.[kv]_(?:proj|norm)\b)?")
 
@@ -73,17 +71,6 @@ def _targets(config: AdapterConfig, module: str, leaf: str) -> bool:
     if leaf:
         return leaf in config.targeted_parameters(module)
     return config.targets_module(module) or "weight" in config.targeted_parameters(module)
-
-
-def template(name: str) -> str:
-    """The name without its indices."""
-    return INDEX.sub("*", name)
-
-
-def with_indices(module: str, name: str) -> str:
-    """`module` with the indices of `name`; renames keep the number and order of indices."""
-    indices = iter(INDEX.findall(name))
-    return INDEX.sub(lambda match: next(indices, match[0]), module)
 
 
 def is_extra_layer(base: Checkpoint, name: str) -> bool:

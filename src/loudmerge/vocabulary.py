@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from loudmerge.adapter import LoraPair
 from loudmerge.checkpoint import Checkpoint
-from loudmerge.draft import EMBEDDING, HEAD, SAVE_BOTH, Draft, wrong_shape
+from loudmerge.draft import EMBEDDING, HEAD, HEAD_BIAS, Draft, wrong_shape
 from loudmerge.errors import Problem
 from loudmerge.experts import Slot
 from loudmerge.layout import Axes, Span
@@ -23,6 +23,11 @@ _HEAD_BESIDE: Mapping[str, str] = {
 }
 """Where transformers keeps the head of a model whose embedding has this key."""
 
+SAVE_BOTH = (
+    "Save the adapter with save_embedding_layers=True, or merge the live model with save_pretrained_merged."
+)
+"""What helps where only one of a resized embedding and head is in the file."""
+
 
 def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     """Gives a tied model a head of its own where training parted the two, and follows a resized vocabulary.
@@ -30,6 +35,7 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     pairs: LoRA for a head that the base does not have on disk.
     """
     embedding, head = draft.names.find(EMBEDDING), draft.names.find(HEAD)
+    _require_bias(draft, head or embedding)
     wanted = [pair.a for pair in pairs] + ([draft.full_head] if draft.full_head else [])
     wanted += [draft.head_rows.entry] if draft.head_rows else []
     if wanted and (embedding is None or head is not None or not _tied(draft)):
@@ -229,6 +235,21 @@ def _follow_size(draft: Draft, embedding: TensorEntry, head: TensorEntry | None)
     elif size != embedding.shape[0]:
         draft.edit("vocab_size", size)
         draft.notes.append(f"the vocabulary is resized to {size}; OUT keeps the base's tokenizer files")
+
+
+def _require_bias(draft: Draft, head: TensorEntry | None) -> None:
+    """A resized head has a bias of its new size, if any."""
+    bias = draft.names.find(HEAD_BIAS)
+    if bias is None or head is None:
+        return
+    if not any("replacement" in draft.changes.get(entry.name, {}) for entry in (bias, head)):
+        return
+    final, rows = draft.final(bias), draft.final(head).shape[0]
+    if final.shape != (rows,):
+        expected = f"[{rows}], one for each row of {draft.final(head)}"
+        draft.problems.append(
+            Problem("shape-mismatch", str(final), f"{list(final.shape)}", expected, SAVE_BOTH)
+        )
 
 
 def _sizes_differ(embedding: TensorEntry, head: TensorEntry) -> Problem:
