@@ -63,6 +63,10 @@ MOST_CONFIDENT = 0.99
 CONFIDENT = 4.0
 """What the weaker witness has to show, in standard deviations of no evidence at all."""
 
+LUCK = 1.75
+"""Standard deviations by which sites that are not yet read are allowed to say more than those read: one
+witness in 25 says more."""
+
 
 @dataclass(frozen=True)
 class Traces:
@@ -110,12 +114,16 @@ class Verdict:
     sites: int
     blocks: bool = False
 
-    @property
-    def settled(self) -> bool:
-        """Whether more sites are not worth reading: each witness shows twice what it has to."""
-        return self.says is not None and (
-            self.blocks or min(abs(self.columns), abs(self.pairs)) >= 2 * CONFIDENT
-        )
+    def open(self, growth: float) -> bool:
+        """Whether growth times as many sites could change what is said.
+
+        No: where each witness shows twice what it has to; where, with LUCK, they still would not show it.
+        """
+        weaker = _weaker(self.columns, self.pairs)
+        if self.says is not None:
+            return not self.blocks and weaker < 2 * CONFIDENT
+        # A sum of z-scores over the root of their number grows with that root, and so does what is uncertain.
+        return weaker * math.sqrt(growth) + LUCK * math.sqrt(growth - 1) >= CONFIDENT
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -151,10 +159,15 @@ def verdict(sites: Sequence[SiteTraces]) -> Verdict:
         if says is None or (says is not leans and abs(pairs) > CONFIDENT):
             return Verdict(None, 0.0, columns, pairs, count)
         return Verdict(says, MOST_CONFIDENT, columns, pairs, count, blocks=True)
-    weaker = min(abs(columns), abs(pairs)) if columns * pairs > 0 else 0.0
+    weaker = _weaker(columns, pairs)
     if weaker < CONFIDENT:
         return Verdict(None, 0.0, columns, pairs, count)
     return Verdict(leans, confidence(weaker), columns, pairs, count)
+
+
+def _weaker(columns: float, pairs: float) -> float:
+    """What both show, in standard deviations: 0 where they lean to two sides."""
+    return min(abs(columns), abs(pairs)) if columns * pairs > 0 else 0.0
 
 
 def confidence(weaker: float) -> float:
@@ -267,6 +280,8 @@ def _blocks(b: Tensor, lower: Tensor, orders: Mapping[LoraBLayout, Tensor]) -> L
 
     So PEFT >= 0.19 fuses gate and up (peft/utils/transformers_weight_conversion.py).
     """
+    if b.all():
+        return None  # no zeros, so no blocks of them: a tenth of the time
     fits = []
     for packing, order in orders.items():
         first, second = b[:, order].tensor_split(2, dim=2)

@@ -1,8 +1,9 @@
 """Reads what is needed of an adapter's weights to tell how each lora_B is packed.
 
-Some rows of each lora_B, those of some experts of each lora_A, in some of the layers: 6 MB and a third of a
-second for a site of 128 experts of rank 32, less for a smaller one. The more sites, the surer. A parameter is
-packed alike in all layers; its markers do not tell layers apart either.
+Some rows of each lora_B, those of some experts of each lora_A, in some of the layers: 6 MB and a quarter of a
+second for a site of 128 experts of rank 32, less for a smaller one. The more sites, the surer, so more are
+read until they settle it, or until no more could. A parameter is packed alike in all layers; its markers do
+not tell layers apart either.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from loudmerge.hypotheses import FusedModule, FusedParameter
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 from loudmerge.threads import one_torch_thread
 
-LAYERS, FIRST = 16, 4
-"""The layers that are looked at, for each parameter of an experts module: so many at most, and so few where
-these settle it."""
+LAYERS = (2, 4, 8, 16)
+"""How many layers are looked at, for each parameter of an experts module: the next number only where the
+verdict is still open."""
 
 THREADS = 4
 """Sites that are looked at at a time, at most: each needs memory of its own."""
@@ -96,23 +97,27 @@ def weigh(sites: Iterable[FusedSite]) -> Weighed:
     for site in sites:
         if site.experts > 1 and site.rank > 1:
             by_leaf[site.leaf].append(site)
-    chosen = [site for same in by_leaf.values() for site in _some(same, LAYERS)]
-    first = [site for same in by_leaf.values() for site in _some(_some(same, LAYERS), FIRST)]
+    found: dict[str, SiteTraces | None] = {}
+    looked: tuple[tuple[FusedSite, SiteTraces], ...] = ()
+    verdicts: dict[str, Verdict] = {}
     with TensorReader() as reader:
-        looked = _looked_at(first, reader)
-        verdicts = combined(looked)
-        if not verdicts or not all(one.settled for one in verdicts.values()):
-            looked += _looked_at([site for site in chosen if site not in first], reader)
+        for layers in LAYERS:
+            more = [one for same in by_leaf.values() for one in _some(same, layers) if one.name not in found]
+            found |= _looked_at(more, reader)
+            in_order = ((one, found.get(one.name)) for same in by_leaf.values() for one in same)
+            looked = tuple((one, traces) for one, traces in in_order if traces is not None)
             verdicts = combined(looked)
-    order = {site.name: number for number, site in enumerate(chosen)}
-    return Weighed(verdicts, tuple(sorted(looked, key=lambda one: order[one[0].name])))
+            if verdicts and not any(one.open(LAYERS[-1] / layers) for one in verdicts.values()):
+                break
+    return Weighed(verdicts, looked)
 
 
-def _looked_at(sites: Sequence[FusedSite], reader: TensorReader) -> list[tuple[FusedSite, SiteTraces]]:
+def _looked_at(sites: Sequence[FusedSite], reader: TensorReader) -> dict[str, SiteTraces | None]:
+    """By name; see `_traces`."""
     # Several sites at a time gain what several threads in each do not: their steps are small.
     with one_torch_thread(), ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "loudmerge-weigh") as pool:
         found = pool.map(partial(_traces, reader=reader), sites)
-        return [(site, traces) for site, traces in zip(sites, found, strict=True) if traces is not None]
+        return dict(zip((site.name for site in sites), found, strict=True))
 
 
 def combined(looked: Sequence[tuple[FusedSite, SiteTraces]]) -> dict[str, Verdict]:

@@ -195,21 +195,28 @@ def test_both_witnesses_have_to_say_it(columns: float, pairs: float, says: LoraB
 
 
 @pytest.mark.parametrize(
-    ("found", "settled"),
+    ("found", "growth", "open_"),
     [
-        ((8.0, 8.0), True),
-        ((8.0, 7.9), False),
-        ((-30.0, -8.0), True),
-        ((0.0, 0.0), False),
-        ((8.0, -8.0), False),
+        ((8.0, 8.0), 8, False),
+        ((8.0, 7.9), 8, True),
+        ((-30.0, -8.0), 8, False),
+        ((0.0, 0.0), 8, True),
+        ((8.0, -8.0), 8, True),
+        ((8.0, -8.0), 4, False),
+        ((20.0, 0.4), 4, False),
+        ((-20.0, -0.6), 4, True),
+        ((3.0, 1.5), 2, False),
+        ((3.0, 1.7), 2, True),
     ],
 )
-def test_twice_what_is_needed_settles_it(found: tuple[float, float], settled: bool) -> None:
-    assert verdict([site(*found)]).settled is settled
+def test_it_is_open_unless_settled_or_out_of_reach(
+    found: tuple[float, float], growth: float, open_: bool
+) -> None:
+    assert verdict([site(*found)]).open(growth) is open_
 
 
 def test_zeros_that_prove_it_settle_it() -> None:
-    assert verdict([site(0.0, 0.0, MAJOR)]).settled
+    assert not verdict([site(0.0, 0.0, MAJOR)]).open(8)
 
 
 def test_rounding_of_orthogonal_rows_is_not_likeness() -> None:

@@ -20,7 +20,7 @@ from loudmerge.layout import LoraBLayout
 from loudmerge.merge import merge, plan
 from loudmerge.traceplot import SHOWN_SITES, short_name, svg, terminal_lines
 from loudmerge.verify import verify
-from loudmerge.weighing import FIRST, LAYERS, FusedSite, Weighed, combined, sites_of, weigh
+from loudmerge.weighing import LAYERS, FusedSite, Weighed, combined, sites_of, weigh
 from tests.support.command import run_inside
 from tests.unit.builders import pair
 from tests.unit.trained_adapters import DIRECTORY, NAMES, SILENT, other, trained
@@ -113,16 +113,33 @@ def many(name: str, tmp_path: Path) -> list[FusedSite]:
     return [replace(site, name=f"layers.{n}.down_proj") for n in range(48)]
 
 
-def test_few_layers_are_read_where_they_settle_it(tmp_path: Path) -> None:
-    found = weigh(many("16x16-8-bit-5-steps", tmp_path))
-    assert [site.name for site, _ in found.sites] == [f"layers.{n}.down_proj" for n in range(0, 48, 12)]
-    assert found.verdicts["down_proj"].sites == FIRST
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("16x16-8-bit-5-steps", 2), ("8x16-idle-experts-20-steps", 4), ("8x8-AdamW-5-steps", 8)],
+)
+def test_no_more_layers_are_read_than_settle_it(name: str, layers: int, tmp_path: Path) -> None:
+    found = weigh(many(name, tmp_path))
+    assert [site.name for site, _ in found.sites] == [
+        f"layers.{n}.down_proj" for n in range(0, 48, 48 // layers)
+    ]
+    assert found.verdicts["down_proj"].sites == layers
+    assert found.verdicts["down_proj"].says is trained(name).packing
 
 
 def test_more_layers_are_read_where_few_do_not_settle_it_but_not_all(tmp_path: Path) -> None:
     found = weigh(many(next(iter(SILENT)), tmp_path))
     assert [site.name for site, _ in found.sites] == [f"layers.{n}.down_proj" for n in range(0, 48, 3)]
-    assert found.verdicts["down_proj"].sites == LAYERS
+    assert found.verdicts["down_proj"].sites == LAYERS[-1]
+
+
+def test_no_more_layers_are_read_where_all_would_show_nothing(tmp_path: Path) -> None:
+    """As of an adapter that was not trained: its lora_B is all zeros."""
+    one = trained(TOLD)
+    untrained = {key: value * 0 if ".lora_B." in key else value for key, value in one.tensors.items()}
+    site = sites_of(read_adapter(replace(one, tensors=untrained).write(tmp_path / "adapter")))[0]
+    found = weigh([replace(site, name=f"layers.{n}.down_proj") for n in range(48)])
+    assert found.verdicts["down_proj"].sites == 4
+    assert found.verdicts["down_proj"].says is None
 
 
 def looked(leaf: str, columns: float, pairs: float) -> tuple[FusedSite, SiteTraces]:
