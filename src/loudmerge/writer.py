@@ -182,7 +182,10 @@ class ShardFile:
         """Makes the file. A full disk shows now, not at the end; and blocks that exist are written faster."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            os.posix_fallocate(descriptor, 0, self.nbytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, self.nbytes)
+            else:  # macOS: the size alone, without blocks
+                os.ftruncate(descriptor, self.nbytes)
         except OSError as error:
             wanted = f"{error.strerror}, {self.nbytes} bytes wanted"
             raise OSError(error.errno, wanted, str(self.path)) from error
@@ -206,8 +209,9 @@ class ShardFile:
 
     def sync(self) -> None:
         """Sends what was written to the disk, and gives its memory back to be used for what comes next."""
-        os.fdatasync(self._descriptor)
-        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(self._descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Closes it, if it is open."""
@@ -346,7 +350,9 @@ def _place(output: OutputTensor) -> tuple[bool, int]:
 
 
 def _open_direct(path: Path) -> int:
-    """A second descriptor that writes past the page cache, or _CLOSED where the file system cannot."""
+    """A second descriptor that writes past the page cache, or _CLOSED where file system or macOS cannot."""
+    if not hasattr(os, "O_DIRECT"):
+        return _CLOSED
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     except OSError as error:

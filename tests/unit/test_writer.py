@@ -476,6 +476,20 @@ def test_an_error_of_the_disk_is_no_lack_of_direct_writes(
         write_pages(tmp_path / "f")
 
 
+def test_a_system_without_linux_calls_gets_the_portable_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS is, whose Python has none of these."""
+    for name in ("O_DIRECT", "posix_fallocate", "fdatasync", "posix_fadvise"):
+        monkeypatch.delattr(os, name)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    check_pages(tmp_path / "f", write_pages(tmp_path / "f"))
+    with allocated(tmp_path / "g", PAGES, {}) as shard:
+        shard.sync()
+    assert len(synced) == 1
+
+
 def refuse_direct(call: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Direct descriptors cannot be opened, or not written to."""
     direct: list[int] = []
