@@ -108,7 +108,7 @@ def commands() -> None:
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="CPU threads that compute. Default: as many as cores; one for an OUT under 64 MiB.",
+    help="CPU threads that compute. Default: as many as cores, 8 at most; one for an OUT under 64 MiB.",
 )
 @click.option("--dry-run", is_flag=True, help="Plan only: nothing is written.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted merge into the same OUT.")

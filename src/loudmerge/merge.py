@@ -20,7 +20,7 @@ from loudmerge.plan import MergePlan, Options, check_options
 from loudmerge.planner import make_plan
 from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding
 from loudmerge.resume import Finished, identity
-from loudmerge.threads import one_torch_thread
+from loudmerge.threads import cores, one_torch_thread
 from loudmerge.writer import Staging, edited_json, index_json, refuse_existing, refuse_inputs
 
 REPORT = "merge_report.json"
@@ -80,10 +80,10 @@ def merge(
     "stochastic" rounds up or down by chance, the same for equal inputs; "balanced" keeps each input's update
     with the least error (loudmerge.balance); "auto" is "nearest" or "balanced" for each matrix, by what the
     nearest would keep of its update; "peft" rounds dW first where PEFT's merge_and_unload does. threads: that
-    compute, default as many as cores, or one for an OUT under 64 MiB. verify: recompute every tensor by a
-    second path before publishing. progress: called with (stage, bytes done, bytes in all). resume: go on from
-    the shards that an interrupted merge of the same inputs into `out` had finished; and leave one's own,
-    should this one be.
+    compute, default as many as cores (eight at most), or one for an OUT under 64 MiB. verify: recompute every
+    tensor by a second path before publishing. progress: called with (stage, bytes done, bytes in all).
+    resume: go on from the shards that an interrupted merge of the same inputs into `out` had finished; and
+    leave one's own, should this one be.
 
     Raises MergeRefused when the inputs cannot be merged correctly, and Mismatch when the verification fails:
     `out` does not exist then, or is untouched. OSError and EnvironmentFailed for the disk and the device.
@@ -124,14 +124,13 @@ def merge(
 
 
 def _threads(made: MergePlan, asked: int | None) -> tuple[int, int]:
-    """How many compute, and how many verify: by default as many as cores, and one more."""
+    """How many compute, and how many verify: by default as many as cores, eight at most, and one more."""
     if asked:
         return asked, asked
     if sum(output.nbytes for output in made.outputs) < SMALL_BYTES:
         return 1, 1
-    cores = os.cpu_count() or 1
     # While one that verifies waits for the disk, another computes.
-    return cores, cores + 1
+    return cores(), cores() + 1
 
 
 def _device(name: str) -> str:

@@ -1,9 +1,19 @@
-"""torch's own threads, out of the way of ours."""
+"""How many threads compute; and torch's own, out of the way of ours."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+MOST = 8
+"""Threads that compute by default, at most: each needs 20 MB, and so many are faster than a disk."""
+
+
+def cores(most: int = MOST) -> int:
+    """The cores that this process may run on, `most` at most."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(allowed or 1, most)
 
 
 @contextmanager

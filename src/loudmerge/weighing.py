@@ -8,7 +8,6 @@ not tell layers apart either.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from loudmerge.adapter import Adapter, LoraPair
 from loudmerge.clustering import SiteTraces, Verdict, sampled_rows, site_traces, verdict
 from loudmerge.hypotheses import FusedModule, FusedParameter
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
-from loudmerge.threads import one_torch_thread
+from loudmerge.threads import cores, one_torch_thread
 
 LAYERS = (2, 4, 8, 16)
 """How many layers are looked at, for each parameter of an experts module: the next number only where the
@@ -115,7 +114,7 @@ def weigh(sites: Iterable[FusedSite]) -> Weighed:
 def _looked_at(sites: Sequence[FusedSite], reader: TensorReader) -> dict[str, SiteTraces | None]:
     """By name; see `_traces`."""
     # Several sites at a time gain what several threads in each do not: their steps are small.
-    with one_torch_thread(), ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "loudmerge-weigh") as pool:
+    with one_torch_thread(), ThreadPoolExecutor(cores(THREADS), "loudmerge-weigh") as pool:
         found = pool.map(partial(_traces, reader=reader), sites)
         return dict(zip((site.name for site in sites), found, strict=True))
 
