@@ -22,6 +22,7 @@ from loudmerge.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, 
 from loudmerge.hypotheses import FusedModule, FusedParameter
 from loudmerge.layout import Axes, Orientation, Span
 from loudmerge.merge import Pathish, plan
+from loudmerge.outpath import refuse_existing, refuse_inputs
 from loudmerge.packing import Packing
 from loudmerge.plan import MergePlan, Site
 from loudmerge.relayout import Factored, factored, joined
@@ -36,7 +37,7 @@ from loudmerge.rewrite import (
 )
 from loudmerge.tensorfile import TensorReader
 from loudmerge.weighing import fused_site, weigh
-from loudmerge.writer import Staging, refuse_existing, refuse_inputs
+from loudmerge.writer import Staging
 
 Linears = Mapping[tuple[str, int], Site]
 """The sites of one module's experts, by (projection, expert)."""

@@ -24,10 +24,10 @@ from loudmerge.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
 from loudmerge.merge import Pathish, merge
+from loudmerge.outpath import refuse_existing
 from loudmerge.report import MergeReport
 from loudmerge.tensorfile import TensorEntry, TensorReader
 from loudmerge.wrappers import PREFIX, Wrapper, other_adapters, plain_attribute, settle_scalings, wrappers
-from loudmerge.writer import refuse_existing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

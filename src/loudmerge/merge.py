@@ -16,12 +16,13 @@ from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
 from loudmerge.errors import EnvironmentFailed, Mismatch
 from loudmerge.execute import SMALL_BYTES, Progress, execute, shard_files
 from loudmerge.outcome import Outcome, merged_keys
+from loudmerge.outpath import refuse_existing, refuse_inputs
 from loudmerge.plan import MergePlan, Options, check_options
 from loudmerge.planner import make_plan
 from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding
 from loudmerge.resume import Finished, identity
 from loudmerge.threads import cores, one_torch_thread
-from loudmerge.writer import Staging, edited_json, index_json, refuse_existing, refuse_inputs
+from loudmerge.writer import Staging, edited_json, index_json
 
 REPORT = "merge_report.json"
 

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from loudmerge import jsonfile
 from loudmerge.checkpoint import INDEX
-from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem, is_out_of_memory
+from loudmerge.errors import EnvironmentFailed, MergeRefused, is_out_of_memory
+from loudmerge.outpath import refuse_existing
 from loudmerge.plan import OutputTensor
 
 _PAGE = 4096
@@ -52,6 +54,7 @@ class Staging:
         self.files = self.root / "files"
         self.done = self.root / "done"
         self._replaced = self.root / "replaced"
+        self._parents = [parent for parent in self.out.parents if not parent.exists()]
         self._lock = -1
 
     def __enter__(self) -> Staging:
@@ -82,6 +85,9 @@ class Staging:
     def _leave(self, *, keep: bool) -> None:
         if not keep:
             shutil.rmtree(self.root, ignore_errors=True)
+            with suppress(OSError):  # not empty: OUT is in it, or something of somebody else
+                for made in self._parents:
+                    made.rmdir()
         os.close(self._lock)
 
     def _take_lock(self) -> int:
@@ -240,59 +246,6 @@ def page_aligned(nbytes: int) -> Tensor:
     buffer = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
     skip = -buffer.data_ptr() % _PAGE
     return buffer[skip : skip + nbytes]
-
-
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raises MergeRefused `out-exists` when OUT exists, and may not be replaced.
-
-    The directory one stands in, the home directory and what holds them are never meant by `overwrite`.
-    """
-    if not os.path.lexists(out):
-        return
-    if overwrite:
-        _refuse_ground(out)
-        return
-    raise MergeRefused(
-        Problem(
-            "out-exists",
-            str(out),
-            "something of that name",
-            "a name that is free",
-            "Give another OUT, or --overwrite to replace it once the new one is complete.",
-        )
-    )
-
-
-def _refuse_ground(out: Path) -> None:
-    target = out.resolve()
-    for name, path in {"current": Path.cwd(), "home": Path(os.environ.get("HOME", "/")).resolve()}.items():
-        if target == path or target in path.parents:
-            raise MergeRefused(
-                Problem(
-                    "out-exists",
-                    str(out.absolute()),
-                    f"a directory that is or holds the {name} directory {path}",
-                    "one whose files may all be removed",
-                    "Give another OUT: --overwrite replaces the whole directory.",
-                )
-            )
-
-
-def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
-    """Raises MergeRefused `out-exists` when writing OUT would touch an input."""
-    target = out.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if target == source or target in source.parents or source in target.parents:
-            raise MergeRefused(
-                Problem(
-                    "out-exists",
-                    str(out),
-                    f"a directory that is, holds or lies in the input {path}",
-                    "a directory apart from BASE and ADAPTER",
-                    "Give another OUT.",
-                )
-            )
 
 
 def index_json(index: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> bytes:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import loudmerge
 from loudmerge.errors import EnvironmentFailed, MergeRefused
+from loudmerge.outpath import refuse_existing, refuse_inputs
 from loudmerge.plan import OutputTensor
 from loudmerge.writer import (
     ShardFile,
@@ -24,8 +25,6 @@ from loudmerge.writer import (
     edited_json,
     index_json,
     page_aligned,
-    refuse_existing,
-    refuse_inputs,
 )
 from tests.unit.builders import entry, values
 from tests.unit.places import (
@@ -69,6 +68,20 @@ def test_out_has_every_file_and_nothing_is_left_beside_it(place: Place) -> None:
 def test_the_parents_of_out_are_made(place: Place) -> None:
     place.merge(place.root / "a" / "b" / "out")
     assert (place.root / "a" / "b" / "out" / "config.json").is_file()
+
+
+def test_a_merge_that_fails_leaves_no_parents_of_out_that_it_made(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.root / "a").mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Staging, "publish", full)
+    with pytest.raises(OSError, match="full"):
+        place.merge(place.root / "a" / "b" / "c" / "out")
+    assert list((place.root / "a").iterdir()) == []
 
 
 def test_out_may_be_a_relative_path(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,62 @@
+"""Which OUT is refused: one that exists, one that holds what nobody means to replace, an input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from loudmerge.errors import MergeRefused, Problem
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Raises MergeRefused `out-exists` when OUT exists, and may not be replaced.
+
+    The directory one stands in, the home directory and what holds them are never meant by `overwrite`.
+    """
+    if not os.path.lexists(out):
+        return
+    if overwrite:
+        _refuse_ground(out)
+        return
+    raise MergeRefused(
+        Problem(
+            "out-exists",
+            str(out),
+            "something of that name",
+            "a name that is free",
+            "Give another OUT, or --overwrite to replace it once the new one is complete.",
+        )
+    )
+
+
+def _refuse_ground(out: Path) -> None:
+    target = out.resolve()
+    for name, path in {"current": Path.cwd(), "home": Path(os.environ.get("HOME", "/")).resolve()}.items():
+        if target == path or target in path.parents:
+            raise MergeRefused(
+                Problem(
+                    "out-exists",
+                    str(out.absolute()),
+                    f"a directory that is or holds the {name} directory {path}",
+                    "one whose files may all be removed",
+                    "Give another OUT: --overwrite replaces the whole directory.",
+                )
+            )
+
+
+def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
+    """Raises MergeRefused `out-exists` when writing OUT would touch an input."""
+    target = out.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if target == source or target in source.parents or source in target.parents:
+            raise MergeRefused(
+                Problem(
+                    "out-exists",
+                    str(out),
+                    f"a directory that is, holds or lies in the input {path}",
+                    "a directory apart from BASE and ADAPTER",
+                    "Give another OUT.",
+                )
+            )
