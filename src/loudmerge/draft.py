@@ -226,7 +226,7 @@ class Draft:
             counts=Counts(self.expert, self.dense, self.replaced, len(outputs) - touched),
             num_experts=placement.num_experts,
             config_edits=self.edits,
-            notes=(*self.notes, *_left_out(self.base.left_out)),
+            notes=(*layout.overruled, *self.notes, *_left_out(self.base.left_out)),
         )
 
     def _output(self, entry: TensorEntry) -> OutputTensor:

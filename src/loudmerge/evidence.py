@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from loudmerge.adapter_config import AdapterConfig
 from loudmerge.errors import MergeRefused, Problem
@@ -22,6 +23,11 @@ from loudmerge.weighing import UNREAD, FusedSite, Weighed, fused_site
 
 Weigh = Callable[[Iterable[FusedSite]], Weighed]
 """Says how lora_B is packed, from the weights: `loudmerge.weighing.weigh`."""
+
+_OTHER: dict[str, str] = dict([*permutations(Orientation, 2), *permutations(LoraBLayout, 2)])
+"""What each says no to."""
+
+_WHICH_BASE = "Is this the base that the adapter was trained on?"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,18 @@ class Layout:
     @property
     def lora_b_layout(self) -> str:
         return _common(packing.value for packing in self.packing.values())
+
+    @property
+    def overruled(self) -> tuple[str, ...]:
+        """What an option decided against: a marker, the version, the weights. For a person to read."""
+        options = {_OTHER[one.says]: one for one in self.evidence if one.source == "option"}
+        first: dict[tuple[str, str], str] = {}
+        for one in self.evidence:
+            if one.says in options:
+                option, where = options[one.says], f" of {one.site}" if one.site else ""
+                note = f"{option.detail} {option.says} decided, but {one.source}{where} says {one.says}"
+                first.setdefault((one.source, one.says), f"{note}: {one.detail}")
+        return tuple(first.values())
 
 
 def decide(
@@ -206,31 +224,38 @@ def _why_none(module: FusedModule) -> Problem:
         if shape.rows != shape.columns:
             found = f"{shape.rows} rows of lora_A and {shape.columns} columns of lora_B"
             return Problem("shape-mismatch", f"{pair.a} and {pair.b}", found, "rank * experts of both")
-        if shape.rank(module.num_experts) is None:
+        ranks, rank = (
+            sorted({parameter.rank for parameter in module.parameters}),
+            shape.rank(module.num_experts),
+        )
+        if rank in ranks:
+            continue
+        found, expected = f"{shape.rows} rows", f"{module.num_experts} experts, as the base has"
+        by_rank = None if rank is None else f"rank {rank} for {module.num_experts} experts"
+        fits = [r for r in ranks if shape.rows % r == 0]
+        if fits:
+            # Another base, or another config; of the two the adapter's Linears tell.
+            found = f"{found}: {shape.rows // fits[0]} experts of rank {fits[0]}, as adapter_config.json says"
+            found = f"{found}, or {by_rank}" if by_rank else found
+            return Problem("num-experts-mismatch", str(pair.a), found, expected, _WHICH_BASE)
+        if by_rank is None:
             return Problem(
-                "num-experts-mismatch",
-                str(pair.a),
-                f"{shape.rows} rows",
-                f"a multiple of the base's {module.num_experts} experts",
-                "Is this the base that the adapter was trained on?",
+                "num-experts-mismatch", str(pair.a), found, f"a multiple of {expected}", _WHICH_BASE
             )
-        if shape.rank(module.num_experts) not in {parameter.rank for parameter in module.parameters}:
-            ranks = " or ".join(map(str, sorted({parameter.rank for parameter in module.parameters})))
-            return Problem(
-                "rank-mismatch",
-                str(pair.a),
-                f"{shape.rows} rows: rank {shape.rank(module.num_experts)} for {module.num_experts} experts",
-                f"rank {ranks}, as adapter_config.json says",
-                "Is this the base, and the config, that the adapter was trained with?",
-            )
+        return Problem(
+            "rank-mismatch",
+            str(pair.a),
+            f"{found}: {by_rank}",
+            f"rank {' or '.join(map(str, ranks))}, as adapter_config.json says",
+            "Is this the base, and the config, that the adapter was trained with?",
+        )
     single = [
         p
         for p in module.parameters
         if any(admits(module, p, pair, o) for pair in module.pairs for o in Orientation)
     ]
     code = "unknown-layout" if len(single) == len(module.parameters) > 1 else "shape-mismatch"
-    hint = "Is this the base that the adapter was trained on?"
-    return Problem(code, module.name, _shapes(module), _expected(module), hint)
+    return Problem(code, module.name, _shapes(module), _expected(module), _WHICH_BASE)
 
 
 def _disagree(module: FusedModule, fits: set[Orientation], left: set[Orientation]) -> Problem:

@@ -15,6 +15,7 @@ from loudmerge.adapter import read_adapter
 from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
 from loudmerge.errors import EnvironmentFailed, Mismatch
 from loudmerge.execute import SMALL_BYTES, Progress, execute, shard_files
+from loudmerge.hub import HubId, resolve
 from loudmerge.outcome import Outcome, merged_keys
 from loudmerge.outpath import refuse_existing, refuse_inputs
 from loudmerge.plan import MergePlan, Options, check_options
@@ -48,15 +49,26 @@ def plan(
     """What `merge` with the same arguments would do; nothing is written, and of the weights only
     some of the adapter's are read, which tell how its lora_B are packed.
 
-    base, adapter: local directories. Raises MergeRefused with every problem found, ValueError for an
-    option's value that does not exist.
+    base, adapter: local directories, or Hub ids (owner/name or owner/name@revision), which are downloaded.
+    Raises MergeRefused with every problem found, ValueError for an option's value that does not exist,
+    EnvironmentFailed when the Hub cannot be reached.
     """
     options = Options(orientation, lora_b_layout, dtype, rounding)
     check_options(options)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
-        refuse_inputs(Path(out), [Path(base), Path(adapter)])
-    return make_plan(open_checkpoint(Path(base)), read_adapter(Path(adapter)), options)
+    found = [_directory(base), _directory(adapter)]
+    if out is not None:
+        refuse_inputs(Path(out), found)
+    return make_plan(open_checkpoint(found[0]), read_adapter(found[1]), options)
+
+
+def _directory(name: Pathish) -> Path:
+    """A local directory; of what is none and spells a Hub id, its snapshot."""
+    path = Path(name)
+    if path.exists() or HubId.parse(str(name)) is None:
+        return path
+    return resolve(path.as_posix())
 
 
 def merge(
@@ -77,14 +89,14 @@ def merge(
 ) -> MergeReport:
     """Merges an adapter into a base checkpoint and publishes the result as the directory `out`, in one step.
 
-    base, adapter: local directories, never changed. rounding: "nearest" rounds W + dW once to OUT's dtype;
-    "stochastic" rounds up or down by chance, the same for equal inputs; "balanced" keeps each input's update
-    with the least error (loudmerge.balance); "auto" is "nearest" or "balanced" for each matrix, by what the
-    nearest would keep of its update; "peft" rounds dW first where PEFT's merge_and_unload does. threads: that
-    compute, default as many as cores (eight at most), or one for an OUT under 64 MiB. verify: recompute every
-    tensor by a second path before publishing. progress: called with (stage, bytes done, bytes in all).
-    resume: go on from the shards that an interrupted merge of the same inputs into `out` had finished; and
-    leave one's own, should this one be.
+    base, adapter: local directories, never changed, or Hub ids; see `plan`. rounding: "nearest" rounds W + dW
+    once to OUT's dtype; "stochastic" rounds up or down by chance, the same for equal inputs; "balanced" keeps
+    each input's update with the least error (loudmerge.balance); "auto" is "nearest" or "balanced" for each
+    matrix, by what the nearest would keep of its update; "peft" rounds dW first where PEFT's merge_and_unload
+    does. threads: that compute, default as many as cores (eight at most), or one for an OUT under 64 MiB.
+    verify: recompute every tensor by a second path before publishing. progress: called with (stage, bytes
+    done, bytes in all). resume: go on from the shards that an interrupted merge of the same inputs into `out`
+    had finished; and leave one's own, should this one be.
 
     Raises MergeRefused when the inputs cannot be merged correctly, and Mismatch when the verification fails:
     `out` does not exist then, or is untouched. OSError and EnvironmentFailed for the disk and the device.

@@ -41,19 +41,20 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
         problems += Announced(base, adapter, names, family, placement).missing(experts)
     problems += missing_siblings(base, adapter, placement, names, family)
     draft = Draft(base, adapter, names, family, options)
-    layout = Layout({}, {}, ())
+    layout, fused = Layout({}, {}, ()), list[Problem]()
     try:
         layout = decide(
             placement.modules, adapter.config, family, options.orientation, options.lora_b_layout, weigh
         )
         draft.add_fused(placement, layout)
     except MergeRefused as refusal:
-        problems += refusal.problems
+        fused = list(refusal.problems)
     draft.add_dense(placement.dense)
     draft.add_full(adapter.full)
     draft.add_rows(adapter.rows)
     settle(draft, placement.untied_head)
-    problems += draft.problems
+    # Linears first: where the config's rank is wrong they prove it, and experts only that something is.
+    problems += [*draft.problems, *fused]
     if problems:
         raise MergeRefused(problems)
     plan = draft.finish(layout, placement)

@@ -123,12 +123,18 @@ def one(a: Sequence[int], b: Sequence[int], rank: int = 2) -> FusedModule:
     ("module", "code", "says"),
     [
         (one((8, 4), (6, 12)), "shape-mismatch", "found 8 rows of lora_A and 12 columns of lora_B"),
-        (one((6, 4), (6, 6)), "num-experts-mismatch", "6 rows, expected a multiple of the base's 4 experts."),
+        (
+            one((6, 4), (6, 6)),
+            "num-experts-mismatch",
+            "found 6 rows: 3 experts of rank 2, as adapter_config.json says, expected 4 experts",
+        ),
         (
             one((12, 4), (6, 12)),
-            "rank-mismatch",
-            "rank 3 for 4 experts",
+            "num-experts-mismatch",
+            "6 experts of rank 2, as adapter_config.json says, or rank 3 for 4 experts, expected 4 experts",
         ),
+        (one((7, 4), (6, 7)), "num-experts-mismatch", "found 7 rows, expected a multiple of 4 experts"),
+        (one((12, 4), (6, 12), rank=5), "rank-mismatch", "rank 3 for 4 experts, expected rank 5"),
         (
             one((8, 5), (6, 8)),
             "shape-mismatch",
@@ -145,7 +151,10 @@ def one(a: Sequence[int], b: Sequence[int], rank: int = 2) -> FusedModule:
             "down_proj: A [8, 4] B [6, 8] (standard) or A [8, 6] B [4, 8] (swapped).",
         ),
     ],
-    ids=["rows and columns", "experts", "rank", "shape", "down standard, gate_up swapped", "one of two fits"],
+    ids=[
+        "rows and columns", "fewer experts", "more experts", "no experts", "rank", "shape",
+        "down standard, gate_up swapped", "one of two fits",
+    ],
 )  # fmt: skip
 def test_shapes_that_fit_nothing_are_refused_with_the_reason(
     module: FusedModule, code: str, says: str
@@ -243,7 +252,12 @@ def test_the_option_decides_what_shapes_leave_open(orientation: str) -> None:
 
 
 def test_the_option_outweighs_the_version() -> None:
-    assert decide([square()], dated("0.18.1"), QWEN, orientation="standard").orientation == "standard"
+    layout = decide([square()], dated("0.18.1"), QWEN, orientation="standard")
+    assert layout.orientation == "standard"
+    assert layout.overruled == (
+        "--orientation standard decided, but peft_version says swapped: peft_version 0.18.1",
+    )
+    assert decide([square()], dated("0.18.1"), QWEN, orientation="swapped").overruled == ()
 
 
 def test_the_option_settles_a_version_that_contradicts_the_shapes() -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import loudmerge
 from loudmerge import EnvironmentFailed, MergeRefused, hub
 from tests.support.hub_server import connected_hub
 from tests.support.hub_state import HubServer
+from tests.unit.builders import lora, values, write_adapter, write_base
 
 pytest.importorskip("huggingface_hub")
 
@@ -58,6 +60,18 @@ def test_a_local_directory_is_returned_as_it_is_even_if_it_could_be_a_hub_id(
     monkeypatch.chdir(tmp_path)
     assert hub.resolve("owner/base") == Path("owner/base")
     assert hub.resolve(tmp_path) == tmp_path
+
+
+def test_merge_and_plan_take_hub_ids(server: HubServer, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"model.layers.0.self_attn.q_proj.weight": values(8, 6)})
+    adapter = write_adapter(tmp_path / "adapter", lora("model.layers.0.self_attn.q_proj", 8, 6))
+    server.add_repo("owner/base", tree(base))
+    server.add_repo("owner/adapter", tree(adapter))
+    assert loudmerge.plan("owner/base", "owner/adapter").counts.dense == 1
+    loudmerge.merge("owner/base", "owner/adapter", tmp_path / "from-hub")
+    loudmerge.merge(base, adapter, tmp_path / "from-disk")
+    weights = [tree(tmp_path / name)["model.safetensors"] for name in ("from-hub", "from-disk")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(

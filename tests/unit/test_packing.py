@@ -163,6 +163,17 @@ def test_the_option_settles_an_adapter_of_unsloth_without_a_marker(packing: str)
     assert decide([BOTH], fields, QWEN, lora_b_layout=packing).lora_b_layout == packing
 
 
+def test_what_the_option_overrules_is_said_once_for_each_witness() -> None:
+    layout = weighed(MAJOR, option="grouped_by_expert", **MAJOR_MARK)
+    assert layout.lora_b_layout == "grouped_by_expert"
+    weights, marker = layout.overruled
+    said = "--lora-b-layout grouped_by_expert decided, but"
+    assert weights.startswith(f"{said} weights of down_proj says rank_major: 2 sites: ")
+    assert marker == f"{said} marker of {EXPERTS}.down_proj says rank_major: lora_B_layout"
+    assert weighed(GROUPED, option="grouped_by_expert", **GROUPED_MARK).overruled == ()
+    assert weighed(MAJOR, **MAJOR_MARK).overruled == ()
+
+
 @pytest.mark.parametrize("size", [{"rank": 1}, {"experts": 1}])
 def test_rank_one_and_one_expert_are_packed_alike_either_way(size: dict[str, int]) -> None:
     module = made({"down_proj": (6, 4)}, ("down_proj",), **size)  # type: ignore[arg-type]

@@ -159,6 +159,15 @@ def test_two_alphas_for_one_name_are_noted(world: World) -> None:
     assert "(1.0, 2.0)" in note
 
 
+def test_what_an_option_overrules_is_noted(world: World) -> None:
+    held = fused_lora(EXPERTS, [(H, I), (2 * I, H)], experts=E)
+    world.plan(expert_tensors(E, H, I), held, target_parameters=BOTH, lora_B_layout="rank_major")
+    inputs = world.path / "base", world.path / "adapter"
+    assert plan_of(*inputs).notes == ()
+    (note,) = plan_of(*inputs, lora_b_layout="grouped_by_expert").notes
+    assert note.startswith("--lora-b-layout grouped_by_expert decided, but marker of ")
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

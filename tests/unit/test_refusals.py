@@ -167,6 +167,11 @@ REFUSALS = (
         Case(QWEN, fused=("gate_up", "down")),
     ),
     Refusal(
+        "rank of the config, beside experts", "rank-mismatch", adapter_fields(r=1),
+        (r"lora_A\.weight", r"found rank 2", r"expected rank 1", r"8 experts of rank 1"),
+        Case(QWEN, fused=("gate_up", "down"), dense=("q_proj",)),
+    ),
+    Refusal(
         "rank of a dense pair", "rank-mismatch", adapter_fields(rank_pattern={"q_proj": 5}),
         (r"q_proj\.lora_A\.weight \[2, 6\]", r"found rank 2", r"expected rank 5", r"config"),
     ),
@@ -177,7 +182,7 @@ REFUSALS = (
                 {key: held[key][:6] if "lora_A" in key else held[key][:, :6].clone() for key in held}
             )
         ),
-        (r"lora_A\.weight \[6, \d\]", r"found 6 rows", r"expected a multiple of the base's 4 experts"),
+        (r"lora_A\.weight \[6, \d\]", r"found 6 rows: 3 experts of rank 2", r"expected 4 experts"),
         Case(QWEN, fused=("gate_up", "down")),
     ),
     Refusal(
