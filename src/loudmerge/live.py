@@ -133,6 +133,10 @@ def _refuse_base(model: Any, base: Any, tensors: Mapping[str, Tensor]) -> None:
     elif any(plain_attribute(module, "merged_adapters") for module in model.modules()):
         found, expected = "adapters that are merged into the base in memory", "the base without them"
         hint = "Call unmerge_adapter first."
+    elif any("_orig_mod" in key.split(".") for key in tensors):
+        # Its names are in no checkpoint: what loads OUT would begin with random weights in their place.
+        found, expected = "modules that torch.compile wrapped", "the modules themselves"
+        hint = "Compile in place (model.compile()), or put each module's _orig_mod back in its place first."
     elif any(tensor.is_meta for tensor in tensors.values()):
         found, expected = "weights that are not in memory (offloaded)", "all weights in memory"
         hint = "Save the adapter, and merge it into the checkpoint on disk with loudmerge.merge."

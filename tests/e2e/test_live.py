@@ -294,6 +294,26 @@ def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
     unchanged(tmp_path, model, "unsupported-base")
 
 
+@pytest.mark.parametrize("part", ["model", "layers"])
+def test_modules_that_were_compiled_are_refused_unless_in_place(part: str, tmp_path: Path) -> None:
+    """Their names, with _orig_mod, would be in no checkpoint."""
+    model = live_model()
+    wanted = tiny.logits(model)
+    base = model.get_base_model()
+    decoder = base.model
+    if part == "model":
+        base.model = torch.compile(decoder)
+    else:
+        decoder.layers[1] = torch.compile(decoder.layers[1])
+    assert "model.compile()" in unchanged(tmp_path, model, "unsupported-base")
+    base.model = decoder
+    if part == "layers":
+        decoder.layers[1] = decoder.layers[1]._orig_mod
+    decoder.layers[0].compile()
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert_logits(tmp_path / "out", wanted)
+
+
 def test_an_existing_out_is_refused_and_replaced_when_asked(tmp_path: Path) -> None:
     model = live_model()
     (tmp_path / "out").mkdir()
