@@ -2,21 +2,23 @@
 
 | older → now | ok | failed | not-installed | unreachable, not-run, no row |
 |---|---|---|---|---|
-| ok | same, but regressed where a family or adapter is lost | regressed | regressed | regressed |
-| failed | fixed | same, but regressed where something else fails now | regressed | same |
+| ok | same, but regressed where something is lost | regressed | regressed | regressed |
+| failed | fixed, but regressed where something is lost | same, but regressed likewise | regressed | same |
 | not-installed | fixed | same | same | same |
 | unreachable, not-run | new | new | new | same |
 | no row | new | new | new | new |
 
-What was not shown before cannot have regressed: `new`. A cell that was ok and shows nothing now has.
+What was not shown before cannot have regressed: `new`, which passes only where it is ok. A cell that was ok
+and shows nothing now has regressed. `losses` says what counts as lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, CellResult
+from loudmerge.compat.cells import RELEASED
+from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult, Tests
 
 SAME, REGRESSED, FIXED, NEW = "same", "regressed", "fixed", "new"
 
@@ -26,12 +28,15 @@ MEANINGS: Mapping[str, str] = {
     SAME: "ok as before, or still not ok",
     REGRESSED: "something that was shown before is not shown now",
     FIXED: "not ok before, ok now",
-    NEW: "the older results show nothing of it",
+    NEW: "the older results show nothing of it; unless it is ok, the comparison fails",
 }
 
 SHOWN = (OK, FAILED, NOT_INSTALLED)
 """The statuses that say something about the versions; the others say that nobody looked."""
 
+
+TESTS_KEPT = 0.9
+"""Of the tests that passed before, the share that has to pass now: what is not found does not fail."""
 
 NAMED = 8
 """So many losses are named, the others counted."""
@@ -50,42 +55,85 @@ class Change:
         return f"{SYMBOLS[self.word]} {self.word}"
 
 
-def compare(head: CellResult, base: CellResult | None) -> Change:
-    """How a cell changed from the older result, None where there is none, to this one."""
+def compare(head: CellResult, base: CellResult | None, without: Collection[str] = ()) -> Change:
+    """How a cell changed from the older result, None where there is none, to this one.
+
+    without: the cells that left no adapter of their own for others to merge.
+    """
     if base is None:
         return Change(NEW, f"now {head.status}; no older result")
     statuses = f"{base.status} → {head.status}"
     if base.status not in SHOWN:
-        return Change(NEW if head.status in SHOWN else SAME, statuses)
-    if head.status == OK != base.status:
-        return Change(FIXED, statuses)
-    lost = losses(head, base) if base.status in (OK, FAILED) else ()
+        why = f"{statuses}; the older result: {base.detail}" if base.detail else statuses
+        return Change(NEW if head.status in SHOWN else SAME, why)
+    lost = losses(head, base, without) if base.status in (OK, FAILED) else ()
     if lost:
         return Change(REGRESSED, f"{statuses}: {_few(lost)}")
+    if head.status == OK != base.status:
+        return Change(FIXED, statuses)
     worse = base.status == OK != head.status or (base.status, head.status) == (FAILED, NOT_INSTALLED)
     return Change(REGRESSED if worse else SAME, statuses)
 
 
-def losses(head: CellResult, base: CellResult) -> tuple[str, ...]:
-    """What the base showed and the head does not: checks, families, adapters of other cells, tests.
+def fails(change: Change, row: CellResult, *, optional: bool) -> bool:
+    """Whether the comparison fails for this row: it regressed, or is new and not ok.
 
-    A family that has vanished is lost. An adapter that was not there to be merged is not: which ones are
-    depends on the cells that ran.
+    optional: the cell may be unreachable.
+    """
+    if change.word == NEW:
+        return row.status != OK and not (optional and row.status == UNREACHABLE)
+    return change.word == REGRESSED
+
+
+def losses(head: CellResult, base: CellResult, without: Collection[str] = ()) -> tuple[str, ...]:
+    """What the base showed and the head does not: checks, families, adapters of other cells, counts, tests.
+
+    What has vanished is lost, whatever the base said of it: a part that died leaves nothing. But for the
+    adapters of the cells in `without`, which nothing could merge.
     """
     if head.status not in (OK, FAILED):
         return ()
     before = {shortfall.check for shortfall in base.shortfalls}
     checks = dict.fromkeys(each.check for each in head.shortfalls if each.check not in before)
-    families = [name for name, was in base.families.items() if was == OK != head.families.get(name)]
-    crossed = [name for name, now in head.crossed.items() if now != OK == base.crossed.get(name)]
+    crossed = {name: was for name, was in base.crossed.items() if name in head.crossed or name not in without}
     failing = () if base.tests is None else base.tests.failures
     tests = [] if head.tests is None else [test for test in head.tests.failures if test not in failing]
     return (
         *checks,
-        *(f"family {name}" for name in families),
-        *(f"adapter of {name}" for name in crossed),
+        *(f"family {name}" for name in _worse(head.families, base.families)),
+        *(f"adapter of {name}" for name in _worse(head.crossed, crossed)),
+        *_counts(head, base),
+        *_fewer(head.tests, base.tests),
         *tests,
     )
+
+
+def _worse(head: Mapping[str, str], base: Mapping[str, str]) -> list[str]:
+    """The names that were ok and are not, or that have vanished."""
+    return [name for name, was in base.items() if name not in head or was == OK != head[name]]
+
+
+def _counts(head: CellResult, base: CellResult) -> list[str]:
+    """Of a cell that fails: where more is missing than before, `merged 0 / 96, before 95 / 96`.
+
+    A cell that is ok has as many as matrix.toml asks for.
+    """
+    if head.status == OK:
+        return []
+    pairs = {"merged": (head.merged, base.merged)}
+    if head.figures is not None and base.figures is not None:
+        pairs["samples"] = (head.figures.samples, base.figures.samples)
+    return [
+        f"{name} {now[0]} / {now[1]}, before {was[0]} / {was[1]}"
+        for name, (now, was) in pairs.items()
+        if now is not None and was is not None and now[1] - now[0] > was[1] - was[0]
+    ]
+
+
+def _fewer(head: Tests | None, base: Tests | None) -> list[str]:
+    """`tests: 1 passed, before 3000`"""
+    now, was = (0 if tests is None else tests.passed for tests in (head, base))
+    return [f"tests: {now} passed, before {was}"] if now < TESTS_KEPT * was else []
 
 
 def _few(names: Sequence[str]) -> str:
@@ -101,7 +149,16 @@ def rows_and_changes(
     present = {row.cell for row in head}
     gone = [_gone(row) for row in base if row.cell not in present]
     rows = (*head, *gone)
-    return rows, {row.cell: compare(row, older.get(row.cell)) for row in rows}
+    without = adapterless(rows)
+    return rows, {row.cell: compare(row, older.get(row.cell), without) for row in rows}
+
+
+def adapterless(rows: Sequence[CellResult]) -> frozenset[str]:
+    """The cells that trained no adapter: not to its end, or a released one of the same versions did for both."""
+    released = [row.versions for row in rows if row.lane == RELEASED]
+    return frozenset(
+        row.cell for row in rows if row.figures is None or (row.lane != RELEASED and row.versions in released)
+    )
 
 
 def _gone(row: CellResult) -> CellResult:
