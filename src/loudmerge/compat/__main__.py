@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.github:
             _say(json.dumps(matrix.github(given.cells)))
             return DONE
-        older = None if given.against is None else tuple(table.read(given.against).values())
+        older = None if given.against is None else table.read_older(given.against)
     except (MatrixError, table.ResultError) as error:
         parser.error(str(error))
     return _run(matrix, given, older)

@@ -154,7 +154,7 @@ def rows_and_changes(
 
 
 def adapterless(rows: Sequence[CellResult]) -> frozenset[str]:
-    """The cells that trained no adapter: not to its end, or a released one of the same versions did for both."""
+    """The cells that trained none: not to its end, or a released one of the same versions ran for both."""
     released = [row.versions for row in rows if row.lane == RELEASED]
     return frozenset(
         row.cell for row in rows if row.figures is None or (row.lane != RELEASED and row.versions in released)

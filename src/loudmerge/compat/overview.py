@@ -240,8 +240,9 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def why(row: CellResult) -> str:
-    """What the run says of a row that stopped early."""
-    return row.detail or "no reason was recorded"
+    """What the run says of a row that stopped early, or is of another run; and of which day it is."""
+    said = row.detail or ("" if row.figures else "no reason was recorded")
+    return "; ".join(part for part in (said, row.date and f"of {row.date}") if part)
 
 
 def marked(column: Column, row: CellResult) -> bool:

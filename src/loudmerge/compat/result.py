@@ -15,6 +15,10 @@ STATUSES = (OK, FAILED, NOT_INSTALLED, UNREACHABLE, NOT_RUN)
 unreachable: the lane needs a host that was not reached. not-run: the cell was not asked for, or
 never came to it."""
 
+ASIDE: Mapping[str, Any] = {"detail": "", "seconds": 0.0, "stages": {}, "date": ""}
+"""The keys of CELL.json that nothing is judged by, as they are where a row has none: an older row has fewer.
+Every other key has to be there: without it a row would show less, and nobody would see it."""
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -72,6 +76,7 @@ class CellResult:
     merged: per-expert projections (applied, attempted), as in merge_report.json's counts.expert.
     families, crossed: by model family, and by the cell that saved the adapter: "ok" or the reason why not.
     detail: one line for a row without figures (what pip said, which host). stages: seconds of each part.
+    date: the day, in UTC, that a row is of which outlives its run: `2026-11-29`; else empty.
     """
 
     cell: str
@@ -89,6 +94,7 @@ class CellResult:
     detail: str = ""
     seconds: float = 0.0
     stages: Mapping[str, float] = field(default_factory=dict)
+    date: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The document of CELL.json: figures and counts that were not taken are null.
@@ -114,12 +120,16 @@ class CellResult:
             "detail": self.detail,
             "seconds": self.seconds,
             "stages": dict(self.stages),
+            "date": self.date,
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> CellResult:
-        """Reads CELL.json; raises ValueError naming the key that is missing or wrong."""
-        read = Reader(document)
+        """Reads CELL.json; raises ValueError naming the key that is missing or wrong.
+
+        The keys of ASIDE may be missing.
+        """
+        read = Reader({**ASIDE, **document})
         if read.whole("schema") != SCHEMA:
             raise _wrong("schema", document["schema"], str(SCHEMA))
         status = read.text("status")
@@ -141,6 +151,7 @@ class CellResult:
             detail=read.text("detail"),
             seconds=read.number("seconds"),
             stages={stage: Reader(read.mapping("stages")).number(stage) for stage in read.mapping("stages")},
+            date=read.text("date"),
         )
 
 

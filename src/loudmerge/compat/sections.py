@@ -62,7 +62,7 @@ def _shortfalls(rows: Sequence[CellResult]) -> Section:
 
 
 def _remarks(rows: Sequence[CellResult]) -> Section:
-    remarked = [row for row in rows if row.detail or row.figures is None]
+    remarked = [row for row in rows if row.detail or row.date or row.figures is None]
     return Section(
         "Remarks",
         "Why a cell did not run or stopped early, or which run its row is of.",

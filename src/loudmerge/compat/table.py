@@ -2,8 +2,8 @@
 
     python -m loudmerge.compat.table RESULTS_DIR [--against DIR] [--readme README.md [--check]]
 
-Exit 1: a cell regressed against the older results, or the README is not current. Exit 2: the arguments, or a
-file that is read, are wrong.
+Exit 1: a cell regressed against the older results, or is new and not ok; a result cannot be read; or the
+README is not current. Exit 2: the arguments, or a file that is read, are wrong.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from loudmerge import __version__
 from loudmerge.compat import markdown, page, readme
-from loudmerge.compat.against import REGRESSED, rows_and_changes
-from loudmerge.compat.cells import FILE, MatrixError, load
+from loudmerge.compat.against import fails, rows_and_changes
+from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.overview import Overview
-from loudmerge.compat.result import NOT_RUN, CellResult
+from loudmerge.compat.result import FAILED, NOT_RUN, CellResult, Shortfall
 
 MARKDOWN, PAGE = "COMPAT.md", "compat.html"
+UNREADABLE = "unreadable"
+"""The check that a CELL.json falls short of which cannot be read."""
 
 
 class ResultError(ValueError):
@@ -64,37 +67,66 @@ def survey(
 
 
 def read(directory: Path) -> dict[str, CellResult]:
-    """Cell -> its result, of all CELL.json in a folder. Raises ResultError naming the file."""
+    """Cell -> its result, of all CELL.json in a folder. Raises ResultError where there is no such folder.
+
+    A file that cannot be read is a failed row that says so.
+    """
     if not directory.is_dir():
         raise ResultError(f"{directory}: no such folder, expected one of CELL.json files")
     results = (_read(file) for file in sorted(directory.glob("*.json")))
     return {result.cell: result for result in results}
 
 
+def read_older(directory: Path) -> tuple[CellResult, ...]:
+    """The results to compare with. Raises ResultError where there are none at all.
+
+    One that cannot be read shows nothing of its cell, and its detail says so.
+    """
+    found = read(directory).values()
+    if not found:
+        raise ResultError(f"{directory}: found no CELL.json, expected the older results")
+    return tuple(replace(row, status=NOT_RUN, shortfalls=()) if _unreadable(row) else row for row in found)
+
+
 def _read(file: Path) -> CellResult:
     try:
         document = json.loads(file.read_bytes())
         if not isinstance(document, dict):
-            raise ResultError(f"{file}: found a JSON {type(document).__name__}, expected an object")
+            raise ResultError(f"found a JSON {type(document).__name__}, expected an object")
         result = CellResult.from_json(document)
+        if result.cell != file.stem:
+            raise ResultError(f"found the result of {result.cell!r}, expected that of {file.stem!r}")
     except ValueError as error:
-        raise error if isinstance(error, ResultError) else ResultError(f"{file}: {error}") from error
-    if result.cell != file.stem:
-        raise ResultError(f"{file}: found the result of {result.cell!r}, expected that of {file.stem!r}")
+        short = Shortfall(UNREADABLE, str(error), "a whole CELL.json")
+        detail = f"{UNREADABLE}: {error}"
+        return CellResult(file.stem, "", FAILED, {}, shortfalls=(short,), detail=detail)
     return result
 
 
+def _unreadable(row: CellResult) -> bool:
+    return any(shortfall.check == UNREADABLE for shortfall in row.shortfalls)
+
+
 def in_order(results: Mapping[str, CellResult], expected: Sequence[CellResult]) -> tuple[CellResult, ...]:
-    """A row for each expected cell, that given where it has no result; then the results of other cells."""
+    """A row for each expected cell, that given where it has no result; then the results of other cells.
+
+    One that cannot be read is of the expected lane and versions.
+    """
     names = {row.cell for row in expected}
     others = (row for cell, row in results.items() if cell not in names)
-    return (*(results.get(row.cell, row) for row in expected), *others)
+    return (*(_placed(results.get(row.cell, row), row) for row in expected), *others)
 
 
-def _expected(matrix: Path) -> tuple[CellResult, ...]:
+def _placed(found: CellResult, expected: CellResult) -> CellResult:
+    if not _unreadable(found):
+        return found
+    return replace(found, lane=expected.lane, versions=expected.versions)
+
+
+def _expected(matrix: Matrix) -> tuple[CellResult, ...]:
     return tuple(
         CellResult(cell.name, cell.lane, NOT_RUN, cell.versions, detail="there is no result of it")
-        for cell in load(matrix).cells
+        for cell in matrix.cells
     )
 
 
@@ -126,10 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     given = _arguments(arguments)
     try:
-        rows = in_order(read(given.results), _expected(given.matrix))
-        older = None if given.against is None else tuple(read(given.against).values())
+        matrix = load(given.matrix)
+        rows = in_order(read(given.results), _expected(matrix))
+        older = None if given.against is None else read_older(given.against)
         overview = write(rows, given.out or given.results.parent, older, lag=dict(given.lag))
-        problems = [*_regressed(overview), *_readme(given, overview)]
+        problems = [*_broken(rows), *_failing(overview, matrix), *_readme(given, overview)]
     except (MatrixError, OSError, ResultError, readme.ReadmeError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -138,9 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def _regressed(overview: Overview) -> list[str]:
-    changes = overview.changes.items()
-    return [f"{cell}: regressed: {change.detail}" for cell, change in changes if change.word == REGRESSED]
+def _broken(rows: Sequence[CellResult]) -> list[str]:
+    return [f"{row.cell}: {row.detail}" for row in rows if _unreadable(row)]
+
+
+def _failing(overview: Overview, matrix: Matrix) -> list[str]:
+    optional = {cell.name for cell in matrix.cells if cell.optional}
+    changes = ((row, overview.changes[row.cell]) for row in overview.rows if row.cell in overview.changes)
+    failing = ((row, change) for row, change in changes if fails(change, row, optional=row.cell in optional))
+    return [f"{row.cell}: {change.word}: {change.detail}" for row, change in failing]
 
 
 def _readme(given: argparse.Namespace, overview: Overview) -> list[str]:

@@ -55,6 +55,7 @@ def test_github_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -> 
         (["-j", "0"], "found 0, expected at least 1"),
         (["--parts", "tests,lunch"], "found 'lunch', expected some of tests,journey,families,cross"),
         (["--against", "nowhere"], "nowhere: no such folder"),
+        (["--against", "."], "found no CELL.json, expected the older results"),
     ],
 )
 def test_wrong_arguments_are_usage(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from loudmerge.compat.result import FAILED, NOT_RUN, CellResult, Shortfall, Tests
+from loudmerge.compat.result import ASIDE, FAILED, NOT_RUN, CellResult, Shortfall, Tests
 from tests.unit.compat.made import FIGURES, result
 
 CONTRACT = {
@@ -59,12 +60,20 @@ def test_a_figure_that_is_no_number_is_json_and_comes_back(value: float) -> None
     assert str(found.figures.kl_trained_merged) == str(value)
 
 
-@pytest.mark.parametrize("key", sorted(result().to_json()))
+@pytest.mark.parametrize("key", sorted(result().to_json().keys() - ASIDE.keys()))
 def test_a_missing_key_is_named(key: str) -> None:
     document = through_json(result())
     del document[key]
     with pytest.raises(ValueError, match=f"^{key}: missing"):
         CellResult.from_json(document)
+
+
+@pytest.mark.parametrize("key", sorted(ASIDE))
+def test_a_row_of_before_a_key_that_nothing_is_judged_by_is_read(key: str) -> None:
+    document = through_json(result(detail="why", date="2026-11-29"))
+    del document[key]
+    row = CellResult.from_json(document)
+    assert row == replace(result(detail="why", date="2026-11-29"), **{key: ASIDE[key]})
 
 
 @pytest.mark.parametrize(
@@ -73,6 +82,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         ("schema", 2, "schema: found 2, expected 1"),
         ("status", "fine", "status: found 'fine', expected one of ok, failed"),
         ("seconds", True, "seconds: found True, expected a number"),
+        ("date", 20261129, "date: found 20261129, expected a string"),
         ("kl_floor", None, "kl_floor: found None, expected a figure, as for the others"),
         ("samples", {"matched": 3}, "total: missing"),
         ("merged", {"applied": 1.5, "attempted": 2}, "applied: found 1.5, expected an integer"),

@@ -18,8 +18,8 @@ from loudmerge import __version__
 from loudmerge.compat import markdown, table
 from loudmerge.compat.overview import kl, share
 from loudmerge.compat.readme import END, START
-from loudmerge.compat.result import NOT_RUN, STATUSES, CellResult
-from loudmerge.compat.table import MARKDOWN, PAGE, ResultError, in_order, main, read, survey
+from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, STATUSES, CellResult
+from loudmerge.compat.table import MARKDOWN, PAGE, ResultError, in_order, main, read, read_older, survey
 from tests.unit.compat import rows
 from tests.unit.compat.made import EXPECT
 
@@ -206,12 +206,22 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     ],
     ids=["no-json", "list", "empty", "name", "no-utf8"],
 )
-def test_a_result_that_is_none_is_an_error_with_the_file_s_name(
+def test_a_result_that_cannot_be_read_is_a_failed_row_that_says_why(
     tmp_path: Path, content: str, said: str
 ) -> None:
+    save(tmp_path, [rows.STANDARD])
     (tmp_path / "a.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ResultError, match=rf"a\.json: .*{said}"):
-        read(tmp_path)
+    found = read(tmp_path)
+    assert found[rows.STANDARD.cell] == rows.STANDARD
+    assert found["a"].status == FAILED
+    assert re.match(rf"unreadable: .*{said}", found["a"].detail)
+    (older, _) = read_older(tmp_path)
+    assert (older.cell, older.status, older.detail, older.shortfalls) == ("a", NOT_RUN, found["a"].detail, ())
+
+
+def test_older_results_without_a_single_one_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match=r"found no CELL\.json, expected the older results"):
+        read_older(tmp_path)
 
 
 def test_the_date_is_now_unless_given(tmp_path: Path) -> None:
@@ -249,7 +259,7 @@ def test_the_command_writes_beside_the_results_and_a_missing_result_is_a_row(
 
 
 def test_the_command_fails_where_a_cell_regressed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(project / "older", [rows.SWAPPED, rows.STANDARD])
+    save(project / "older", [rows.SWAPPED, rows.STANDARD, rows.LATEST])
     arguments = [".compat/results", "--against", "older", "--out", "out"]
     assert main(arguments) == 0
     save(project / ".compat/results", [replace(rows.STANDARD, status="failed")])
@@ -259,6 +269,81 @@ def test_the_command_fails_where_a_cell_regressed(project: Path, capsys: pytest.
     (project / ".compat/results" / f"{rows.STANDARD.cell}.json").unlink()
     assert main(arguments) == 1
     assert f"{rows.STANDARD.cell}: regressed: ok → not-run\n" in capsys.readouterr().err
+
+
+def test_the_command_fails_where_a_new_cell_is_not_ok(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(project / "older", [rows.STANDARD])
+    (project / "matrix.toml").write_text(MATRIX.partition("latest =")[0], "utf-8")
+    arguments = [".compat/results", "--against", "older"]
+    assert main(arguments) == 0
+    save(project / ".compat/results", [replace(rows.SWAPPED, status=FAILED)])
+    assert main(arguments) == 1
+    assert f"{rows.SWAPPED.cell}: new: now failed; no older result\n" in capsys.readouterr().err
+    (project / ".compat/results" / f"{rows.SWAPPED.cell}.json").unlink()
+    assert main(arguments) == 1
+    assert f"{rows.SWAPPED.cell}: new: now not-run; no older result\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("optional", "code"), [("true", 0), ("false", 1)])
+def test_the_command_lets_an_optional_cell_be_unreachable(project: Path, optional: str, code: int) -> None:
+    lane = MATRIX.replace(
+        'orientation = "standard" }]', f'orientation = "standard", optional = {optional} }}]'
+    )
+    (project / "matrix.toml").write_text(lane, "utf-8")
+    save(project / "older", [rows.STANDARD, rows.SWAPPED])
+    save(project / ".compat/results", [replace(rows.DEV, cell="latest")])
+    assert main([".compat/results", "--against", "older"]) == code
+
+
+def test_the_command_fails_for_a_row_of_a_cell_that_the_matrix_has_not(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The GPU's: it fails as any cell does, and not where it did so before."""
+    (project / "matrix.toml").write_text(MATRIX.partition("latest =")[0], "utf-8")
+    save(project / "older", [rows.STANDARD, rows.SWAPPED])
+    gpu = CellResult("gpu-a", "gpu", FAILED, {}, date="2026-11-29")
+    save(project / ".compat/results", [gpu])
+    assert main([".compat/results", "--against", "older"]) == 1
+    assert "gpu-a: new: now failed; no older result\n" in capsys.readouterr().err
+    text = (project / ".compat" / MARKDOWN).read_text("utf-8")
+    assert "| gpu-a (gpu) | failed | no reason was recorded; of 2026-11-29 |" in text
+    save(project / "older", [gpu])
+    assert main([".compat/results", "--against", "older"]) == 0
+
+
+def test_the_command_renders_and_fails_where_a_result_cannot_be_read(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it was not ok before, or there is nothing to compare with."""
+    save(project / "older", [rows.SWAPPED, replace(rows.STANDARD, status=NOT_INSTALLED), rows.LATEST])
+    file = project / ".compat/results" / f"{rows.STANDARD.cell}.json"
+    file.write_text(file.read_text("utf-8")[:200], "utf-8")
+    for against in ([], ["--against", "older"]):
+        assert main([".compat/results", *against]) == 1
+        said = capsys.readouterr()
+        assert f"{rows.STANDARD.cell}: unreadable: Expecting ',' delimiter" in said.err
+        assert said.out.startswith("3 cells: 1 ok, 1 failed, 1 not-run")
+        text = (project / ".compat" / MARKDOWN).read_text("utf-8")
+        assert f"| {rows.STANDARD.cell} | failed | unreadable: Expecting ',' delimiter" in text
+        assert re.search(
+            rf"^\| {rows.STANDARD.cell} \| ✗ failed \| .*5\.5\.0 \| 0\.19\.1", text, re.MULTILINE
+        )
+
+
+def test_an_older_result_that_cannot_be_read_shows_nothing_of_its_cell(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(project / "older", [rows.SWAPPED, rows.LATEST])
+    (project / "older" / f"{rows.STANDARD.cell}.json").write_text("{", "utf-8")
+    arguments = [".compat/results", "--against", "older"]
+    assert main(arguments) == 0
+    text = (project / ".compat" / MARKDOWN).read_text("utf-8")
+    assert f"| {rows.STANDARD.cell} | + new | not-run → ok; the older result: unreadable: Expecting" in text
+    save(project / ".compat/results", [replace(rows.STANDARD, status=FAILED)])
+    assert main(arguments) == 1
+    assert f"{rows.STANDARD.cell}: new: not-run → failed; the older result: " in capsys.readouterr().err
 
 
 def test_the_command_keeps_the_readme_current(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,10 +366,11 @@ def test_the_command_keeps_the_readme_current(project: Path, capsys: pytest.Capt
     [
         (["nowhere"], "nowhere: no such folder"),
         ([".compat/results", "--against", "nowhere"], "nowhere: no such folder"),
+        ([".compat/results", "--against", "."], ".: found no CELL.json"),
         ([".compat/results", "--matrix", "nowhere.toml"], "nowhere.toml: no such file"),
         ([".compat/results", "--readme", "nowhere.md"], "nowhere.md"),
     ],
-    ids=["results", "against", "matrix", "readme"],
+    ids=["results", "against", "against-nothing", "matrix", "readme"],
 )
 def test_what_is_not_there_is_named(
     project: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
