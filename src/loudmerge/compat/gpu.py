@@ -1,12 +1,12 @@
 """The journey of a cell at the size of Qwen3-30B-A3B, on a GPU: `nox -s e2e_gpu`.
 
-    python -m loudmerge.compat.gpu [--weights DIR|OWNER/NAME] [--layers N] [--device cpu]
+    python -m loudmerge.compat.gpu [--weights DIR|OWNER/NAME] [--layers N] [--device cpu] [--require]
 
 Without weights it makes random ones, at full size, from the model's own config. Leaves a row in
-.compat/results, also where there is no GPU: then the row says so.
+.compat/results, also where there is no GPU, or the run does not end: then the row says so.
 
-0  the row shows what it must, or there is no GPU
-1  it falls short
+0  the row shows what it must; or there is no GPU, and --require is not given
+1  it falls short, or there is no GPU
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +159,25 @@ def run(directory: Path, options: Options) -> CellResult:
         detail=f"{config['num_hidden_layers']} layers, {weights_of}; {meter.summary()}",
         seconds=round(time.monotonic() - started, 1),
         stages=meter.seconds,
+        date=_today(),
     )
+
+
+def attempt(options: Options, directory: Path | None, results: Path) -> CellResult:
+    """`run` in a folder of its own below `directory`, and its row, also where it ends in an error.
+
+    Until it has ended the row in `results` says that it has not: so no older row stands for it.
+    """
+    _leave(results, did_not_end(options, "the run did not end: its log says why"))
+    try:
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="gpu-", dir=directory) as scratch:
+            return run(Path(scratch), options)
+    except (OSError, RuntimeError, ValueError) as error:
+        traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0]
+        return did_not_end(options, f"the run ended in {type(error).__name__}: {first}")
 
 
 def name_of(options: Options) -> str:
@@ -223,8 +244,35 @@ def why_not(device: str) -> str | None:
 
 def not_run(options: Options, reason: str) -> CellResult:
     """The row that says why there is none."""
-    versions = {package: version(package) for package in training.SHOWN}
-    return CellResult(name_of(options), LANE, NOT_RUN, versions, detail=reason)
+    return CellResult(name_of(options), LANE, NOT_RUN, _installed(), detail=reason, date=_today())
+
+
+def did_not_end(options: Options, reason: str) -> CellResult:
+    """The row of a run that shows nothing because it stopped."""
+    short = Shortfall("journey", reason, "figures of a trained and merged model")
+    return replace(not_run(options, reason), status=FAILED, shortfalls=(short,))
+
+
+def _installed() -> dict[str, str]:
+    """The versions of what a row shows, so far as it is installed."""
+    found = {}
+    for package in training.SHOWN:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _today() -> str:
+    """In UTC: `2026-11-29`."""
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def _leave(results: Path, row: CellResult) -> str:
+    """Writes the row; returns what the file holds."""
+    content = json.dumps(row.to_json(), indent=2, ensure_ascii=False) + "\n"
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{row.cell}.json").write_text(content, "utf-8")
+    return content
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -233,29 +281,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = replace(RECIPE, device=given.device, learning_rate=given.learning_rate)
     options = Options(given.weights, given.layers, recipe)
     reason = why_not(given.device)
-    if reason is None:
-        if given.directory is not None:
-            given.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="gpu-", dir=given.directory) as directory:
-            row = run(Path(directory), options)
-    else:
-        row = not_run(options, reason)
-    content = json.dumps(row.to_json(), indent=2, ensure_ascii=False) + "\n"
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / f"{row.cell}.json").write_text(content, "utf-8")
-    sys.stdout.write(content)
-    return 1 if row.status == FAILED else 0
+    row = not_run(options, reason) if reason else attempt(options, given.directory, given.results)
+    sys.stdout.write(_leave(given.results, row))
+    return 1 if row.status == FAILED or (given.require and row.status == NOT_RUN) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nox -s e2e_gpu --", description="Qwen3-30B-A3B, end to end.")
     parser.add_argument("--weights", default=RANDOM, help="a directory, a Hub id, or random (the default)")
-    parser.add_argument("--layers", type=int, metavar="N", help="only the first N")
+    parser.add_argument("--layers", type=_at_least_one, metavar="N", help="only the first N")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate, metavar="X")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="for 61 GB of base and as much of OUT")
     parser.add_argument("--results", type=Path, default=Path(".compat", "results"), metavar="DIR")
+    parser.add_argument("--require", action="store_true", help="fail where torch finds no GPU")
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
+    return number
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 from loudmerge.compat import gpu, weights
 from loudmerge.compat.gpu import Options
-from loudmerge.compat.result import NOT_RUN, OK, CellResult
+from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult
 from loudmerge.errors import EnvironmentFailed
 
 SMALL = {
@@ -74,6 +76,7 @@ def test_the_small_model_shows_what_the_large_one_must(ran: Ran) -> None:
 
 def test_the_row_is_one_of_the_table_and_names_its_memory(ran: Ran) -> None:
     assert ran.row.detail.startswith("3 layers, random weights; peak memory ")
+    assert ran.row.date in (today(), f"{datetime.now(timezone.utc) - timedelta(days=1):%Y-%m-%d}")
     assert set(ran.row.stages) >= {"base", "train", "run trained", "run base", "merge", "run merged"}
     again = CellResult.from_json(json.loads(json.dumps(ran.row.to_json(), allow_nan=False)))
     assert repr(again) == repr(ran.row)  # nan is not equal to itself
@@ -128,7 +131,72 @@ def test_without_a_gpu_the_row_says_so(
     row = CellResult.from_json(document)
     assert row.status == NOT_RUN
     assert row.detail == f"torch {torch.__version__} finds no CUDA device"
+    assert row.date == today()
     assert json.loads(capsys.readouterr().out) == document
+    assert gpu.main(["--results", str(tmp_path / "results"), "--layers", "2", "--require"]) == 1
+    assert json.loads(capsys.readouterr().out) == document
+
+
+def today() -> str:
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}"
+
+
+@pytest.mark.parametrize("layers", ["0", "-1"])
+def test_no_layers_at_all_is_a_usage_error(
+    tmp_path: Path, layers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--results", str(tmp_path), "--device", "cpu", "--layers", layers])
+    assert f"found {layers}, expected at least 1" in capsys.readouterr().err
+
+
+def left(results: Path) -> CellResult:
+    """The one row there."""
+    (file,) = results.iterdir()
+    return CellResult.from_json(json.loads(file.read_text("utf-8")))
+
+
+def test_a_run_that_ends_in_an_error_leaves_a_row_that_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    there = ["--results", str(results), "--device", "cpu", "--directory", str(tmp_path / "scratch")]
+    assert gpu.main([*there, "--weights", str(tmp_path / "nothing")]) == 1
+    row = left(results)
+    assert (row.cell, row.status, row.lane, row.date) == (gpu.CELL, FAILED, "gpu", today())
+    assert row.detail.startswith(f"the run ended in ValueError: {tmp_path / 'nothing'}")
+    assert [(each.check, each.found) for each in row.shortfalls] == [("journey", row.detail)]
+    said = capsys.readouterr()
+    assert CellResult.from_json(json.loads(said.out)) == row
+    assert "Traceback" in said.err
+
+
+class Killed(BaseException):
+    """What no `except` is for."""
+
+
+def test_a_run_that_is_stopped_leaves_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an older row that was ok, and not one without its versions where a package is missing."""
+
+    def stop(*_: object) -> None:
+        raise Killed
+
+    def installed(package: str) -> str:
+        if package == "trl":
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(gpu, "run", stop)
+    monkeypatch.setattr(gpu, "version", installed)
+    older = CellResult(gpu.CELL, "gpu", OK, {})
+    (tmp_path / f"{gpu.CELL}.json").write_text(json.dumps(older.to_json()), "utf-8")
+    with pytest.raises(Killed):
+        gpu.main(["--results", str(tmp_path), "--device", "cpu"])
+    row = left(tmp_path)
+    assert (row.status, row.detail) == (FAILED, "the run did not end: its log says why")
+    assert row.versions == {"torch": "1", "transformers": "1", "peft": "1"}
 
 
 def test_a_row_may_reach_what_the_original_table_has() -> None:
