@@ -1,6 +1,7 @@
 """The README's table: generated between two markers, and checked against results without flapping.
 
-It has the cells of the lane `released`: the others are whatever the index serves that day. A check compares
+It has the cells of the lane `released`, and of `crossed` their adapters: the others are whatever the index
+serves, and which host answers, that day. A check compares
 what a commit decides: the cells, versions, path, status, counts; and a KL by its order of magnitude, since
 its digits differ between processors. It does not compare torch, which an environment variable may replace.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loudmerge.compat.markdown import table
 from loudmerge.compat.overview import COLUMNS, Column, Overview
@@ -67,7 +68,12 @@ def differences(readme: str, overview: Overview) -> tuple[Difference, ...]:
 
 def _table(overview: Overview) -> list[str]:
     released = [row for row in overview.rows if row.lane == RELEASED]
-    return table(TITLES, [[_BY_TITLE[title].text(row) for title in TITLES] for row in released])
+    names = {row.cell for row in released}
+    shown = [
+        replace(row, crossed={name: said for name, said in row.crossed.items() if name in names})
+        for row in released
+    ]
+    return table(TITLES, [[_BY_TITLE[title].text(row) for title in TITLES] for row in shown])
 
 
 def _split(readme: str) -> tuple[str, str, str]:

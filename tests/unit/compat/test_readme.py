@@ -12,7 +12,7 @@ import pytest
 from loudmerge.compat import readme
 from loudmerge.compat.overview import Overview
 from loudmerge.compat.readme import END, START, ReadmeError, alike, differences, replaced
-from loudmerge.compat.result import NOT_RUN, CellResult, Figures, Tests
+from loudmerge.compat.result import NOT_RUN, OK, CellResult, Figures, Tests
 from loudmerge.compat.table import survey
 from tests.unit.compat import rows
 
@@ -182,3 +182,14 @@ def test_kls_are_alike_within_a_factor_of_ten_or_under_the_floor(a: str, b: str,
 
 def test_the_columns_of_the_readme_are_columns_of_the_table() -> None:
     assert set(readme.KLS) < set(readme.TITLES)
+
+
+def test_adapters_of_cells_that_are_not_released_are_not_counted() -> None:
+    """They are there on one day, or where a host answers, and not on another."""
+    text = replaced(TEXT, overview())
+    crossed = {**ROWS[0].crossed, "latest": OK, "dev": "other weights than where it was trained"}
+    assert found(text, changed(crossed=crossed)) == []
+    released = {**ROWS[0].crossed, ROWS[1].cell: "other weights than where it was trained"}
+    assert found(text, changed(crossed=released)) == [
+        f"{WHERE}: crossed: README has 2/2, the results have 1/2"
+    ]
