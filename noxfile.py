@@ -29,12 +29,14 @@ ASK_THE_LIBRARIES = ["tests/e2e", "tests/unit/test_relay.py", "--ignore=tests/e2
 def install(session: nox.Session, versions: str = "newest") -> None:
     """Installs loudmerge for development, with the pins of pyproject.toml."""
     torch = os.environ.get("LOUDMERGE_TORCH") or PINS["torch"]
+    index = os.environ.get("LOUDMERGE_TORCH_INDEX")
+    beside = ["--extra-index-url", index] if index else []
     # Their torch is the same 700 MB: taken from another, before and after.
     environments = [str(one) for one in Path(session.virtualenv.location).parent.iterdir() if one.is_dir()]
     share = ("python", "-m", "loudmerge.compat.links", session.virtualenv.location, *environments)
     session.run(*share, torch, env={"PYTHONPATH": "src"})
     # Most of what is installed is never imported.
-    session.install("--no-compile", "-e", ".[dev]", torch, *PINS[versions])
+    session.install("--no-compile", *beside, "-e", ".[dev]", torch, *PINS[versions])
     session.run(*share)
 
 

@@ -7,12 +7,14 @@ import fnmatch
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -162,11 +164,39 @@ def test_every_artifact_that_is_read_is_written_and_hidden_ones_are_taken() -> N
         assert fnmatch.filter(names, pattern), pattern
 
 
-def test_runs_are_looked_for_under_the_names_that_the_workflows_have() -> None:
-    """By name, not by file: GitHub answers with an error to a file that is not on the default branch yet."""
-    names = {workflow(file)["name"] for file in FILES}
-    text = (ROOT / ".github" / "workflows" / "matrix.yml").read_text("utf-8")
-    assert set(re.findall(r'workflowName == "([^"]+)"', text)) == {"Matrix", "GPU"} <= names
+def test_an_artifact_may_be_uploaded_again_by_a_further_attempt() -> None:
+    """Without the option a name that an earlier attempt has used is a conflict, and the step fails."""
+    found = [step for file in FILES for step in steps(file)]
+    uploads = [step for step in found if "upload-artifact@" in step.given.get("uses", "")]
+    assert [step.where for step in uploads if step.given["with"].get("overwrite") is not True] == []
+
+
+def listed(step: str, job: str) -> str:
+    """The command that asks for runs, on one line."""
+    text = script("matrix", job, step).replace("\\\n", " ")
+    (found,) = re.findall(r"gh run list .*", text)
+    return str(found)
+
+
+@pytest.mark.parametrize(("step", "job", "file"), [("base", "plan", "matrix"), ("gpu", "table", "gpu")])
+def test_runs_are_looked_for_by_the_workflow_s_file(step: str, job: str, file: str) -> None:
+    """All workflows' runs together would be more than a limit lets through."""
+    assert f"--workflow {file}.yml " in listed({"base": BASE, "gpu": GPU}[step], job)
+    assert (ROOT / ".github" / "workflows" / f"{file}.yml").is_file()
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="asks jq")
+@pytest.mark.parametrize(("step", "job"), [("base", "plan"), ("gpu", "table")])
+def test_a_pull_request_of_a_fork_s_branch_of_that_name_is_not_the_base(step: str, job: str) -> None:
+    """GitHub's filter by branch takes a fork's `main` for ours."""
+    command = listed({"base": BASE, "gpu": GPU}[step], job)
+    (fields,) = re.findall(r"--json (\S+)", command)
+    assert fields == "databaseId,event"
+    (query,) = re.findall(r"--jq '([^']+)'", command)
+    events = ["push", "pull_request", "schedule", "pull_request_target", "workflow_dispatch"]
+    runs = json.dumps([{"databaseId": number, "event": event} for number, event in enumerate(events)])
+    done = subprocess.run(["jq", query], input=runs, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "2", "4"]
 
 
 class Ran(NamedTuple):
@@ -180,22 +210,29 @@ class Ran(NamedTuple):
     summary: str
 
 
+NOX = """#!/bin/sh
+[ -n "$ROW" ] || exit 1
+echo "$ROW" > ".compat/results/$CELL.json"
+"""
 GH = """#!/bin/sh
 echo "$*" >> "$CALLS"
 case "$1 $2" in
     "issue list") echo "$OPEN" ;;
     "run list") if [ -n "$RUNS_FAIL" ]; then echo "HTTP 502" >&2; exit 1; fi; printf '%b' "$RUNS" ;;
-    "run download") [ "$3" = "$HAS" ] ;;
+    "run download")
+        [ "$3" = "$HAS" ] || exit 1
+        [ -z "$GIVES" ] || echo "$GIVES" > "$7/gpu-a.json" ;;
 esac
 """
 
 
 def run(directory: Path, text: str, **environ: str) -> Ran:
-    """Runs a script as GitHub does where `shell: bash` is set, with a `gh` that says what it is told to."""
+    """Runs a script as GitHub does where `shell: bash` is set, `gh` and `nox` doing what they are told to."""
     tools = directory / "tools"
     tools.mkdir()
-    (tools / "gh").write_text(GH, "utf-8")
-    (tools / "gh").chmod(0o755)
+    for name, tool in (("gh", GH), ("nox", NOX)):
+        (tools / name).write_text(tool, "utf-8")
+        (tools / name).chmod(0o755)
     (tools / "python").symlink_to(sys.executable)
     files = {name: directory / name.lower() for name in ("CALLS", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
     for file in files.values():
@@ -258,6 +295,133 @@ def test_a_github_that_does_not_answer_is_not_taken_for_having_no_base(tmp_path:
     assert ran.outputs == ""
 
 
+GPU = "The newest rows of the GPU"
+
+
+@pytest.mark.parametrize(
+    ("event", "has", "base", "expected"),
+    [
+        ("push", "8", True, "now"),
+        ("push", "", True, "then"),
+        ("push", "", False, None),
+        ("pull_request", "8", True, "then"),
+        ("pull_request", "8", False, None),
+    ],
+    ids=["newest", "none-left", "none-ever", "pull-request", "pull-request-without"],
+)
+def test_the_gpu_s_row_is_the_newest_and_on_a_pull_request_the_base_s(
+    tmp_path: Path, event: str, has: str, base: bool, expected: str | None
+) -> None:
+    """A pull request did not run there: a row that fails is not its fault."""
+    if base:
+        (tmp_path / ".compat" / "base").mkdir(parents=True)
+        (tmp_path / ".compat" / "base" / "gpu-a.json").write_text("then\n", "utf-8")
+        (tmp_path / ".compat" / "base" / "one.json").write_text("then\n", "utf-8")
+    ran = run(tmp_path, script("matrix", "table", GPU), RUNS=r"9\n8\n7\n", HAS=has, GIVES="now", EVENT=event)
+    assert ran.code == 0, ran.stderr
+    left = {file.name: file.read_text("utf-8") for file in (tmp_path / ".compat" / "results").iterdir()}
+    assert left == ({} if expected is None else {"gpu-a.json": f"{expected}\n"})
+
+
+def test_a_github_that_does_not_answer_is_not_taken_for_having_no_gpu_rows(tmp_path: Path) -> None:
+    ran = run(tmp_path, script("matrix", "table", GPU), RUNS_FAIL="1", EVENT="schedule")
+    assert ran.code != 0
+
+
+def test_the_gpu_s_rows_are_among_the_results_that_are_compared_with() -> None:
+    """Otherwise they would be new each time, and a failing one would fail every comparison."""
+    given = jobs(ROOT / ".github" / "workflows" / "matrix.yml")["table"]["steps"]
+    names = [step.get("name") or step.get("with", {}).get("name") for step in given]
+    assert names.index("base") < names.index(GPU) < names.index("results")
+
+
+def test_the_gpu_s_workflow_fails_without_a_gpu_and_leaves_its_row() -> None:
+    (job,) = jobs(ROOT / ".github" / "workflows" / "gpu.yml").values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert "nox -s e2e_gpu -- --require" in commands
+    assert [command for command in commands if command.startswith("nvidia-smi ||")]
+
+
+CROSS = "Merge what the other cells trained"
+
+
+@pytest.mark.parametrize("row", ["", "of the cross job"])
+def test_the_row_of_the_cell_s_own_job_does_not_pass_for_the_cross_job_s(tmp_path: Path, row: str) -> None:
+    results = tmp_path / ".compat" / "results"
+    results.mkdir(parents=True)
+    for cell in ("one", "two"):
+        (results / f"{cell}.json").write_text("of the cell's job\n", "utf-8")
+    ran = run(tmp_path, script("matrix", "cross", CROSS), CELL="one", ROW=row)
+    assert (ran.code == 0) == bool(row)
+    left = {file.name: file.read_text("utf-8") for file in results.iterdir()}
+    assert left.get("one.json") == (f"{row}\n" if row else None)
+    assert left["two.json"] == "of the cell's job\n"
+
+
+def test_the_table_has_the_rows_of_cross_jobs_that_ran_and_no_others() -> None:
+    given = jobs(ROOT / ".github" / "workflows" / "matrix.yml")
+    (upload,) = [step for step in given["cross"]["steps"] if "upload-artifact@" in step.get("uses", "")]
+    assert upload["if"] == "${{ !cancelled() && steps.cross.outcome != 'skipped' }}"
+    downloads = [step["with"] for step in given["table"]["steps"] if "download-" in step.get("uses", "")]
+    assert [download.get("pattern") or download["name"] for download in downloads] == ["row-*", "base"]
+
+
+def test_ci_runs_what_the_script_runs_but_for_the_matrix_which_has_a_workflow() -> None:
+    ci, matrix = (workflow(ROOT / ".github" / "workflows" / f"{name}.yml") for name in ("ci", "matrix"))
+    commands = "\n".join(step.get("run", "") for step in ci["jobs"]["test"]["steps"])
+    assert ".ci/run" not in commands
+    sessions = set(re.findall(r"-s ([a-z ]+)", commands))
+    text = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert sessions - {"tests"} == set(re.findall(r'nox" .*-s ([a-z ]+)', text)) - {"matrix"}
+    rendered = [step.get("run", "") for step in matrix["jobs"]["table"]["steps"]]
+    check = "-m loudmerge.compat.table .compat/results --readme README.md --check"
+    assert check in text
+    assert [command for command in rendered if check in command]
+
+
+def test_every_workflow_that_installs_torch_takes_the_repository_s_index() -> None:
+    for name in ("ci", "matrix"):
+        given = workflow(ROOT / ".github" / "workflows" / f"{name}.yml")["env"]
+        assert given["LOUDMERGE_TORCH"] == "${{ vars.LOUDMERGE_TORCH }}"
+        assert given["LOUDMERGE_TORCH_INDEX"] == "${{ vars.LOUDMERGE_TORCH_INDEX }}"
+
+
+class Session:
+    """What a session of noxfile.py installs."""
+
+    def __init__(self) -> None:
+        self.virtualenv = SimpleNamespace(location=str(ROOT / "src"))
+        self.installed: list[str] = []
+
+    def run(self, *_: str, **__: object) -> None: ...
+
+    def install(self, *arguments: str) -> None:
+        self.installed += arguments
+
+
+@pytest.fixture(scope="module")
+def noxfile() -> Iterator[dict[str, Any]]:
+    """What noxfile.py defines. nox lets it be run once a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # which noxfile.py takes away
+        yield runpy.run_path("noxfile.py")
+
+
+@pytest.mark.parametrize("index", ["", "https://index.example/cpu"])
+def test_sessions_install_torch_from_the_further_index(
+    noxfile: dict[str, Any], monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    monkeypatch.setenv("LOUDMERGE_TORCH", "torch==1")
+    monkeypatch.setenv("LOUDMERGE_TORCH_INDEX", index)
+    session = Session()
+    noxfile["install"](session)
+    assert "torch==1" in session.installed
+    assert ("--extra-index-url" in session.installed) == bool(index)
+    if index:
+        assert session.installed[session.installed.index("--extra-index-url") + 1] == index
+
+
 RENDER = "Render, and compare with the base"
 
 
@@ -298,6 +462,17 @@ def test_a_regression_against_the_base_fails_the_job_and_still_shows_the_table(c
     assert ran.code == 1
     assert f"{first.cell}: regressed" in ran.stderr
     assert first.cell in ran.summary
+
+
+def test_a_new_cell_that_is_not_ok_fails_the_job(checkout: Path) -> None:
+    """Its own jobs may fail on a pull request: here it is told apart from one that failed before."""
+    first, *others = rows()
+    put(checkout / ".compat" / "results", replace(first, status=FAILED), *others)
+    put(checkout / ".compat" / "base", *others)
+    (checkout / "lag.txt").touch()
+    ran = run(checkout, script("matrix", "table", RENDER), PYTHONPATH="src", BASE="true")
+    assert ran.code == 1
+    assert f"{first.cell}: new: now failed" in ran.stderr
 
 
 def test_a_cell_that_left_no_result_is_a_row(checkout: Path) -> None:
