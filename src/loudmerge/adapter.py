@@ -21,6 +21,9 @@ WEIGHTS = "adapter_model.safetensors"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """PEFT saves the weight of these, and a head's bias, beside the LoRA (`save_embedding_layers`)."""
 
+ONE_SAVE = "Get the config and the weights of one and the same save."
+"""What helps where adapter_config.json and the file do not agree."""
+
 _LORA_KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+?)(?P<nesting>(?:\.base_layer)*)"
     r"\.(?P<role>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
@@ -103,7 +106,13 @@ def read_adapter(path: Path) -> Adapter:
     pairs = sorter.pairs()
     if not entries:
         sorter.problems.append(
-            Problem("missing-adapter-tensor", str(weights), "no tensor at all", "a trained adapter's tensors")
+            Problem(
+                "missing-adapter-tensor",
+                str(weights),
+                "no tensor at all",
+                "a trained adapter's tensors",
+                "Save the trained model again with PEFT's save_pretrained.",
+            )
         )
     if sorter.problems:
         raise MergeRefused(sorter.problems)
@@ -135,7 +144,13 @@ class _Sorter:
 
     def add(self, entry: TensorEntry) -> None:
         if entry.dtype not in FLOAT_CODES:
-            self._refuse("unsupported-adapter", entry, f"dtype {entry.dtype}", "one of F64, F32, F16, BF16")
+            self._refuse(
+                "unsupported-adapter",
+                entry,
+                f"dtype {entry.dtype}",
+                "one of F64, F32, F16, BF16",
+                "Save the adapter again in one of these.",
+            )
         elif match := _LORA_KEY.match(entry.name):
             self._add_role(match["module"], match["nesting"].count("base_layer"), match["role"], entry)
         elif match := _ROWS_KEY.match(entry.name):
@@ -149,7 +164,13 @@ class _Sorter:
             self._embeddings.add((module, depth))
         role = role.removesuffix(".weight").replace("_embedding", "")
         if role in roles:
-            self._refuse("unconsumed-adapter-tensor", entry, f"a second {role}, beside {roles[role]}", "one")
+            self._refuse(
+                "unconsumed-adapter-tensor",
+                entry,
+                f"a second {role}, beside {roles[role]}",
+                "one",
+                "Save the adapter again, from one training.",
+            )
         roles[role] = entry
 
     def pairs(self) -> tuple[LoraPair, ...]:
@@ -166,28 +187,48 @@ class _Sorter:
             if half not in roles:
                 other = next(iter(roles.values()))
                 self._refuse(
-                    "missing-adapter-tensor", other, f"no {half} beside it", "both halves of the pair"
+                    "missing-adapter-tensor",
+                    other,
+                    f"no {half} beside it",
+                    "both halves of the pair",
+                    "The file is not complete: get it, or save the adapter again.",
                 )
                 return None
         bias, magnitude = roles.get("lora_B.bias"), roles.get("lora_magnitude_vector")
         if bias is not None and not self.config.lora_bias:
             self._refuse(
-                "unconsumed-adapter-tensor", bias, "a LoRA bias", "none: the config has lora_bias false"
+                "unconsumed-adapter-tensor",
+                bias,
+                "a LoRA bias",
+                "none: the config has lora_bias false",
+                ONE_SAVE,
             )
         if (magnitude is not None) != self.config.use_dora:
             at = magnitude or roles["lora_A"]
             found = "a DoRA magnitude" if magnitude is not None else "no lora_magnitude_vector beside it"
             code = "unconsumed-adapter-tensor" if magnitude is not None else "missing-adapter-tensor"
             self._refuse(
-                code, at, found, f"what use_dora {str(self.config.use_dora).lower()} in the config says"
+                code,
+                at,
+                found,
+                f"what use_dora {str(self.config.use_dora).lower()} in the config says",
+                ONE_SAVE,
             )
         if self.config.lora_bias and bias is None and not embedding:
             self._refuse(
-                "missing-adapter-tensor", roles["lora_B"], "no bias beside it", "lora_bias's lora_B.bias"
+                "missing-adapter-tensor",
+                roles["lora_B"],
+                "no bias beside it",
+                "lora_bias's lora_B.bias",
+                ONE_SAVE,
             )
         if len(roles["lora_A"].shape) != 2 or len(roles["lora_B"].shape) != 2:
             self._refuse(
-                "unsupported-adapter", roles["lora_A"], "factors that are not matrices", "two axes each"
+                "unsupported-adapter",
+                roles["lora_A"],
+                "factors that are not matrices",
+                "two axes each",
+                "Merge such LoRA with PEFT's merge_and_unload.",
             )
             return None
         return LoraPair(module, depth, roles["lora_A"], roles["lora_B"], bias, magnitude, embedding)
@@ -200,10 +241,15 @@ class _Sorter:
                 entry,
                 "trained token rows",
                 "trainable_token_indices in the config",
+                ONE_SAVE,
             )
         elif len(entry.shape) != 2 or len(indices) != entry.shape[0] or len(set(indices)) != len(indices):
             self._refuse(
-                "shape-mismatch", entry, f"{list(entry.shape)}", f"one row for each of {len(indices)} indices"
+                "shape-mismatch",
+                entry,
+                f"{list(entry.shape)}",
+                f"one row for each of {len(indices)} indices",
+                ONE_SAVE,
             )
         else:
             self.rows.append(TokenRows(module, indices, entry))
@@ -234,7 +280,13 @@ class _Sorter:
         for part in ("modules_to_save", "original_module", "token_adapter", "base_layer"):
             name = name.replace(f".{part}.", ".")
         if kind in self._whole[name]:
-            self._refuse("unconsumed-adapter-tensor", entry, f"a second tensor for {name}", "one")
+            self._refuse(
+                "unconsumed-adapter-tensor",
+                entry,
+                f"a second tensor for {name}",
+                "one",
+                "Save the adapter again, from one training.",
+            )
         self._whole[name][kind] = entry
 
     def sort_full(self) -> None:
@@ -247,7 +299,7 @@ class _Sorter:
                     entry or kinds["original_module"],
                     "a full tensor",
                     "one of modules_to_save, a trained bias, or a saved embedding",
-                    "The config does not name it, so what it is for is unknown.",
+                    f"{ONE_SAVE} This one does not name it, so what it is for is unknown.",
                 )
                 continue
             self.full.append(FullTensor(name, entry, self._is_saved(name)))
@@ -268,7 +320,7 @@ class _Sorter:
         whole = leaf == "weight" or (leaf == "bias" and f"{module}.weight" in self._whole)
         return bias or (whole and module.rpartition(".")[2] in EMBEDDING_NAMES)
 
-    def _refuse(self, code: str, entry: TensorEntry, found: str, expected: str, hint: str = "") -> None:
+    def _refuse(self, code: str, entry: TensorEntry, found: str, expected: str, hint: str) -> None:
         self.problems.append(Problem(code, str(entry), found, expected, hint))
 
 
@@ -282,4 +334,5 @@ def _no_weights(path: Path) -> Problem:
             WEIGHTS,
             "Load it with PEFT where you trust it, and save it again with safe_serialization=True.",
         )
-    return Problem("unsupported-adapter", str(path), f"no {WEIGHTS}", "the weights beside the config")
+    hint = "Give the directory that holds it: PEFT's save_pretrained writes both."
+    return Problem("unsupported-adapter", str(path), f"no {WEIGHTS}", "the weights beside the config", hint)

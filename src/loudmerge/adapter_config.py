@@ -200,14 +200,16 @@ _Form = Callable[[object], bool]
 
 
 def _config_problems(file: Path, raw: Mapping[str, Any]) -> Iterable[Problem]:
-    def refuse(field: str, expected: str, hint: str = "") -> Problem:
+    def refuse(field: str, expected: str, hint: str) -> Problem:
         return Problem("unsupported-adapter", f"{field} in {file}", repr(raw.get(field)), expected, hint)
 
     if raw.get("peft_type") != "LORA":
-        yield refuse("peft_type", "'LORA'")
+        yield refuse(
+            "peft_type", "'LORA'", "Merge other kinds with PEFT's merge_and_unload, where they have one."
+        )
     for field, (fits, expected) in FIELD_FORMS.items():
         if not fits(raw.get(field)) and (raw.get(field) is not None or field in _REQUIRED):
-            yield refuse(field, expected)
+            yield refuse(field, expected, "Correct it, or save the adapter again with PEFT.")
     yield from _function_problems(raw, refuse)
 
 
@@ -215,7 +217,10 @@ def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Prob
     """Fields that make the adapter another function than plain LoRA."""
     if raw.get("layer_replication"):
         yield refuse(
-            "layer_replication", "null", "A model with replicated layers has other layers than its base."
+            "layer_replication",
+            "null",
+            "A model with replicated layers has other layers than its base: save it as a base of its own,"
+            " set this field to null, and merge into that.",
         )
     if raw.get("init_lora_weights", True) not in HARMLESS_INITS:
         yield refuse(

@@ -107,7 +107,13 @@ def _weight_files(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MergeRefused(
-            Problem("corrupt-file", str(path / INDEX), "no weight_map", "a map from keys to shards")
+            Problem(
+                "corrupt-file",
+                str(path / INDEX),
+                "no weight_map",
+                "a map from keys to shards",
+                "Get the index again.",
+            )
         )
     names = sorted({str(name) for name in weight_map.values()})
     # transformers looks for the single file first: an index that does not name it is another save's. One that
@@ -193,7 +199,13 @@ def _no_weights(path: Path) -> Problem:
             f"{SINGLE} or {INDEX}",
             "Load them with transformers where you trust them, and save_pretrained them as safetensors.",
         )
-    return Problem("unsupported-base", str(path), f"neither {SINGLE} nor {INDEX}", "a safetensors checkpoint")
+    return Problem(
+        "unsupported-base",
+        str(path),
+        f"neither {SINGLE} nor {INDEX}",
+        "a safetensors checkpoint",
+        "Give the directory that transformers' save_pretrained wrote.",
+    )
 
 
 def _twice(first: TensorEntry, second: TensorEntry) -> Problem:

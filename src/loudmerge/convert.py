@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loudmerge import __version__
-from loudmerge.adapter import WEIGHTS, Adapter, LoraPair, read_adapter
+from loudmerge.adapter import ONE_SAVE, WEIGHTS, Adapter, LoraPair, read_adapter
 from loudmerge.adapter_config import CONFIG, AdapterConfig
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.experts import split_expert_name
@@ -41,6 +41,9 @@ from loudmerge.writer import Staging
 
 Linears = Mapping[tuple[str, int], Site]
 """The sites of one module's experts, by (projection, expert)."""
+
+APART = "Leave it as it is, one LoRA for each Linear."
+"""What helps where no fused parameter can hold the experts' LoRA."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,13 @@ def convert(
         experts += reading.linears()
     if not experts and not reading.apart:
         raise MergeRefused(
-            Problem("unsupported-adapter", str(where), "no LoRA on experts", "some, to be converted")
+            Problem(
+                "unsupported-adapter",
+                str(where),
+                "no LoRA on experts",
+                "some, to be converted",
+                "Leave it as it is: only LoRA on experts has a layout.",
+            )
         )
     draft = Draft(found.config, tensors, reading.taken)
     if to == PER_EXPERT:
@@ -187,7 +196,9 @@ def _told_parameter(
     experts, left = divmod(pair.a.shape[0], rank)
     if left or pair.b.shape[1] != pair.a.shape[0]:
         found = f"{pair.a.shape[0]} rows and {pair.b.shape[1]} columns"
-        raise MergeRefused(Problem("rank-mismatch", f"{pair.a} and {pair.b}", found, f"a multiple of {rank}"))
+        raise MergeRefused(
+            Problem("rank-mismatch", f"{pair.a} and {pair.b}", found, f"a multiple of {rank}", ONE_SAVE)
+        )
     parameter = FusedParameter(name.rpartition(".")[2], name, pair.b.shape[0], pair.a.shape[1], rank)
     return FusedModule(pair.module, experts, (pair,), (parameter,)), parameter, pair
 
@@ -276,7 +287,9 @@ class _Reading:
             raise MergeRefused(_one_expert(site))
         if self._family.interleaved:
             found = "gate and up that alternate in memory"
-            raise MergeRefused(Problem("unsupported-adapter", str(site.pair.a), found, "gate before up"))
+            raise MergeRefused(
+                Problem("unsupported-adapter", str(site.pair.a), found, "gate before up", APART)
+            )
         first = ("gate_up_proj", (GATE, UP)) if self._gated else ("up_proj", (UP,))
         for leaf, projections in (first, ("down_proj", (DOWN,))):
             mine = {key: site for key, site in linears.items() if key[0] in projections}
@@ -340,7 +353,9 @@ class _Reading:
 
 def _one_expert(site: Site) -> Problem:
     """With one expert PEFT takes its plain path, which has other layouts (loudmerge.relay)."""
-    return Problem("unsupported-adapter", str(site.pair.a), "one expert", "two or more, which PEFT packs")
+    return Problem(
+        "unsupported-adapter", str(site.pair.a), "one expert", "two or more, which PEFT packs", APART
+    )
 
 
 def _differ(linears: Linears, found: str) -> Problem:
@@ -350,6 +365,7 @@ def _differ(linears: Linears, found: str) -> Problem:
         str(site.pair.a),
         f"{found} among the experts of one parameter",
         "one rank and scaling, and plain LoRA: a fused parameter has one for all",
+        APART,
     )
 
 

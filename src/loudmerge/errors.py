@@ -54,15 +54,16 @@ class Problem:
     where: str
     found: str
     expected: str
-    hint: str = ""
+    hint: str
 
     def __post_init__(self) -> None:
         if self.code not in REFUSAL_CODES:
             raise ValueError(f"{self.code!r} is not a refusal code")
+        if not self.hint:
+            raise ValueError(f"{self.where}: a refusal names the option or step that helps")
 
     def __str__(self) -> str:
-        text = f"{self.code}: {self.where}: found {self.found}, expected {self.expected}."
-        return f"{text} {self.hint}" if self.hint else text
+        return f"{self.code}: {self.where}: found {self.found}, expected {self.expected}. {self.hint}"
 
 
 class MergeRefused(RuntimeError):

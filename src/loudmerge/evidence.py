@@ -223,11 +223,15 @@ def _why_none(module: FusedModule) -> Problem:
         shape = PairShape.of(pair.a.shape, pair.b.shape)
         if shape.rows != shape.columns:
             found = f"{shape.rows} rows of lora_A and {shape.columns} columns of lora_B"
-            return Problem("shape-mismatch", f"{pair.a} and {pair.b}", found, "rank * experts of both")
-        ranks, rank = (
-            sorted({parameter.rank for parameter in module.parameters}),
-            shape.rank(module.num_experts),
-        )
+            return Problem(
+                "shape-mismatch",
+                f"{pair.a} and {pair.b}",
+                found,
+                "rank * experts of both",
+                "They are not of one training: save the adapter again.",
+            )
+        ranks = sorted({parameter.rank for parameter in module.parameters})
+        rank = shape.rank(module.num_experts)
         if rank in ranks:
             continue
         found, expected = f"{shape.rows} rows", f"{module.num_experts} experts, as the base has"

@@ -141,6 +141,7 @@ class Experts:
                     str(mixed),
                     "experts both apart and fused in one layer",
                     "one of the two",
+                    "Remove what is left of another save from the directory.",
                 )
             )
         count = 1 + max(expert for _, expert in found.apart)
@@ -172,6 +173,7 @@ class Experts:
                     str(entry),
                     f"expert counts {sorted(counts)}",
                     "one count in a layer",
+                    "Get the checkpoint again.",
                 )
             )
         axes = self._disk_axes(found)
@@ -201,7 +203,13 @@ class Experts:
         if up is None or down is None:
             entry = up or down or next(iter(found.fused.values()))
             raise MergeRefused(
-                Problem("experts-incomplete", str(entry), "no up or no down projection beside it", "both")
+                Problem(
+                    "experts-incomplete",
+                    str(entry),
+                    "no up or no down projection beside it",
+                    "both",
+                    "Get the checkpoint again.",
+                )
             )
         gated = any(len(FUSED_LEAVES[leaf]) == 2 for leaf in found.fused)
         fits = [axes for axes in Axes if _fits(axes, up.shape, down.shape, 2 if gated else 1)]
@@ -215,6 +223,7 @@ class Experts:
                     f"{up} and {down}",
                     "shapes that no expert's gate, up and down can have together",
                     "(E, 2I, H) with (E, H, I), or (E, H, 2I) with (E, I, H)",
+                    "Get the checkpoint again; if it is as published, ask for its support.",
                 )
             )
         return fits[0]
@@ -267,7 +276,11 @@ def _matrix(entry: TensorEntry) -> tuple[int, int]:
     if len(entry.shape) != 2:
         raise MergeRefused(
             Problem(
-                "shape-mismatch", str(entry), f"{len(entry.shape)} axes", "the two axes of a Linear's weight"
+                "shape-mismatch",
+                str(entry),
+                f"{len(entry.shape)} axes",
+                "the two axes of a Linear's weight",
+                "Get the checkpoint again; if it is as published, ask for its support.",
             )
         )
     return entry.shape[0], entry.shape[1]
@@ -299,4 +312,5 @@ def _odd_shape(entry: TensorEntry, projection: str, expert: int, first: tuple[in
         f"{entry}, {projection} of expert {expert}",
         f"{list(entry.shape)}",
         f"{list(first)}, the shape of the layer's other experts",
+        "Get the checkpoint again; if it is as published, ask for its support.",
     )

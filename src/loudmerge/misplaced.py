@@ -39,6 +39,7 @@ def mixed(pair: LoraPair, leaves: Sequence[str]) -> Problem:
         str(pair.a),
         f"one module with fused and other parameters targeted together: {', '.join(leaves)}",
         "fused experts alone",
+        "Train one adapter for the fused experts, and another for the other parameters.",
     )
 
 
@@ -51,7 +52,7 @@ def wrong_nesting(module: str, pairs: Sequence[LoraPair], fused: Sequence[str]) 
         str(pairs[-1].a),
         f"LoRA on {module} inside {depths} base_layer levels",
         f"levels 0 to {len(fused) - 1}, one for each of its targeted parameters: {', '.join(fused)}",
-        "The file or target_parameters is not complete.",
+        "Save the adapter again: the file or target_parameters is not complete.",
     )
 
 
@@ -62,6 +63,7 @@ def dora_on_experts(pair: LoraPair) -> Problem:
         str(pair.magnitude or pair.bias or pair.a),
         "DoRA or a LoRA bias on fused experts",
         "plain LoRA: PEFT trains nothing else on them",
+        "Train it without use_dora and lora_bias, or without LoRA on the experts.",
     )
 
 
@@ -94,7 +96,7 @@ def no_target_parameters(pair: LoraPair) -> Problem:
         str(pair.a),
         "a LoRA on an experts module that target_parameters does not name",
         "target_parameters in adapter_config.json with the experts' parameters",
-        "Without it, which parameter the LoRA is for cannot be known.",
+        "Get the config that was saved with these weights, or name them there: nothing else tells.",
     )
 
 
@@ -105,6 +107,7 @@ def no_matrix(entry: TensorEntry, pair: LoraPair) -> Problem:
         str(pair.a),
         f"a LoRA on {entry}, which has {len(entry.shape)} axes",
         "a Linear or an Embedding",
+        "Is this the base that the adapter was trained on? LoRA on other modules is for merge_and_unload.",
     )
 
 

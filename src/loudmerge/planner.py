@@ -31,6 +31,7 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
                 f"model_type {base.model_type} of {base.path}",
                 family.refused,
                 "a family that can be merged into",
+                "Load base and adapter with PEFT, and use them so, without a merge.",
             )
         )
     names = Names(base, family)
@@ -66,7 +67,13 @@ def _account(plan: MergePlan) -> None:
     """Every adapter tensor is used exactly once, whatever the rooms before this one did."""
     used = plan.consumed
     problems = [
-        Problem("unconsumed-adapter-tensor", str(entry), f"used {used[name]} times by the plan", "used once")
+        Problem(
+            "unconsumed-adapter-tensor",
+            str(entry),
+            f"used {used[name]} times by the plan",
+            "used once",
+            "loudmerge misread the adapter; say so in a bug report.",
+        )
         for name, entry in plan.adapter.entries.items()
         if used[name] != 1
     ]

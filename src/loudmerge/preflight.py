@@ -69,7 +69,9 @@ def _unequal_copies(plan: MergePlan, reader: TensorReader) -> Iterable[Problem]:
     for first, copy in plan.adapter.copies:
         if not torch.equal(reader.read(first), reader.read(copy)):
             found = f"other values than {first}"
-            yield Problem("unconsumed-adapter-tensor", str(copy), found, "the same bytes")
+            yield Problem(
+                "unconsumed-adapter-tensor", str(copy), found, "the same bytes", "Save the adapter again."
+            )
 
 
 def _wrong_conversions(plan: MergePlan, reader: TensorReader) -> Iterable[Problem]:

@@ -217,7 +217,11 @@ def registration(leaf: str) -> int:
     """When an experts module registers a parameter, before or after the others. PEFT wraps in this order."""
     if leaf not in REGISTRATION_ORDER:
         known = ", ".join(REGISTRATION_ORDER)
-        raise MergeRefused(Problem("unsupported-adapter", leaf, "an unknown experts parameter", known))
+        raise MergeRefused(
+            Problem(
+                "unsupported-adapter", leaf, "an unknown experts parameter", known, "Ask for its support."
+            )
+        )
     return REGISTRATION_ORDER.index(leaf)
 
 

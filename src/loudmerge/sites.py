@@ -161,7 +161,11 @@ class _Placer:
         if len(counts) != 1:
             raise MergeRefused(
                 Problem(
-                    "num-experts-mismatch", module, f"expert counts {sorted(counts)}", "one count in a module"
+                    "num-experts-mismatch",
+                    module,
+                    f"expert counts {sorted(counts)}",
+                    "one count in a module",
+                    "Get the checkpoint again.",
                 )
             )
         self.counts |= counts
@@ -260,7 +264,13 @@ class _Placer:
                 raise MergeRefused(no_matrix(tensor, pair))
         if pair.embedding and pair.magnitude is not None:
             raise MergeRefused(
-                Problem("unsupported-adapter", str(pair.magnitude), "DoRA on an embedding", "plain LoRA")
+                Problem(
+                    "unsupported-adapter",
+                    str(pair.magnitude),
+                    "DoRA on an embedding",
+                    "plain LoRA",
+                    "Merge it with PEFT's merge_and_unload.",
+                )
             )
         axes = Axes.OUT_IN if pair.embedding else self._axes(final, pair)
         return Slot(entry, -1, axes, Span(0, final.shape[1] if axes is Axes.IN_OUT else final.shape[0]))
@@ -314,6 +324,7 @@ def dense_problem(placed: Placed) -> Problem | None:
             f"{pair.a} and {pair.b}",
             f"ranks {rank} and {pair.b.shape[1]}",
             "one rank for both halves",
+            "They are not of one training: save the adapter again.",
         )
     if rank != placed.rank:
         return Problem(
@@ -335,9 +346,21 @@ def dense_problem(placed: Placed) -> Problem | None:
             "Is this the base that the adapter was trained on?",
         )
     if pair.bias is not None and pair.bias.shape != (out,):
-        return Problem("shape-mismatch", str(pair.bias), f"{list(pair.bias.shape)}", f"[{out}]")
+        return Problem(
+            "shape-mismatch",
+            str(pair.bias),
+            f"{list(pair.bias.shape)}",
+            f"[{out}]",
+            "Is this the base that the adapter was trained on?",
+        )
     if pair.magnitude is not None and pair.magnitude.shape != (out,):
-        return Problem("shape-mismatch", str(pair.magnitude), f"{list(pair.magnitude.shape)}", f"[{out}]")
+        return Problem(
+            "shape-mismatch",
+            str(pair.magnitude),
+            f"{list(pair.magnitude.shape)}",
+            f"[{out}]",
+            "Is this the base that the adapter was trained on?",
+        )
     return None
 
 

@@ -217,6 +217,7 @@ def _head_term(draft: Draft, source: TensorEntry, pair: LoraPair) -> Term | None
             str(pair.a),
             "DoRA or a LoRA bias on a head that the base ties to its embedding",
             "plain LoRA",
+            "Untie the model before training: save it with tie_word_embeddings false.",
         )
     if problem is not None:
         draft.problems.append(problem)

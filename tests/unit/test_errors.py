@@ -25,7 +25,7 @@ SHAPE = Problem(
 
 
 def problems(count: int) -> list[Problem]:
-    return [Problem("missing-base-tensor", f"w{i}", "nothing", "a tensor") for i in range(count)]
+    return [Problem("missing-base-tensor", f"w{i}", "nothing", "a tensor", "Get it.") for i in range(count)]
 
 
 def test_the_refusal_codes_are_those_of_the_contract() -> None:
@@ -45,7 +45,7 @@ def test_every_exception_is_a_runtime_error_and_none_is_another(error: type[Exce
 
 def test_an_unknown_refusal_code_cannot_be_made() -> None:
     with pytest.raises(ValueError, match="'shape_mismatch' is not a refusal code"):
-        Problem("shape_mismatch", "w", "a", "b")
+        Problem("shape_mismatch", "w", "a", "b", "Do.")
 
 
 def test_a_problem_names_its_code_place_finding_expectation_and_help() -> None:
@@ -55,8 +55,9 @@ def test_a_problem_names_its_code_place_finding_expectation_and_help() -> None:
     )
 
 
-def test_a_problem_without_help_ends_after_the_expectation() -> None:
-    assert str(Problem("non-finite", "w", "NaN", "numbers")) == "non-finite: w: found NaN, expected numbers."
+def test_a_problem_without_help_cannot_be_made() -> None:
+    with pytest.raises(ValueError, match=r"^w: a refusal names the option or step that helps$"):
+        Problem("non-finite", "w", "NaN", "numbers", "")
 
 
 def test_a_refusal_for_one_problem_is_that_problem() -> None:

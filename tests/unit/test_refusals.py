@@ -157,6 +157,14 @@ REFUSALS = (
         (r"self_attn\.q_proj\.lora_B", r"to 13", r"to 12", r"base"),
     ),
     Refusal(
+        "dense halves of two ranks", "shape-mismatch", widen("self_attn.q_proj.lora_B.weight", 1),
+        (r"q_proj\.lora_A", r"found ranks 2 and 3", r"expected one rank", r"save the adapter again"),
+    ),
+    Refusal(
+        "fused halves of two ranks", "shape-mismatch", widen("mlp.experts.lora_B.weight", 1),
+        (r"mlp\.experts\.lora_A", r"found 8 rows .* and 9 columns", r"save the adapter again"),
+    ),
+    Refusal(
         "orientation against shapes", "shape-mismatch", nothing,
         (r"model\.layers\.0\.mlp\.experts", r"--orientation swapped", r"expected standard", r"[Ll]eave"),
         options={"orientation": "swapped"},
@@ -217,7 +225,7 @@ REFUSALS = (
     Refusal(
         "half a pair", "missing-adapter-tensor",
         adapter_tensors(lambda held: held.pop(key_of("self_attn.q_proj.lora_B.weight"))),
-        (r"q_proj\.lora_A\.weight \[2, 6\]", r"found no lora_B", r"expected both halves"),
+        (r"q_proj\.lora_A\.weight \[2, 6\]", r"found no lora_B", r"expected both halves", r"save .* again"),
     ),
     Refusal(
         "an outer pair without its inner one", "missing-adapter-tensor",
@@ -225,6 +233,14 @@ REFUSALS = (
             lambda held: [held.pop(key_of(f"mlp.experts.base_layer.lora_{x}.weight")) for x in "AB"]
         ),
         (r"mlp\.experts\.lora_A\.weight", r"found LoRA on .*inside 0 base_layer", r"down_proj, gate_up_proj"),
+    ),
+    Refusal(
+        "no tensor at all", "missing-adapter-tensor", adapter_tensors(lambda held: held.clear()),
+        (r"adapter_model\.safetensors", r"found no tensor at all", r"[Ss]ave the trained model again"),
+    ),
+    Refusal(
+        "DoRA on experts without magnitudes", "missing-adapter-tensor", adapter_fields(use_dora=True),
+        (r"found no lora_magnitude_vector", r"use_dora true in the config", r"one and the same save"),
     ),
     Refusal(
         "no q_proj in the base", "missing-base-tensor",
@@ -242,7 +258,16 @@ REFUSALS = (
     ),
     Refusal(
         "not LoRA", "unsupported-adapter", adapter_fields(peft_type="IA3"),
-        (r"peft_type in .*adapter_config\.json", r"found 'IA3'", r"expected 'LORA'"),
+        (r"peft_type in .*adapter_config\.json", r"found 'IA3'", r"expected 'LORA'", r"merge_and_unload"),
+    ),
+    Refusal(
+        "replicated layers", "unsupported-adapter", adapter_fields(layer_replication=[[0, 1], [0, 1]]),
+        (r"layer_replication in", r"expected null", r"save it as a base of its own"),
+    ),
+    Refusal(
+        "a config without weights", "unsupported-adapter",
+        lambda d: (d.built.adapter / "adapter_model.safetensors").unlink(),
+        (r"adapter", r"found no adapter_model\.safetensors", r"Give the directory that holds it"),
     ),
     Refusal(
         "a pattern that is no expression", "unsupported-adapter", adapter_fields(rank_pattern={"q_proj(": 2}),

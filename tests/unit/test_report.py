@@ -158,7 +158,7 @@ def test_notes_are_in_the_summary(tmp_path: Path) -> None:
 def test_a_refusals_report_has_every_problem_and_the_message(out: str | None) -> None:
     problems = [
         Problem("shape-mismatch", "x", "[1]", "[2]", "Try y."),
-        Problem("missing-base-tensor", "z", "none", "one"),
+        Problem("missing-base-tensor", "z", "none", "one", "Get z."),
     ]
     report = refused_report("/b", "/a", out, MergeRefused(problems))
     document = json.loads(dump(report))
@@ -171,5 +171,5 @@ def test_a_refusals_report_has_every_problem_and_the_message(out: str | None) ->
 
 
 def test_what_is_no_ascii_stays_readable(tmp_path: Path) -> None:
-    error = MergeRefused(Problem("shape-mismatch", "größe", "1", "2"))
+    error = MergeRefused(Problem("shape-mismatch", "größe", "1", "2", "Try ß."))
     assert "größe".encode() in dump(refused_report(str(tmp_path), "/a", None, error))
