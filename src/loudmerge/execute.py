@@ -353,7 +353,10 @@ class Worker:
             hint = BROKEN if output.touched else UNTOUCHED
         elif inherited:
             found += f", of which the base itself has {inherited}"
-        raise MergeRefused(Problem("non-finite", output.key, found, "finite numbers", hint))
+        # Experts that lie apart have their number in the key.
+        stacked = any(term.index >= 0 for term in output.terms)
+        where = f"{output.key}, expert {piece.matrix}" if stacked else output.key
+        raise MergeRefused(Problem("non-finite", where, found, "finite numbers", hint))
 
     def _bytes(self, name: str, nbytes: int, device: torch.device | None = None) -> Tensor:
         """A buffer of this thread, reused: fresh memory for every piece would cost its page faults."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
 import torch
 
-from loudmerge.delta import factors
+from loudmerge.delta import factors, unpack_lora_b
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.plan import MergePlan, Site
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 
 CHUNK_BYTES = 4 << 20
 """Bytes of a tensor that are looked at at a time: fresh memory for all of it costs more than the look."""
+
+SHOWN_EXPERTS = 4
+"""How many experts are named, of those with values that are not finite."""
 
 
 def check_weights(plan: MergePlan, reader: TensorReader, pool: Executor) -> tuple[str, ...]:
@@ -26,10 +29,11 @@ def check_weights(plan: MergePlan, reader: TensorReader, pool: Executor) -> tupl
     """
     problems: list[Problem] = []
     zero = set()
+    stacked = {e.name: site for site in plan.sites if site.num_experts > 1 for e in site.pair.entries}
     entries = list(plan.adapter.entries.values())
     for entry, (bad, empty) in zip(entries, pool.map(partial(_look, reader), entries), strict=True):
         if bad:
-            problems.append(_non_finite(entry, bad))
+            problems.append(_non_finite(entry, bad, stacked.get(entry.name), reader))
         elif empty:
             zero.add(entry.name)
     problems += _unequal_copies(plan, reader)
@@ -55,14 +59,34 @@ def _look(reader: TensorReader, entry: TensorEntry) -> tuple[int, bool]:
     return bad, zero
 
 
-def _non_finite(entry: TensorEntry, count: int) -> Problem:
+def _non_finite(entry: TensorEntry, count: int, site: Site | None, reader: TensorReader) -> Problem:
+    """site: whose experts' factors are in the tensor, None where it is no fused LoRA."""
+    where = str(entry)
+    if site is not None:
+        where = f"{entry}, {_named(_broken_experts(entry, site, reader))} of {site.parameter}"
     return Problem(
         "non-finite",
-        str(entry),
+        where,
         f"{count} NaN or infinite value{'s' if count > 1 else ''}",
         "finite numbers",
-        "The training diverged, or the file is damaged.",
+        "The training diverged, or the file is damaged: get it again, or an earlier state of the training.",
     )
+
+
+def _broken_experts(entry: TensorEntry, site: Site, reader: TensorReader) -> list[int]:
+    """The experts with a value that is not finite: they have runs of lora_A's rows, or columns of lora_B."""
+    broken = ~reader.read(entry).isfinite()
+    if entry is site.pair.a:
+        each = broken.view(site.num_experts, -1)
+    else:
+        each = unpack_lora_b(broken, site.num_experts, site.rank, site.lora_b_layout).flatten(1)
+    return [int(expert) for expert in each.any(1).nonzero()]
+
+
+def _named(experts: Sequence[int]) -> str:
+    shown = ", ".join(map(str, experts[:SHOWN_EXPERTS]))
+    more = f" and {len(experts) - SHOWN_EXPERTS} more" if len(experts) > SHOWN_EXPERTS else ""
+    return f"expert{'s' if len(experts) > 1 else ''} {shown}{more}"
 
 
 def _unequal_copies(plan: MergePlan, reader: TensorReader) -> Iterable[Problem]:

@@ -296,6 +296,33 @@ def test_every_tensor_that_is_not_finite_is_named(world: World) -> None:
     assert len(world.refuse(Q, held).problems) == 2
 
 
+@pytest.mark.parametrize(
+    ("half", "places", "named"),
+    [
+        ("lora_B", [(slice(None), [2, 8])], "expert 2 of"),  # rank_major: columns 2 and 2 + 6
+        ("lora_A", [([4], [1])], "expert 2 of"),
+        ("lora_A", [([11], [0]), ([0], [0])], "experts 0, 5 of"),
+        ("lora_B", [(slice(None), slice(None))], "experts 0, 1, 2, 3 and 2 more of"),
+    ],
+)
+def test_the_experts_whose_factors_are_not_finite_are_named(
+    half: str, places: list[tuple[Any, Any]], named: str, world: World
+) -> None:
+    held = fused_lora(EXPERTS, [(H, I), (2 * I, H)], experts=6)
+    for place in places:
+        held[f"{PREFIX}{EXPERTS}.{half}.weight"][place] = float("nan")
+    error = world.refuse(expert_tensors(6, H, I), held, target_parameters=BOTH, peft_version="0.19.1")
+    (problem,) = error.problems
+    assert problem.where.endswith(f"in adapter_model.safetensors, {named} {EXPERTS}.down_proj")
+
+
+def test_the_marker_says_whose_columns_are_not_finite(world: World) -> None:
+    held = fused_lora(EXPERTS, [(H, I)], experts=6)
+    held[f"{PREFIX}{EXPERTS}.lora_B.weight"][0, 5] = float("inf")
+    fields = {"target_parameters": BOTH[1:], "peft_version": "0.19.1", "lora_B_layout": "grouped_by_expert"}
+    assert ", expert 2 of" in world.refuse(expert_tensors(6, H, I), held, **fields).where
+
+
 def test_a_second_copy_of_a_full_tensor_has_the_same_values(world: World) -> None:
     base = {"lm_head.weight": values(V, H), f"{EMBED}.weight": values(V, H, seed=2)}
     names = [f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.modules_to_save.weight"]
@@ -323,6 +350,15 @@ def test_a_result_that_its_dtype_cannot_hold_is_refused(world: World) -> None:
         f"non-finite: {Q_PROJ}.weight: found 48 values of the result that F16 cannot hold, expected finite"
     )
     assert "--dtype bfloat16 or --dtype float32" in error.hint
+
+
+def test_the_expert_whose_result_its_dtype_cannot_hold_is_named(world: World) -> None:
+    key = f"{EXPERTS}.down_proj"
+    base = {key: values(E, H, I), f"{EXPERTS}.gate_up_proj": values(E, 2 * I, H)}
+    held = fused_lora(EXPERTS, [(H, I)], experts=E)
+    held[f"{PREFIX}{EXPERTS}.lora_B.weight"][:, 1::E] = 1e8
+    fields = {"target_parameters": BOTH[1:], "peft_version": "0.19.1", "dtype": "float16"}
+    assert str(world.refuse(base, held, **fields)).startswith(f"non-finite: {key}, expert 1: found ")
 
 
 def test_a_cast_that_overflows_is_refused(world: World) -> None:
