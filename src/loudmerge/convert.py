@@ -36,7 +36,7 @@ from loudmerge.rewrite import (
     write_fused,
 )
 from loudmerge.tensorfile import TensorReader
-from loudmerge.weighing import fused_site, weigh
+from loudmerge.weighing import FusedSite, fused_site, placed, weigh
 from loudmerge.writer import Staging
 
 Linears = Mapping[tuple[str, int], Site]
@@ -159,7 +159,7 @@ def _told(adapter: Adapter, orientation: str, packing: str, to: str) -> tuple[Si
         raise MergeRefused(
             Problem("ambiguous-layout", str(adapter.path), "no base", "a base, whose shapes tell", hint)
         )
-    placed = [
+    places = [
         _told_parameter(adapter.config, pair, f"{module}.{leaf}")
         for module, pairs in modules.items()
         # The parameter registered first is wrapped first, innermost.
@@ -169,8 +169,8 @@ def _told(adapter: Adapter, orientation: str, packing: str, to: str) -> tuple[Si
             strict=True,
         )
     ]
-    decider = Packing(adapter.config, packing, [], weigh(fused_site(*place) for place in placed).verdicts)
-    packings = [decider.decide(*place) for place in placed]
+    decider = Packing(adapter.config, packing, [], weigh(fused_site(*place) for place in places).verdicts)
+    packings = [decider.decide(*place) for place in places]
     if decider.problems:
         raise MergeRefused(decider.problems)
     return tuple(
@@ -184,14 +184,14 @@ def _told(adapter: Adapter, orientation: str, packing: str, to: str) -> tuple[Si
             Orientation(orientation),
             packed,
         )
-        for (module, parameter, pair), packed in zip(placed, packings, strict=True)
+        for (module, parameter, pair), packed in zip(places, packings, strict=True)
     )
 
 
 def _told_parameter(
     config: AdapterConfig, pair: LoraPair, name: str
 ) -> tuple[FusedModule, FusedParameter, LoraPair]:
-    """What a merge would have placed, as far as the pair's own shapes show it."""
+    """See `placed`. Raises MergeRefused `rank-mismatch` where the rank of the config does not fit."""
     rank = config.rank_for(name)
     experts, left = divmod(pair.a.shape[0], rank)
     if left or pair.b.shape[1] != pair.a.shape[0]:
@@ -199,8 +199,7 @@ def _told_parameter(
         raise MergeRefused(
             Problem("rank-mismatch", f"{pair.a} and {pair.b}", found, f"a multiple of {rank}", ONE_SAVE)
         )
-    parameter = FusedParameter(name.rpartition(".")[2], name, pair.b.shape[0], pair.a.shape[1], rank)
-    return FusedModule(pair.module, experts, (pair,), (parameter,)), parameter, pair
+    return placed(FusedSite(name, name.rpartition(".")[2], pair, experts, rank))
 
 
 def _slots(planned: MergePlan) -> Slots:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loudmerge.adapter import Adapter, LoraPair, read_adapter
+from loudmerge.alone import UNDECIDED, LayoutFound, layout_alone
 from loudmerge.errors import MergeRefused
 from loudmerge.merge import Pathish, plan
 from loudmerge.names import template
@@ -16,14 +17,17 @@ from loudmerge.plan import MergePlan
 from loudmerge.predict import Prediction, predict
 from loudmerge.report import planned_report
 from loudmerge.traceplot import terminal_lines
-from loudmerge.weighing import UNREAD, Weighed, sites_of, weigh
+from loudmerge.weighing import UNREAD, FusedSite, Weighed, sites_of, weigh
 
 SHOWN_EVIDENCE = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Kind:
-    """All sites that differ only in their indices. shape_a, shape_b: of their tensors."""
+    """All sites that differ only in their indices. shape_a, shape_b: of their tensors.
+
+    rank: for one expert, 0 where the config's does not fit. experts, parameter: of fused LoRA, else 0 and "".
+    """
 
     module: str
     depth: int
@@ -31,6 +35,17 @@ class Kind:
     shape_a: tuple[int, ...]
     shape_b: tuple[int, ...]
     extras: tuple[str, ...]
+    rank: int
+    experts: int
+    parameter: str
+
+    @property
+    def rank_text(self) -> str:
+        """For a person."""
+        if not self.rank:
+            return "rank unknown: the config's does not fit"
+        fused = f" for each of {self.experts} experts of {self.parameter}" if self.experts else ""
+        return f"rank {self.rank}{fused}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,6 +55,9 @@ class Kind:
             "lora_A": list(self.shape_a),
             "lora_B": list(self.shape_b),
             "extras": list(self.extras),
+            "rank": self.rank or None,
+            "experts": self.experts or None,
+            "parameter": self.parameter or None,
         }
 
 
@@ -47,18 +65,22 @@ class Kind:
 class Inspection:
     """What `inspect` found.
 
-    plan: None without a base, or when the merge is refused; then `refusal` says why.
+    layout: of fused LoRA; what the adapter alone says, where there is no plan.
+    plan: None without a base, or when the merge is refused.
+    refusal: why the merge would be refused; without a base, as far as the packing of lora_B shows it.
     predicted: what the merge would keep of the update; None without a plan, or where it updates no matrix.
-    weighed: what the weights say of how lora_B is packed.
+    weighed: what the weights say of how lora_B is packed. with_base: whether a base was given.
     """
 
     adapter: Adapter
     kinds: tuple[Kind, ...]
+    layout: LayoutFound
     odd: tuple[str, ...]
     plan: MergePlan | None
     refusal: MergeRefused | None
     predicted: Prediction | None = None
     weighed: Weighed = UNREAD
+    with_base: bool = False
 
     def to_json(self) -> dict[str, Any]:
         config = self.adapter.config
@@ -78,6 +100,7 @@ class Inspection:
             "sites": [kind.to_json() for kind in self.kinds],
             "full": [full.name for full in self.adapter.full],
             "token_rows": {rows.module: len(rows.indices) for rows in self.adapter.rows},
+            "layout": self.layout.to_json(),
             "odd": list(self.odd),
             "plan": None if self.plan is None else planned_report(self.plan).to_json(),
             "predicted": None if self.predicted is None else self.predicted.to_json(),
@@ -91,6 +114,13 @@ class Inspection:
                 "message": str(refusal),
             },
         }
+
+    @property
+    def orientation_text(self) -> str:
+        """For a person."""
+        without = "" if self.with_base else " without --base"
+        said = self.layout.orientation
+        return f"orientation undecided{without}" if said == UNDECIDED else said
 
     def summary(self) -> str:
         """Plain lines for a person."""
@@ -114,18 +144,45 @@ def inspect(
         except MergeRefused as error:
             refusal = error
     odd = tuple(_odd(found, planned))
-    weighed = planned.layout.weighed if planned is not None else weigh(sites_of(found))
-    return Inspection(found, _kinds(found.pairs), odd, planned, refusal, predicted, weighed)
-
-
-def _kinds(pairs: Iterable[LoraPair]) -> tuple[Kind, ...]:
-    counts = Counter(
-        (template(pair.module), pair.depth, pair.a.shape, pair.b.shape, _extras(pair)) for pair in pairs
+    if planned is not None:
+        fused, weighed, layout = _fused(planned), planned.layout.weighed, LayoutFound.of(planned.layout)
+    else:
+        fused = sites_of(found)
+        weighed = weigh(fused)
+        layout = layout_alone(found, fused, weighed, orientation, lora_b_layout)
+        if refusal is None and layout.problems:
+            refusal = MergeRefused(layout.problems)
+    return Inspection(
+        found, _kinds(found, fused), layout, odd, planned, refusal, predicted, weighed, base is not None
     )
+
+
+def _fused(planned: MergePlan) -> tuple[FusedSite, ...]:
     return tuple(
-        Kind(module, depth, sites, shape_a, shape_b, extras)
-        for (module, depth, shape_a, shape_b, extras), sites in sorted(counts.items())
+        FusedSite(site.parameter, site.parameter.rpartition(".")[2], site.pair, site.num_experts, site.rank)
+        for site in planned.sites
+        if site.num_experts
     )
+
+
+def _kinds(adapter: Adapter, fused: Iterable[FusedSite]) -> tuple[Kind, ...]:
+    # The plan's pairs were read apart from these.
+    by_name = {site.pair.a.name: site for site in fused}
+    counts = Counter(_kind(adapter, pair, by_name.get(pair.a.name)) for pair in adapter.pairs)
+    return tuple(replace(kind, sites=count) for kind, count in sorted(counts.items()))
+
+
+def _kind(adapter: Adapter, pair: LoraPair, site: FusedSite | None) -> Kind:
+    rank = 0 if _unsplit(adapter, pair) else pair.a.shape[0]
+    split = (rank, 0, "") if site is None else (site.rank, site.experts, site.leaf)
+    return Kind(template(pair.module), pair.depth, 1, pair.a.shape, pair.b.shape, _extras(pair), *split)
+
+
+def _unsplit(adapter: Adapter, pair: LoraPair) -> bool:
+    """Whether a pair is of a targeted parameter, and has other rows than the config says for one matrix."""
+    config = adapter.config
+    leaves = config.targeted_parameters(pair.module)
+    return bool(leaves) and pair.a.shape[0] not in {config.rank_for(f"{pair.module}.{one}") for one in leaves}
 
 
 def _extras(pair: LoraPair) -> tuple[str, ...]:
@@ -161,30 +218,35 @@ def _lines(found: Inspection) -> Iterable[str]:
         level = f" (base_layer x{kind.depth})" if kind.depth else ""
         extras = f" with {', '.join(kind.extras)}" if kind.extras else ""
         shapes = f"A {list(kind.shape_a)} B {list(kind.shape_b)}"
-        yield f"  {kind.sites:6} x  {kind.module}{level}: {shapes}{extras}"
+        yield f"  {kind.sites:6} x  {kind.module}{level}: {shapes}{extras}, {kind.rank_text}"
     for full in found.adapter.full:
         yield f"  replaces  {full.name} {list(full.entry.shape)}"
     for rows in found.adapter.rows:
         yield f"  rows      {len(rows.indices)} of {rows.module}"
     for number, text in enumerate(terminal_lines(found.weighed)):
         yield f"  {'packing' if not number else '':9} {text}"
+    if found.refusal is not None:
+        yield f"  refused   {found.refusal}"
+    yield from _layout_lines(found)
     yield from _plan_lines(found)
     for text in found.odd:
         yield f"  odd       {text}"
 
 
-def _plan_lines(found: Inspection) -> Iterable[str]:
-    if found.refusal is not None:
-        yield f"  refused   {found.refusal}"
-    if found.plan is None:
-        return
-    layout, counts = found.plan.layout, found.plan.counts
-    yield f"  layout    {layout.orientation}, {layout.lora_b_layout}"
+def _layout_lines(found: Inspection) -> Iterable[str]:
+    layout = found.layout
+    yield f"  layout    {found.orientation_text}, {layout.lora_b_layout}"
     for evidence in layout.evidence[:SHOWN_EVIDENCE]:
         site = f" ({evidence.site})" if evidence.site else ""
         yield f"            {evidence.source} says {evidence.says or 'nothing'}{site}: {evidence.detail}"
     if len(layout.evidence) > SHOWN_EVIDENCE:
         yield f"            … and {len(layout.evidence) - SHOWN_EVIDENCE} more"
+
+
+def _plan_lines(found: Inspection) -> Iterable[str]:
+    if found.plan is None:
+        return
+    counts = found.plan.counts
     yield (
         f"  touches   {counts.expert} expert projections, {counts.dense} dense weights,"
         f" {counts.replaced} replaced, {counts.copied} copied"

@@ -44,13 +44,15 @@ def _lines(found: Inspection) -> Iterator[str]:
     yield from _table("Config", ("", ""), _config(found))
     yield from _table(
         "LoRA",
-        ("sites", "module", "lora_A", "lora_B", "with"),
+        ("sites", "module", "lora_A", "lora_B", "rank", "experts", "with"),
         (
             (
                 kind.sites,
                 kind.module + ".base_layer" * kind.depth,
                 list(kind.shape_a),
                 list(kind.shape_b),
+                kind.rank or "unknown",
+                f"{kind.experts} of {kind.parameter}" if kind.experts else "",
                 ", ".join(kind.extras),
             )
             for kind in found.kinds
@@ -60,16 +62,13 @@ def _lines(found: Inspection) -> Iterator[str]:
         yield "<h2>How lora_B is packed, by the weights</h2>"
         yield from (f"<p>{escape(leaf)}: {_said(found, leaf)}</p>" for leaf in found.weighed.verdicts)
         yield f'<div class="box">{svg(found.weighed)}</div><p>{escape(MEANING)}</p>'
-    if found.plan is not None:
-        layout = found.plan.layout
-        rows = (
-            (e.source, e.says or "nothing", f"{e.confidence:.3f}", e.site, e.detail) for e in layout.evidence
-        )
-        yield from _table(
-            f"Layout: {layout.orientation}, {layout.lora_b_layout}",
-            ("source", "says", "confidence", "site", "why"),
-            rows,
-        )
+    layout = found.layout
+    rows = ((e.source, e.says or "nothing", f"{e.confidence:.3f}", e.site, e.detail) for e in layout.evidence)
+    yield from _table(
+        f"Layout: {found.orientation_text}, {layout.lora_b_layout}",
+        ("source", "says", "confidence", "site", "why"),
+        rows,
+    )
     yield from _table("Odd", ("",), ((text,) for text in found.odd))
     yield "</body>\n</html>"
 

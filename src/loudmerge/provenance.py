@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from loudmerge.adapter_config import AdapterConfig
 from loudmerge.families import Era, Family
@@ -43,6 +43,23 @@ def config_evidence(config: AdapterConfig, family: Family, parameters: Iterable[
         detail = f"{why}; which transformers it was trained under decides, and no adapter records that"
         return Evidence("peft_version", "", "", 0.0, detail)
     return Evidence("peft_version", "", says.value, 0.9, why)
+
+
+def evidence_by_class(config: AdapterConfig) -> Iterator[Evidence]:
+    """As `config_evidence`, where no base tells the experts class: what it says for each kind of class.
+
+    The orientation is that of the axes that the parameter had in memory when it was trained.
+    """
+    version, why = _written_by(config)
+    if version is None:
+        yield Evidence("peft_version", "", "", 0.0, why)
+        return
+    plain, transposed = (_regime(version, Era("all", Axes.OUT_IN, flag)) for flag in (False, True))
+    if plain is transposed:
+        yield Evidence("peft_version", "", plain.value, 0.9, f"{why}, whatever the experts class is")
+        return
+    yield Evidence("peft_version", "", plain.value, 0.9, f"{why}, unless the experts class is_transposed")
+    yield Evidence("peft_version", "", transposed.value, 0.9, f"{why}, if the experts class is_transposed")
 
 
 def orientation_written_by(

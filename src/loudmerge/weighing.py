@@ -69,6 +69,13 @@ def fused_site(module: FusedModule, parameter: FusedParameter, pair: LoraPair) -
     return FusedSite(parameter.name, parameter.leaf, pair, module.num_experts, parameter.rank)
 
 
+def placed(site: FusedSite) -> tuple[FusedModule, FusedParameter, LoraPair]:
+    """What a merge would have placed, as far as the pair's own shapes show it: read as standard."""
+    pair = site.pair
+    parameter = FusedParameter(site.leaf, site.name, pair.b.shape[0], pair.a.shape[1], site.rank)
+    return FusedModule(pair.module, site.experts, (pair,), (parameter,)), parameter, pair
+
+
 def sites_of(adapter: Adapter) -> tuple[FusedSite, ...]:
     """The fused expert LoRA of an adapter whose base is not there: the config has the ranks.
 
