@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
+from loudmerge import device
 from loudmerge.families import major_minor
 from loudmerge.hub import resolve
-
-DEVICE = re.compile(r"cpu|auto|cuda(:\d+)?")
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -46,10 +44,10 @@ def local_directory(name: str, hint: str) -> Path:
         return resolve(name)
 
 
-def check_device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+def check_device(_: click.Context, parameter: click.Parameter, value: str) -> str:
     """A callback: cpu, cuda, cuda:N or auto."""
-    if not DEVICE.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is not one of cpu, cuda, cuda:N and auto.", context, parameter)
+    with argument(parameter.opts[0]):
+        device.check_device(value)
     return value
 
 

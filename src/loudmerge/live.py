@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,15 @@ from safetensors.torch import load_file, save_file
 from loudmerge.adapter import WEIGHTS, read_adapter
 from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from loudmerge.device import check_device
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
 from loudmerge.merge import Pathish, merge
 from loudmerge.outpath import refuse_existing
+from loudmerge.plan import Options, check_options
 from loudmerge.report import MergeReport
 from loudmerge.tensorfile import TensorEntry, TensorReader
+from loudmerge.threads import check_threads
 from loudmerge.wrappers import PREFIX, Wrapper, other_adapters, plain_attribute, settle_scalings, wrappers
 
 if TYPE_CHECKING:
@@ -53,8 +56,9 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
 
     Raises MergeRefused like `merge`, and for a base that is quantised, offloaded or has merged adapters, and
     for modules whose active adapter is not the model's; TypeError for what is no PeftModel; ValueError when
-    there is not exactly one active adapter, or adapters are disabled.
+    there is not exactly one active adapter, adapters are disabled, or an option's value does not exist.
     """
+    _check_values(options)
     name = _active_adapter(model)
     found = tuple(wrappers(model))
     _refuse_others(found, name)
@@ -107,6 +111,14 @@ def num_experts_of(module: object) -> int:
             "Is this the experts module?",
         )
     )
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
+    """As `merge` does, which is only called once the model is written."""
+    names = {field.name for field in fields(Options)}
+    check_options(Options(**{name: value for name, value in options.items() if name in names}))
+    check_device(options.get("device", "cpu"))
+    check_threads(options.get("threads"))
 
 
 def _active_adapter(model: Any) -> str:

@@ -9,11 +9,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-
 from loudmerge.adapter import read_adapter
 from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
-from loudmerge.errors import EnvironmentFailed, Mismatch
+from loudmerge.device import check_device, found_device
+from loudmerge.errors import Mismatch
 from loudmerge.execute import SMALL_BYTES, Progress, execute, shard_files
 from loudmerge.hub import HubId, resolve
 from loudmerge.outcome import Outcome, merged_keys
@@ -22,7 +21,7 @@ from loudmerge.plan import MergePlan, Options, check_options
 from loudmerge.planner import make_plan
 from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding
 from loudmerge.resume import Finished, identity
-from loudmerge.threads import cores, one_torch_thread
+from loudmerge.threads import check_threads, cores, one_torch_thread
 from loudmerge.writer import Staging, edited_json, index_json
 
 REPORT = "merge_report.json"
@@ -40,21 +39,23 @@ def plan(
     lora_b_layout: str = "auto",
     dtype: str = "keep",
     rounding: str = "auto",
-    device: str = "cpu",  # noqa: ARG001 - plan() takes what merge() takes
-    threads: int | None = None,  # noqa: ARG001
+    device: str = "cpu",
+    threads: int | None = None,
     overwrite: bool = False,
-    verify: bool = True,  # noqa: ARG001
+    verify: bool = True,  # noqa: ARG001 - plan() takes what merge() takes
     progress: Progress | None = None,  # noqa: ARG001
 ) -> MergePlan:
     """What `merge` with the same arguments would do; nothing is written, and of the weights only
     some of the adapter's are read, which tell how its lora_B are packed.
 
     base, adapter: local directories, or Hub ids (owner/name or owner/name@revision), which are downloaded.
-    Raises MergeRefused with every problem found, ValueError for an option's value that does not exist,
-    EnvironmentFailed when the Hub cannot be reached.
+    Raises MergeRefused with every problem found; ValueError for an option's value that does not exist, before
+    anything is read; EnvironmentFailed when the Hub cannot be reached.
     """
     options = Options(orientation, lora_b_layout, dtype, rounding)
     check_options(options)
+    check_device(device)
+    check_threads(threads)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     found = [_directory(base), _directory(adapter)]
@@ -110,6 +111,8 @@ def merge(
         lora_b_layout=lora_b_layout,
         dtype=dtype,
         rounding=rounding,
+        device=device,
+        threads=threads,
         overwrite=overwrite,
     )
     computing, verifying = _threads(made, threads)
@@ -121,7 +124,7 @@ def merge(
             outcome = execute(
                 made,
                 staging.weights,
-                device=_device(device),
+                device=found_device(device),
                 threads=computing,
                 progress=progress,
                 finished=finished,
@@ -144,16 +147,6 @@ def _threads(made: MergePlan, asked: int | None) -> tuple[int, int]:
         return 1, 1
     # While one that verifies waits for the disk, another computes.
     return cores(), cores() + 1
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise EnvironmentFailed(
-            f"device {name}: torch {torch.__version__} finds no CUDA device. Use --device cpu."
-        )
-    return name
 
 
 def _check_applied(made: MergePlan, outcome: Outcome) -> None:

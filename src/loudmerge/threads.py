@@ -16,6 +16,12 @@ def cores(most: int = MOST) -> int:
     return min(allowed or 1, most)
 
 
+def check_threads(threads: object) -> None:
+    """Raises ValueError for what is no number of threads; None is the default."""
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads is {threads!r}, expected a whole number from 1 on, or None")
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Inside, torch computes with one thread: for callers with threads of their own, or small matrices."""

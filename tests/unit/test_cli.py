@@ -324,8 +324,8 @@ def test_demo_takes_a_directory_or_none(library: Library, run: Callable[..., End
     [
         (["merge", "BASE", "ADAPTER"], "Missing argument 'OUT'"),
         ([*COMMANDS["merge"], "--orientation=sideways"], "'sideways' is not one of"),
-        ([*COMMANDS["merge"], "--device=tpu"], "'tpu' is not one of cpu, cuda, cuda:N and auto"),
-        ([*COMMANDS["merge"], "--device=cuda:"], "'cuda:' is not one of"),
+        ([*COMMANDS["merge"], "--device=tpu"], "device is 'tpu', expected one of cpu, cuda, cuda:N, auto"),
+        ([*COMMANDS["merge"], "--device=cuda:"], "device is 'cuda:', expected one of"),
         ([*COMMANDS["merge"], "--threads=0"], "0 is not in the range"),
         ([*COMMANDS["merge"], "--resume", "--dry-run"], "nothing for --resume to go on with"),
         ([*COMMANDS["merge"], "--details", "--dry-run"], "predicts what is kept"),
