@@ -154,14 +154,14 @@ def merge_command(
 
     def action(progress: Progress | None) -> Outcome:
         from loudmerge.hub import push, push_target
-        from loudmerge.merge import merge, plan
+        from loudmerge.merge import merge, planned
 
         if push_to:
             with argument("--push-to"):
                 push_target(push_to)
         found = local_directory(base, "BASE"), local_directory(adapter, "ADAPTER")
         if dry_run:
-            return Outcome(plan(*found, out=out, **options).report(), DONE)
+            return Outcome(planned(*found, out, **options), DONE)
         report = merge(*found, out, **options, verify=not no_verify, progress=progress, resume=resume)
         if push_to:
             terminal.note(f"pushed to {push(out, push_to, base=base, adapter=adapter)}")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from loudmerge.adapter import read_adapter
 from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
@@ -19,7 +20,7 @@ from loudmerge.outcome import Outcome, merged_keys
 from loudmerge.outpath import refuse_existing, refuse_inputs
 from loudmerge.plan import MergePlan, Options, check_options
 from loudmerge.planner import make_plan
-from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding
+from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding, planned_report
 from loudmerge.resume import Finished, identity
 from loudmerge.threads import check_threads, cores, one_torch_thread
 from loudmerge.writer import Staging, edited_json, index_json
@@ -70,6 +71,14 @@ def _directory(name: Pathish) -> Path:
     if path.exists() or HubId.parse(str(name)) is None:
         return path
     return resolve(path.as_posix())
+
+
+def planned(base: Pathish, adapter: Pathish, out: Pathish, **options: Any) -> MergeReport:
+    """The report of `plan` with the same arguments: what `merge` would do, and nothing written."""
+    started = time.monotonic()
+    made = plan(base, adapter, out=out, **options)
+    seconds = time.monotonic() - started
+    return planned_report(made, Path(out), seconds=seconds, peak_rss_bytes=peak_rss_bytes())
 
 
 def merge(

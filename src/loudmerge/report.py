@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from loudmerge import __version__, jsonfile
+from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
+from loudmerge.checkpoint import CONFIG
 from loudmerge.errors import MergeRefused
 from loudmerge.plan import MergePlan
 
 SCHEMA = 1
 KEPT_WARNING = 0.95
+
+_UNMEASURED: Mapping[str, Any] = {
+    "delta_kept": None,
+    "rounding": None,
+    "verified": None,
+    "seconds": None,
+    "peak_rss_bytes": None,
+}
+"""What only a finished merge can say."""
 
 
 class TensorKept(NamedTuple):
@@ -79,9 +90,16 @@ def one_rounding(found: Collection[str]) -> str:
     return next(iter(found)) if len(found) == 1 else "mixed"
 
 
-def planned_report(plan: MergePlan, out: Path | None = None) -> MergeReport:
-    """The report of a plan that was not executed."""
-    return MergeReport(_document(plan, out, "planned", applied=False))
+def planned_report(
+    plan: MergePlan,
+    out: Path | None = None,
+    *,
+    seconds: float | None = None,
+    peak_rss_bytes: int | None = None,
+) -> MergeReport:
+    """The report of a plan that was not executed. seconds, peak_rss_bytes: of making it, where measured."""
+    measured = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes}
+    return MergeReport({**_document(plan, out, "planned", applied=False), **measured})
 
 
 def merged_report(
@@ -95,25 +113,58 @@ def merged_report(
 
 
 def refused_report(base: str, adapter: str, out: str | None, error: MergeRefused) -> MergeReport:
-    """The report of a refusal."""
-    problems = [asdict(problem) for problem in error.problems]
+    """The report of a refusal: every key of the others', with null or nothing where nobody knows.
+
+    base, adapter: as they were given; of local directories the configs are asked what they are.
+    """
+    config, trained = _fields(Path(base, CONFIG)), _fields(Path(adapter, ADAPTER_CONFIG))
     return MergeReport(
         {
             "schema": SCHEMA,
             "loudmerge": __version__,
             "status": "refused",
-            "base": {"path": str(base), "model_type": None},
-            "adapter": {"path": str(adapter), "peft_version": None, "rank": None},
+            "base": {"path": str(base), "model_type": _known(config, "model_type", str)},
+            "adapter": {
+                "path": str(adapter),
+                "peft_version": _known(trained, "peft_version", str),
+                "rank": _known(trained, "r", int),
+            },
             "out": None if out is None else str(out),
+            "options": None,
+            "layout": {"orientation": None, "lora_b_layout": None, "evidence": []},
+            "num_experts": None,
+            "counts": {
+                **{name: {"attempted": None, "applied": 0} for name in ("expert", "dense", "replaced")},
+                "copied": None,
+            },
+            "adapter_tensors": {"total": None, "consumed": None},
+            "config_edits": {},
+            "notes": [],
+            **_UNMEASURED,
+            "files": [],
             "refusal": {
                 "code": error.code,
                 "where": error.where,
                 "hint": error.hint,
                 "message": str(error),
-                "problems": problems,
+                "problems": [asdict(problem) for problem in error.problems],
             },
         }
     )
+
+
+def _fields(config: Path) -> Mapping[str, Any]:
+    """What a config says; nothing where it cannot be read, which may be what was refused."""
+    try:
+        value = jsonfile.parse(config.read_bytes()) if config.is_file() else None
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _known(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = fields.get(name)
+    return value if type(value) is kind else None
 
 
 def dump(report: MergeReport) -> bytes:
@@ -154,13 +205,9 @@ def _document(plan: MergePlan, out: Path | None, status: str, *, applied: bool) 
         "adapter_tensors": {"total": len(plan.adapter.entries), "consumed": len(plan.consumed)},
         "config_edits": dict(plan.config_edits),
         "notes": list(plan.notes),
-        "delta_kept": None,
-        "rounding": None,
-        "verified": None,
+        **_UNMEASURED,
         "files": [],
         "refusal": None,
-        "seconds": None,
-        "peak_rss_bytes": None,
     }
 
 

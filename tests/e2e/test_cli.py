@@ -78,6 +78,7 @@ def test_a_person_is_told_how_many_were_applied(inputs: Inputs, tmp_path: Path) 
 def test_a_dry_run_writes_nothing(inputs: Inputs, tmp_path: Path, run: Callable[..., Ended]) -> None:
     ended = run("merge", *inputs, tmp_path / "out", "--dry-run", "--json")
     assert (ended.code, ended.document["status"]) == (0, "planned")
+    assert ended.document["out"] == str(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

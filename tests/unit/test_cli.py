@@ -86,10 +86,6 @@ class Library:
         return self.answer
 
 
-class Planned(NamedTuple):
-    report: Callable[[], Answer]
-
-
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     """The modules that the commands import, replaced; the working directory holds BASE, ADAPTER, MERGED."""
@@ -98,16 +94,16 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     def acting(name: str) -> Callable[..., Any]:
         return lambda *arguments, **options: library.act(name, *arguments, **options)
 
-    def plan(*arguments: Any, **options: Any) -> Planned:
-        library.act("plan", *arguments, **options)
-        return Planned(lambda: Answer(name="plan"))
+    def planned(*arguments: Any, **options: Any) -> Answer:
+        library.act("planned", *arguments, **options)
+        return Answer(name="plan")
 
     def refused_report(*arguments: Any) -> Answer:
         library.calls.append(Call("refused_report", arguments, {}))
         return Answer(ok=False, name="refusal")
 
     functions: dict[str, dict[str, Callable[..., Any]]] = {
-        "merge": {"merge": acting("merge"), "plan": plan},
+        "merge": {"merge": acting("merge"), "planned": planned},
         "inspect": {"inspect": acting("inspect")},
         "convert": {"convert": acting("convert")},
         "verify": {"verify": acting("verify")},
@@ -279,8 +275,8 @@ def test_a_transformers_that_is_no_version_is_a_usage_error(
 
 def test_a_dry_run_plans_and_does_not_merge(library: Library, run: Callable[..., Ended]) -> None:
     assert run(*COMMANDS["merge"], "--dry-run", "--dtype=float32") == (0, "the plan in words\n", "")
-    options = DEFAULTS | {"out": Path("OUT"), "dtype": "float32"}
-    assert library.calls == [("plan", (Path("BASE"), Path("ADAPTER")), options)]
+    options = DEFAULTS | {"dtype": "float32"}
+    assert library.calls == [("planned", (Path("BASE"), Path("ADAPTER"), Path("OUT")), options)]
 
 
 def test_inspect_takes_a_base_or_none(library: Library, run: Callable[..., Ended]) -> None:

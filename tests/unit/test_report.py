@@ -11,6 +11,7 @@ import torch
 
 import loudmerge
 from loudmerge.errors import MergeRefused, Problem
+from loudmerge.merge import planned
 from loudmerge.report import MergeReport, dump, planned_report, refused_report
 from tests.unit.builders import (
     EMBED,
@@ -147,6 +148,16 @@ def test_a_plans_report_has_attempted_nothing_yet(tmp_path: Path) -> None:
     assert plan_of(base, adapter).report().summary().startswith(f"planned: {base}")
 
 
+def test_a_dry_run_says_for_which_out_and_what_it_took(tmp_path: Path) -> None:
+    base, adapter = world(tmp_path)
+    document = planned(base, adapter, tmp_path / "out", rounding="nearest").to_json()
+    assert (document["status"], document["out"]) == ("planned", str(tmp_path / "out"))
+    assert document["options"]["rounding"] == "nearest"
+    assert document["seconds"] > 0
+    assert document["peak_rss_bytes"] > 1 << 20
+    assert not (tmp_path / "out").exists()
+
+
 def test_notes_are_in_the_summary(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", {f"{EMBED}.weight": values(V, H)}, tie_word_embeddings=True)
     report = plan_of(base, write_adapter(tmp_path / "adapter", lora("lm_head", V, H))).report()
@@ -168,6 +179,40 @@ def test_a_refusals_report_has_every_problem_and_the_message(out: str | None) ->
     assert refusal["message"].startswith("shape-mismatch: x: found [1], expected [2]. Try y.")
     assert [problem["code"] for problem in refusal["problems"]] == ["shape-mismatch", "missing-base-tensor"]
     assert report.summary() == f"refused: {refusal['message']}"
+
+
+def shape(value: Any) -> Any:
+    """The names in a document, down to what is no object."""
+    return {name: shape(inner) for name, inner in value.items()} if isinstance(value, dict) else None
+
+
+def test_a_refusal_has_every_name_that_a_merge_has_so_that_its_reader_needs_no_second_way(
+    tmp_path: Path,
+) -> None:
+    done = merged(tmp_path).to_json()
+    error = MergeRefused(Problem("shape-mismatch", "x", "1", "2"))
+    refused = refused_report(str(tmp_path / "base"), str(tmp_path / "adapter"), "o", error).to_json()
+    for name in ("options", "config_edits", "delta_kept", "rounding", "refusal"):
+        assert name in refused
+        done[name] = refused[name]
+    assert shape(refused) == shape(done)
+    assert refused["base"] == done["base"]
+    assert refused["adapter"] == done["adapter"]
+    assert refused["counts"]["expert"] == {"attempted": None, "applied": 0}
+    assert (refused["files"], refused["layout"]["evidence"], refused["seconds"]) == ([], [], None)
+
+
+@pytest.mark.parametrize(
+    "config", [None, b"{", b"[]", b"\xff", b"[" * 10**5, b'{"model_type": 3, "peft_version": [], "r": true}']
+)
+def test_a_config_that_cannot_be_read_makes_no_second_refusal(tmp_path: Path, config: bytes | None) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_bytes(config)
+        (tmp_path / "adapter_config.json").write_bytes(config)
+    error = MergeRefused(Problem("corrupt-file", "x", "1", "2"))
+    document = refused_report(str(tmp_path), str(tmp_path), None, error).to_json()
+    assert document["base"] == {"path": str(tmp_path), "model_type": None}
+    assert document["adapter"] == {"path": str(tmp_path), "peft_version": None, "rank": None}
 
 
 def test_what_is_no_ascii_stays_readable(tmp_path: Path) -> None:
