@@ -82,8 +82,9 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
                 base.save_pretrained(weights, state_dict=tensors)
             if tokenizer is not None:
                 tokenizer.save_pretrained(weights)
-            _keep_disk_layout(weights, base, with_tokenizer=tokenizer is None)
-            return merge(weights, adapter, target, **options)
+            source = _keep_disk_layout(weights, base, with_tokenizer=tokenizer is None)
+            shown = _shown(base, memory[weights]) if source is None else str(source)
+            return merge(weights, adapter, target, named=(shown, memory[adapter]), **options)
 
 
 def base_state_dict(base: nn.Module) -> dict[str, Tensor]:
@@ -194,6 +195,12 @@ def _in_memory(where: str, memory: Mapping[Path, str]) -> str:
     return where
 
 
+def _shown(base: Any, name: str) -> str:
+    """A base that is not, or not any more, what lies where it was loaded from."""
+    loaded = getattr(base, "name_or_path", "")
+    return f"{name}, loaded from {loaded}" if loaded else name
+
+
 def _add_lost_biases(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
     """PEFT before 0.21 trains the biases of bias="lora_only" but saves none: the base in memory has them.
 
@@ -213,27 +220,29 @@ def _add_lost_biases(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({**saved, **lost}, adapter / WEIGHTS, metadata={"format": "pt"})
 
 
-def _keep_disk_layout(weights: Path, base: Any, *, with_tokenizer: bool) -> None:
+def _keep_disk_layout(weights: Path, base: Any, *, with_tokenizer: bool) -> Path | None:
     """Puts links to the checkpoint that the base was loaded from in place of its copy in `weights`.
 
     Only where that checkpoint is a local directory whose type and sizes (layers, widths, experts) are the
     model's, and has every tensor that the model saves with the same key, dtype and bytes. What it has beside
     them (tensors that no class knows, remote code, the tokenizer) then goes to OUT too.
+
+    Returns that directory; None where there is none, or it is not the model's.
     """
     name = getattr(base, "name_or_path", "")
     source = Path(name).absolute()
     if not name or not (source / CONFIG).is_file():
-        return
+        return None
     try:
         disk = open_checkpoint(source)
     except (MergeRefused, OSError):
-        return  # The copy of the memory is complete without it.
+        return None  # The copy of the memory is complete without it.
     saved = open_checkpoint(weights)
     if disk.model_type != saved.model_type:
-        return
+        return None
     loaded = type(base.config).from_pretrained(source).to_dict()
     if dict(_sizes(loaded)) != dict(_sizes(base.config.to_dict())) or not _same_tensors(saved, disk):
-        return
+        return None
     for shard in saved.shards:
         shard.unlink()
     (weights / INDEX).unlink(missing_ok=True)
@@ -243,6 +252,7 @@ def _keep_disk_layout(weights: Path, base: Any, *, with_tokenizer: bool) -> None
         if not (weights / name).exists():
             (weights / name).parent.mkdir(parents=True, exist_ok=True)
             (weights / name).symlink_to(source / name)
+    return source
 
 
 def _sizes(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:

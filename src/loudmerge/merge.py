@@ -96,6 +96,7 @@ def merge(
     verify: bool = True,
     progress: Progress | None = None,
     resume: bool = False,
+    named: tuple[str, str] | None = None,
 ) -> MergeReport:
     """Merges an adapter into a base checkpoint and publishes the result as the directory `out`, in one step.
 
@@ -106,7 +107,8 @@ def merge(
     does. threads: that compute, default as many as cores (eight at most), or one for an OUT under 64 MiB.
     verify: recompute every tensor by a second path before publishing. progress: called with (stage, bytes
     done, bytes in all). resume: go on from the shards that an interrupted merge of the same inputs into `out`
-    had finished; and leave one's own, should this one be.
+    had finished; and leave one's own, should this one be. named: what the report calls base and adapter, else
+    their paths.
 
     Raises MergeRefused when the inputs cannot be merged correctly, and Mismatch when the verification fails:
     `out` does not exist then, or is untouched. OSError and EnvironmentFailed for the disk and the device.
@@ -142,7 +144,8 @@ def merge(
         _write_files(made, staging)
         if verify:
             _verify(made, staging, verifying, progress)
-        report = _report(made, Path(out), outcome, verified=verify, started=started)
+        measured = _measured(made, outcome, verified=verify, started=started)
+        report = merged_report(made, Path(out), measured, _details(made, outcome), named)
         staging.write_file(REPORT, dump(report))
         staging.publish(sizes)
     return report
@@ -181,12 +184,12 @@ def _verify(made: MergePlan, staging: Staging, threads: int, progress: Progress 
         raise Mismatch(f"the merge is not published: its verification failed.\n{result.summary()}")
 
 
-def _report(made: MergePlan, out: Path, outcome: Outcome, *, verified: bool, started: float) -> MergeReport:
+def _measured(made: MergePlan, outcome: Outcome, *, verified: bool, started: float) -> dict[str, Any]:
     least = min(outcome.kept.items(), key=lambda item: item[1].ratio, default=None)
     files = [*made.side_files, CONFIG, REPORT, *(shard.name for shard in made.base.shards)]
     if made.base.index is not None:
         files.append(INDEX)
-    measured = {
+    return {
         "notes": [*made.notes, *outcome.notes],
         "delta_kept": {
             "overall": outcome.overall.ratio,
@@ -198,7 +201,6 @@ def _report(made: MergePlan, out: Path, outcome: Outcome, *, verified: bool, sta
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    return merged_report(made, out, measured, _details(made, outcome))
 
 
 def _details(made: MergePlan, outcome: Outcome) -> list[TensorKept]:

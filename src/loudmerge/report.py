@@ -103,13 +103,19 @@ def planned_report(
 
 
 def merged_report(
-    plan: MergePlan, out: Path, measured: Mapping[str, Any], details: Sequence[TensorKept] = ()
+    plan: MergePlan,
+    out: Path,
+    measured: Mapping[str, Any],
+    details: Sequence[TensorKept] = (),
+    named: tuple[str, str] | None = None,
 ) -> MergeReport:
     """The report of a finished merge.
 
-    measured: delta_kept, rounding, files, verified, seconds, peak_rss_bytes.
+    measured: delta_kept, rounding, files, verified, seconds, peak_rss_bytes. named: what base and adapter
+    are, where their paths do not say it.
     """
-    return MergeReport({**_document(plan, out, "merged", applied=True), **measured}, tuple(details))
+    document = _document(plan, out, "merged", applied=True, named=named)
+    return MergeReport({**document, **measured}, tuple(details))
 
 
 def refused_report(base: str, adapter: str, out: str | None, error: MergeRefused) -> MergeReport:
@@ -172,8 +178,11 @@ def dump(report: MergeReport) -> bytes:
     return jsonfile.dump(report.to_json())
 
 
-def _document(plan: MergePlan, out: Path | None, status: str, *, applied: bool) -> dict[str, Any]:
+def _document(
+    plan: MergePlan, out: Path | None, status: str, *, applied: bool, named: tuple[str, str] | None = None
+) -> dict[str, Any]:
     counts = plan.counts
+    base, adapter = named or (str(plan.base.path), str(plan.adapter.path))
 
     def done(attempted: int) -> dict[str, int]:
         return {"attempted": attempted, "applied": attempted if applied else 0}
@@ -182,9 +191,9 @@ def _document(plan: MergePlan, out: Path | None, status: str, *, applied: bool) 
         "schema": SCHEMA,
         "loudmerge": __version__,
         "status": status,
-        "base": {"path": str(plan.base.path), "model_type": plan.base.model_type},
+        "base": {"path": base, "model_type": plan.base.model_type},
         "adapter": {
-            "path": str(plan.adapter.path),
+            "path": adapter,
             "peft_version": plan.adapter.config.peft_version,
             "rank": plan.adapter.config.rank,
         },

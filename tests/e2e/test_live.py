@@ -166,6 +166,7 @@ def test_tokenizer_and_generation_config_are_in_out(tmp_path: Path) -> None:
     model = live_model()
     model.get_base_model().generation_config.max_new_tokens = 7
     loudmerge.save_pretrained_merged(model, tmp_path / "out", a_tokenizer())
+    assert inputs_named(tmp_path) == ("the live model's base", "the live model's adapter 'default'")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_new_tokens"] == 7
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again("a mixture of experts")["input_ids"] == [1, 2, 3, 4]
@@ -205,6 +206,17 @@ def test_an_unchanged_checkpoint_on_disk_keeps_its_shards_and_what_no_class_know
     found = type(model.get_base_model()).from_pretrained(tmp_path / "out").eval()
     assert (tiny.logits(found) - wanted).abs().max() <= LOGITS_BOUND
     assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
+    assert inputs_named(tmp_path) == (str(tmp_path / "base"), "the live model's adapter 'default'")
+    model.save_pretrained(tmp_path / "adapter")
+    assert loudmerge.verify(tmp_path / "out", tmp_path / "base", tmp_path / "adapter").ok
+
+
+def inputs_named(folder: Path) -> tuple[str, str]:
+    """What the report of OUT says that was merged. No temporary folder is named anywhere in it."""
+    text = (folder / "out" / "merge_report.json").read_text()
+    assert ".live-" not in text
+    document = json.loads(text)
+    return document["base"]["path"], document["adapter"]["path"]
 
 
 def test_a_tokenizer_that_is_given_takes_the_place_of_that_on_disk(tmp_path: Path) -> None:
@@ -233,6 +245,8 @@ def test_what_was_changed_in_memory_is_in_out(change: str, tmp_path: Path) -> No
         max((tmp_path / "base").glob("*.safetensors")).unlink()
     wanted = tiny.logits(model)
     loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    shown = f"the live model's base, loaded from {tmp_path / 'base'}"
+    assert inputs_named(tmp_path) == (shown, "the live model's adapter 'default'")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert "mtp.weight" not in tensors
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
