@@ -17,9 +17,20 @@ from loudmerge.checkpoint import CONFIG, INDEX, SINGLE
 from loudmerge.jsonfile import parse
 from loudmerge.plan import MergePlan, OutputTensor
 from loudmerge.sidefiles import is_weights, walk
+from loudmerge.writer import edited_json, index_json
 
 What = Literal[
-    "missing", "extra", "dtype", "shape", "bytes", "value", "index", "metadata", "config", "unreadable"
+    "missing",
+    "extra",
+    "dtype",
+    "shape",
+    "bytes",
+    "value",
+    "index",
+    "metadata",
+    "config",
+    "report",
+    "unreadable",
 ]
 
 READ_BY_LOADERS = (
@@ -77,10 +88,11 @@ class Listing:
     files: int
 
 
-def list_out(plan: MergePlan, out: Path, files: Path) -> Listing:
+def list_out(plan: MergePlan, out: Path, files: Path, *, exact: bool = False) -> Listing:
     """Checks every file of OUT against the plan, and names the tensors that are there as planned.
 
     out: where the shards lie. files: where config, index and side files lie, the same in a published OUT.
+    exact: config and index must be as this loudmerge writes them, byte for byte; else what they say counts.
     """
     mismatches: list[TensorMismatch] = []
     comparable: list[int] = []
@@ -93,9 +105,16 @@ def list_out(plan: MergePlan, out: Path, files: Path) -> Listing:
         mismatches += _foreign(plan, directory, by_shard.keys())
     count = len(by_shard) + 1 + len(plan.side_files)
     if plan.base.index is not None or by_shard.keys() != {SINGLE} or (files / INDEX).exists():
-        mismatches += _check_index(plan, files / INDEX, [out / shard for shard in by_shard])
+        found = [*_check_index(plan, files / INDEX, [out / shard for shard in by_shard])]
+        if exact and not found and plan.base.index is not None:
+            found += _check_content(files / INDEX, index_json(plan.base.index, plan.outputs))
+        mismatches += found
         count += 1
-    mismatches += _check_config(plan, files)
+    found = [*_check_config(plan, files)]
+    if exact and not found:
+        content = (plan.base.path / CONFIG).read_bytes()
+        found += _check_content(files / CONFIG, edited_json(content, plan.config_edits))
+    mismatches += found
     for name in plan.side_files:
         mismatches += _check_side_file(plan.base.path, files, name)
     return Listing(tuple(mismatches), tuple(comparable), count)
@@ -209,6 +228,18 @@ def _check_config(plan: MergePlan, out: Path) -> Iterator[TensorMismatch]:
             yield TensorMismatch(CONFIG, CONFIG, "config", detail)
 
 
+def _check_content(file: Path, expected: bytes) -> Iterator[TensorMismatch]:
+    found = file.read_bytes()
+    if found != expected:
+        detail = f"differs from what the merge wrote from byte {_first_difference(found, expected)} on"
+        yield TensorMismatch(file.name, file.name, "bytes", f"{detail}; it says the same")
+
+
+def _first_difference(a: bytes, b: bytes) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((at for at, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def _json_object(file: Path) -> dict[str, Any] | TensorMismatch:
     if not file.is_file():
         return TensorMismatch(file.name, file.name, "missing", "no such file")
@@ -230,10 +261,7 @@ def _check_side_file(base: Path, out: Path, name: str) -> Iterator[TensorMismatc
         while True:
             a, b = expected.read(COMPARED_AT_ONCE), found.read(COMPARED_AT_ONCE)
             if a != b:
-                same = next(
-                    (at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-                )
-                detail = f"differs from the base's from byte {position + same} on"
+                detail = f"differs from the base's from byte {position + _first_difference(a, b)} on"
                 yield TensorMismatch(name, name, "bytes", detail)
                 return
             if not a:

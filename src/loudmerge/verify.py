@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 
+from loudmerge import __version__
 from loudmerge.errors import Mismatch
 from loudmerge.jsonfile import parse
 from loudmerge.judge import MatrixResult, check_matrix
 from loudmerge.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
+from loudmerge.outreport import REPORT, Recomputed, check_counts, check_measured, check_status
 from loudmerge.plan import MergePlan, Options, OutputTensor, check_options
 from loudmerge.recompute import FactorCache, Matrix, RawFiles, Workspace, matrices
 from loudmerge.report import TensorKept, one_rounding
@@ -34,8 +36,6 @@ __all__ = ["TensorMismatch", "Verification", "verify", "verify_plan"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the bytes done and the bytes in all."""
-
-REPORT = "merge_report.json"
 
 SHOWN_MISMATCHES = 10
 """How many mismatches the summary names before it only counts them."""
@@ -96,12 +96,14 @@ def verify(
     """Plans the merge of `base` and `adapter` anew and compares every tensor and file of `out` with it.
 
     The options are those of OUT's merge_report.json; without one the defaults are assumed, with rounding to
-    nearest. Raises MergeRefused when base and adapter cannot be merged at all.
+    nearest. What else the report says is compared, too. Raises MergeRefused when base and adapter cannot be
+    merged at all, Mismatch for a report that is none.
     """
     from loudmerge.merge import plan
 
     out = Path(out)
-    options, notes = _recorded_options(out)
+    report = _read_report(out / REPORT)
+    options = _recorded_options(report, out / REPORT)
     made = plan(
         base,
         adapter,
@@ -110,8 +112,8 @@ def verify(
         dtype=options.dtype,
         rounding=options.rounding,
     )
-    found = verify_plan(made, out, progress=progress)
-    return replace(found, notes=(*notes, *found.notes))
+    found = verify_plan(made, out, progress=progress, report=report)
+    return replace(found, notes=(*_assumed(report), *found.notes))
 
 
 def verify_plan(
@@ -121,15 +123,18 @@ def verify_plan(
     files: Path | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    report: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Compares every tensor and file of `out`, published or not, with what `plan` makes of them.
 
     files: where config.json, the index and the side files lie while OUT is staged; `out` by default.
-    threads: workers, torch's own number of threads by default. Memory: a few MB for each worker, and the
-    factors of a few sites.
+    threads: workers, torch's own number of threads by default. report: OUT's, where it has one; what another
+    loudmerge counted and how it wrote JSON may differ, and is not compared. Memory: a few MB for each worker,
+    and the factors of a few sites.
     """
     started = time.monotonic()
-    listing = list_out(plan, out, files or out)
+    ours = report is not None and report.get("loudmerge") == __version__
+    listing = list_out(plan, out, files or out, exact=ours)
     outputs = [(number, plan.outputs[number]) for number in listing.comparable]
     with RawFiles() as raw, _workers(threads) as pool:
         comparison = _Comparison(plan, out, raw)
@@ -140,30 +145,59 @@ def verify_plan(
             done += jobs[future]
             if progress is not None:
                 progress("verify", done, total)
-    mismatches = listing.mismatches + comparison.mismatches()
+    wrong = comparison.mismatches()
+    mismatches = [*listing.mismatches, *wrong]
+    if report is not None:
+        mismatches += check_status(report)
+    if report is not None and ours:
+        mismatches += check_counts(plan, report)
+        if not wrong and len(outputs) == len(plan.outputs):
+            mismatches += check_measured(plan, report, comparison.merged())
     return Verification(
         len(outputs),
         listing.files,
-        mismatches,
+        tuple(mismatches),
         comparison.delta_kept(),
         time.monotonic() - started,
         details=comparison.details(),
     )
 
 
-def _recorded_options(out: Path) -> tuple[Options, tuple[str, ...]]:
-    report = out / REPORT
-    if not report.is_file():
-        note = f"{REPORT} is missing: assumed that OUT was merged with the default options, rounding nearest"
-        return Options(rounding="nearest"), (note,)
+def _read_report(file: Path) -> Mapping[str, Any] | None:
+    if not file.is_file():
+        return None
     try:
-        recorded = parse(report.read_bytes()).get("options", {})
-        names = {field.name for field in fields(Options)}
-        options = Options(**{name: str(value) for name, value in recorded.items() if name in names})
+        report = parse(file.read_bytes())
+    except ValueError as error:
+        raise Mismatch(f"{file} is no report of a merge: {error}") from error
+    if not isinstance(report, dict):
+        raise Mismatch(f"{file} is no report of a merge: a JSON {type(report).__name__}")
+    return report
+
+
+def _recorded_options(report: Mapping[str, Any] | None, file: Path) -> Options:
+    if report is None:
+        return Options(rounding="nearest")
+    recorded = report.get("options", {})
+    if not isinstance(recorded, dict):
+        raise Mismatch(f"{file} is no report of a merge: its options are {recorded!r}")
+    names = {field.name for field in fields(Options)}
+    options = Options(**{name: str(value) for name, value in recorded.items() if name in names})
+    try:
         check_options(options)
-    except (ValueError, AttributeError) as error:
-        raise Mismatch(f"{report} is no report of a merge: {error}") from error
-    return options, ()
+    except ValueError as error:
+        raise Mismatch(f"{file} is no report of a merge: {error}") from error
+    return options
+
+
+def _assumed(report: Mapping[str, Any] | None) -> Iterator[str]:
+    if report is None:
+        yield f"{REPORT} is missing: assumed that OUT was merged with the default options, rounding nearest"
+    elif report.get("loudmerge") != __version__:
+        yield (
+            f"{REPORT} is that of loudmerge {report.get('loudmerge')}, this is {__version__}: what JSON files"
+            " say is compared, not their bytes, and of the report only the status"
+        )
 
 
 @contextmanager
@@ -245,17 +279,21 @@ class _Comparison:
         expected = sum(pair[1] for pair in sums)
         return sum(pair[0] for pair in sums) / expected if expected else None
 
-    def details(self) -> tuple[TensorKept, ...]:
-        merged = (number for number in sorted(self._results) if self._plan.outputs[number].terms)
-        return tuple(self._kept(number) for number in merged)
+    def merged(self) -> tuple[Recomputed, ...]:
+        """Every tensor that has an update, in the order of the plan."""
+        numbers = (number for number in sorted(self._results) if self._plan.outputs[number].terms)
+        return tuple(self._recomputed(number) for number in numbers)
 
-    def _kept(self, number: int) -> TensorKept:
+    def details(self) -> tuple[TensorKept, ...]:
+        return tuple(TensorKept(one.output.key, one.kept, one_rounding(one.rounded)) for one in self.merged())
+
+    def _recomputed(self, number: int) -> Recomputed:
         results = [result for _, result in self._results[number]]
         along, total = (sum(sums) for sums in zip(*(result.kept for result in results), strict=True))
-        rules = {result.rounding for result in results}
-        return TensorKept(
-            self._plan.outputs[number].key, along / total if total else 1.0, one_rounding(rules)
-        )
+        rounded = Counter[str]()
+        for matrix, result in self._results[number]:
+            rounded[result.rounding] += len(matrix.terms)
+        return Recomputed(self._plan.outputs[number], along, total, rounded)
 
 
 def is_copy(output: OutputTensor) -> bool:

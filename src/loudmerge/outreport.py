@@ -1,0 +1,136 @@
+"""What OUT's merge_report.json says, against the plan and against what the verification measured."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from loudmerge.checkpoint import CONFIG, INDEX
+from loudmerge.outfiles import TensorMismatch
+from loudmerge.plan import MergePlan, OutputTensor
+
+REPORT = "merge_report.json"
+
+KEPT_TOLERANCE = 1e-4
+"""How far delta_kept may lie from what is recomputed, relative to the larger of it and 1. The merge sums in
+float32: with updates from 1 down to 1e-10 of common ones, and every rounding, that was at most 1e-6."""
+
+NO_UPDATE = 1e-25
+"""A sum of squares under which the merge's float32 may have lost single squares, or holds its own errors."""
+
+SHOWN = 300
+"""Characters of a value that a mismatch shows: an OUT may have hundreds of files."""
+
+
+class Recomputed(NamedTuple):
+    """One merged tensor: the sums of (W' - W) dW and of dW dW, and its terms by the rule that holds."""
+
+    output: OutputTensor
+    along: float
+    total: float
+    rounded: Mapping[str, int]
+
+    @property
+    def kept(self) -> float:
+        return self.along / self.total if self.total else 1.0
+
+
+def check_status(report: Mapping[str, Any]) -> Iterator[TensorMismatch]:
+    """Yields the status of a report that is not that of a merge: OUT is there."""
+    for name, value in {"status": "merged", "refusal": None}.items():
+        if report.get(name) != value:
+            yield _mismatch(name, report.get(name), value)
+
+
+def check_counts(plan: MergePlan, report: Mapping[str, Any]) -> Iterator[TensorMismatch]:
+    """Yields what a report says of counts and files, and the plan says otherwise."""
+    counts = {name: getattr(plan.counts, name) for name in ("expert", "dense", "replaced")}
+    files = [*plan.side_files, CONFIG, REPORT, *(shard.name for shard in plan.base.shards)]
+    expected = {
+        "num_experts": plan.num_experts,
+        "counts": {
+            **{name: {"attempted": count, "applied": count} for name, count in counts.items()},
+            "copied": plan.counts.copied,
+        },
+        "adapter_tensors": {"total": len(plan.adapter.entries), "consumed": len(plan.consumed)},
+        "files": sorted([*files, INDEX] if plan.base.index is not None else files),
+    }
+    for name, value in expected.items():
+        if report.get(name) != value:
+            yield _mismatch(name, report.get(name), value)
+
+
+def check_measured(
+    plan: MergePlan, report: Mapping[str, Any], merged: Sequence[Recomputed]
+) -> Iterator[TensorMismatch]:
+    """Yields what a report says of rounding and delta_kept, and OUT's tensors, which are right, do not."""
+    rounded = Counter[str]()
+    for one in merged:
+        for rule, count in one.rounded.items():
+            rounded[_recorded_as(rule, plan.rounding, one.output)] += count
+    rounded = +rounded
+    if not _may_be(report.get("rounding"), rounded, plan.rounding):
+        yield _mismatch("rounding", report.get("rounding"), dict(sorted(rounded.items())))
+    if all(one.output.dora is None and one.output.token_rows is None for one in merged):
+        # Else the merge weighs other differences: float32 ones, or those of rows that are replaced.
+        yield from _check_kept(report.get("delta_kept"), merged)
+
+
+def _recorded_as(rule: str, rounding: str, output: OutputTensor) -> str:
+    """What the merge calls a rule that holds: the one that was asked for, also where it is the nearest."""
+    if output.dora is not None:
+        return "nearest"
+    if rounding == "balanced":
+        return "balanced" if output.token_rows is None else "stochastic"
+    return rule if rounding == "auto" else rounding
+
+
+def _may_be(recorded: Any, expected: Mapping[str, int], rounding: str) -> bool:
+    """Whether these are the counts: "auto" may have drawn where the nearest is the same."""
+    if recorded == expected:
+        return True
+    if rounding != "auto" or not isinstance(recorded, dict):
+        return False
+    if not all(type(count) is int and count > 0 for count in recorded.values()):
+        return False
+    known = recorded.keys() <= {"nearest", "balanced", "stochastic"}
+    drawn = all(recorded.get(rule, 0) >= count for rule, count in expected.items() if rule != "nearest")
+    return known and drawn and sum(recorded.values()) == sum(expected.values())
+
+
+def _check_kept(recorded: Any, merged: Sequence[Recomputed]) -> Iterator[TensorMismatch]:
+    said: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    total = sum(one.total for one in merged)
+    overall = sum(one.along for one in merged) / total if total else 1.0
+    if (total >= NO_UPDATE or not merged) and not _close(said.get("overall"), overall):
+        yield _mismatch("delta_kept.overall", said.get("overall"), overall)
+    least = min((one for one in merged if one.total >= NO_UPDATE), key=lambda one: one.kept, default=None)
+    found: dict[str, Any] = said["least"] if isinstance(said.get("least"), dict) else {}
+    named = next((one for one in merged if one.output.key == found.get("tensor")), None)
+    if named is None:
+        if merged or said.get("least") is not None:
+            yield _mismatch("delta_kept.least", said.get("least"), least and least.output.key)
+        return
+    for one in (named, least):
+        if one is not None and one.total >= NO_UPDATE and not _close(found.get("kept"), one.kept):
+            expected = {"tensor": one.output.key, "kept": one.kept}
+            yield _mismatch("delta_kept.least", said.get("least"), expected)
+            return
+
+
+def _close(recorded: Any, expected: float) -> bool:
+    if type(recorded) not in (int, float):
+        return False
+    return bool(abs(recorded - expected) <= KEPT_TOLERANCE * max(1.0, abs(expected)))
+
+
+def _mismatch(name: str, found: Any, expected: Any) -> TensorMismatch:
+    detail = f"{name}: found {_text(found)}, expected {_text(expected)}"
+    return TensorMismatch(REPORT, REPORT, "report", detail)
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

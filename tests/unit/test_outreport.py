@@ -1,0 +1,233 @@
+"""verify compares what OUT's report says, and every byte of the JSON that the merge wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from loudmerge import hub
+from loudmerge.merge import merge
+from loudmerge.outfiles import TensorMismatch
+from loudmerge.verify import Verification, verify
+from tests.unit.reference import build
+from tests.unit.test_verify_merged import MERGED, dense
+
+CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "merge_report.json"
+ROUNDINGS = ("auto", "nearest", "balanced", "stochastic", "peft")
+
+
+class Place:
+    """OUT with its inputs."""
+
+    def __init__(self, root: Path, base: Path, adapter: Path, **options: Any) -> None:
+        self.out, self.base, self.adapter = root / "out", base, adapter
+        merge(base, adapter, self.out, verify=False, threads=1, **options)
+
+    def verify(self) -> Verification:
+        return verify(self.out, self.base, self.adapter)
+
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.out / REPORT).read_text())
+        return found
+
+    def say(self, report: dict[str, Any]) -> None:
+        (self.out / REPORT).write_text(json.dumps(report))
+
+    def only(self) -> TensorMismatch:
+        (found,) = self.verify().mismatches
+        return found
+
+
+def place(root: Path, **options: Any) -> Place:
+    built = build(MERGED["per-expert"], root)
+    return Place(root, built.base, built.adapter, **options)
+
+
+def weaken(adapter: Path, scale: float) -> None:
+    """Makes every update so much smaller."""
+    file = adapter / "adapter_model.safetensors"
+    scaled = {
+        key: (value * (scale if "_B" in key else 1)).contiguous() for key, value in load_file(file).items()
+    }
+    save_file(scaled, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("scale", [1, 1e-3, 1e-6, 0])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", MERGED)
+def test_what_a_merge_of_experts_reports_is_what_is_recomputed(
+    tmp_path: Path, name: str, rounding: str, scale: float
+) -> None:
+    built = build(MERGED[name], tmp_path)
+    weaken(built.adapter, scale)
+    found = Place(tmp_path, built.base, built.adapter, rounding=rounding).verify()
+    assert found.ok, found.summary()
+
+
+@pytest.mark.parametrize("scale", [1, 1e-4, 0])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["dora", "bias", "embedding", "rows"])
+def test_what_a_merge_of_dense_adapters_reports_is_what_is_recomputed(
+    tmp_path: Path, kind: str, dtype: str, rounding: str, scale: float
+) -> None:
+    base, adapter = dense(tmp_path, kind, dtype)
+    weaken(adapter, scale)
+    found = Place(tmp_path, base, adapter, rounding=rounding, dtype="bfloat16").verify()
+    assert found.ok, found.summary()
+
+
+def told_kept(report: dict[str, Any], value: float) -> None:
+    report["delta_kept"]["overall"] = value
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "status": (
+        lambda report: report.update(status="refused"),
+        'status: found "refused", expected "merged"',
+    ),
+    "refusal": (
+        lambda report: report.update(refusal={"code": "x"}),
+        'refusal: found {"code": "x"}, expected null',
+    ),
+    "counts": (
+        lambda report: report["counts"].update(expert={"attempted": 999, "applied": 3}),
+        'counts: found {"copied": .*"applied": 3, "attempted": 999',
+    ),
+    "copied": (
+        lambda report: report["counts"].update(copied=0),
+        "counts: found",
+    ),
+    "no counts": (
+        lambda report: report.pop("counts"),
+        "counts: found null, expected {",
+    ),
+    "experts": (
+        lambda report: report.update(num_experts=999),
+        "num_experts: found 999, expected",
+    ),
+    "adapter_tensors": (
+        lambda report: report["adapter_tensors"].update(consumed=1),
+        'adapter_tensors: found {"consumed": 1, ',
+    ),
+    "files": (
+        lambda report: report.update(files=["nothing"]),
+        r'files: found \["nothing"\], expected \["LICENSE"',
+    ),
+    "rounding": (
+        lambda report: report.update(rounding={"nearest": 1}),
+        'rounding: found {"nearest": 1}, expected',
+    ),
+    "rounding's rule": (
+        lambda report: report.update(rounding={"peft": sum(report["rounding"].values())}),
+        'rounding: found {"peft"',
+    ),
+    "rounding's kind": (
+        lambda report: report.update(rounding=[1]),
+        r"rounding: found \[1\], expected {",
+    ),
+    "overall": (
+        lambda report: told_kept(report, 0.1),
+        "delta_kept.overall: found 0.1, expected",
+    ),
+    "overall a little": (
+        lambda report: told_kept(report, report["delta_kept"]["overall"] + 2e-4),
+        "delta_kept.overall: found",
+    ),
+    "least": (
+        lambda report: report["delta_kept"]["least"].update(kept=0.5),
+        "delta_kept.least: found",
+    ),
+    "least's name": (
+        lambda report: report["delta_kept"]["least"].update(tensor="x"),
+        "delta_kept.least: found",
+    ),
+    "no least": (
+        lambda report: report["delta_kept"].update(least=None),
+        "delta_kept.least: found null",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "says"), EDITS.values(), ids=EDITS.keys())
+def test_what_is_edited_in_the_report_is_named(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    made = place(tmp_path)
+    report = made.report()
+    edit(report)
+    made.say(report)
+    found = made.only()
+    assert (found.key, found.what) == (REPORT, "report")
+    assert re.match(says, found.detail)
+
+
+def test_that_another_tensor_keeps_less_is_named(tmp_path: Path) -> None:
+    made = place(tmp_path, rounding="nearest")
+    report = made.report()
+    best = max(made.verify().details, key=lambda one: one.kept)
+    assert best.kept > report["delta_kept"]["least"]["kept"] + 1e-3
+    report["delta_kept"]["least"] = {"tensor": best.tensor, "kept": best.kept}
+    made.say(report)
+    assert made.only().detail.startswith("delta_kept.least: found")
+
+
+def test_a_report_says_nothing_of_rounding_where_tensors_are_wrong(tmp_path: Path) -> None:
+    """What is recomputed is then that of a damaged file."""
+    made = place(tmp_path)
+    file = max(made.out.glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file({key: value * 2 for key, value in tensors.items()}, file, metadata={"format": "pt"})
+    assert {found.what for found in made.verify().mismatches} <= {"value", "bytes"}
+
+
+@pytest.mark.parametrize("more", [" ", "\n\n"])
+@pytest.mark.parametrize("dtype", ["keep", "float32"])
+@pytest.mark.parametrize("name", [CONFIG, INDEX])
+def test_every_byte_of_json_counts(tmp_path: Path, name: str, dtype: str, more: str) -> None:
+    made = place(tmp_path, dtype=dtype)
+    content = (made.out / name).read_bytes()
+    (made.out / name).write_bytes(content + more.encode())
+    found = made.only()
+    assert (found.key, found.what) == (name, "bytes")
+    assert found.detail == f"differs from what the merge wrote from byte {len(content)} on; it says the same"
+
+
+def reformat(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=1))
+
+
+def test_without_a_report_json_need_only_say_the_same(tmp_path: Path) -> None:
+    """OUT may be another tool's."""
+    made = place(tmp_path, rounding="nearest")
+    (made.out / REPORT).unlink()
+    reformat(made.out / CONFIG)
+    reformat(made.out / INDEX)
+    assert made.verify().ok
+
+
+def test_the_out_of_another_loudmerge_is_compared_by_what_it_says(tmp_path: Path) -> None:
+    made = place(tmp_path)
+    report = made.report() | {"loudmerge": "0.0.9", "files": []}
+    made.say(report)
+    reformat(made.out / CONFIG)
+    reformat(made.out / INDEX)
+    found = made.verify()
+    assert found.ok, found.summary()
+    assert found.notes[0].startswith(f"{REPORT} is that of loudmerge 0.0.9, this is ")
+    made.say(report | {"status": "planned"})
+    assert made.only().detail == 'status: found "planned", expected "merged"'
+
+
+def test_a_card_that_is_added_and_the_names_that_a_push_gives_are_no_mismatch(tmp_path: Path) -> None:
+    made = place(tmp_path)
+    report = hub._public(made.report(), "me/base", "me/adapter", hub.HubId("me/model"))
+    (made.out / REPORT).write_bytes(report)
+    (made.out / "README.md").write_text("# A model\n")
+    assert made.verify().ok
