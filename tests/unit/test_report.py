@@ -190,7 +190,7 @@ def test_a_refusal_has_every_name_that_a_merge_has_so_that_its_reader_needs_no_s
     tmp_path: Path,
 ) -> None:
     done = merged(tmp_path).to_json()
-    error = MergeRefused(Problem("shape-mismatch", "x", "1", "2"))
+    error = MergeRefused(Problem("shape-mismatch", "x", "1", "2", "Try 2."))
     refused = refused_report(str(tmp_path / "base"), str(tmp_path / "adapter"), "o", error).to_json()
     for name in ("options", "config_edits", "delta_kept", "rounding", "refusal"):
         assert name in refused
@@ -209,7 +209,7 @@ def test_a_config_that_cannot_be_read_makes_no_second_refusal(tmp_path: Path, co
     if config is not None:
         (tmp_path / "config.json").write_bytes(config)
         (tmp_path / "adapter_config.json").write_bytes(config)
-    error = MergeRefused(Problem("corrupt-file", "x", "1", "2"))
+    error = MergeRefused(Problem("corrupt-file", "x", "1", "2", "Get it again."))
     document = refused_report(str(tmp_path), str(tmp_path), None, error).to_json()
     assert document["base"] == {"path": str(tmp_path), "model_type": None}
     assert document["adapter"] == {"path": str(tmp_path), "peft_version": None, "rank": None}
