@@ -18,6 +18,8 @@ from loudmerge.canary.sources import Change, SourceOptions, decoded
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA_ONLY = "application/vnd.github.sha"
 JSON = "application/vnd.github+json"
+HOLDS = {"identical": True, "ahead": True, "behind": False}
+"""What GitHub says of how a commit lies to another -> whether it holds it."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,36 @@ class GithubSource:
         return tree
 
     def contains(self, change: str) -> bool | None:
-        """Asks GitHub whether the change is among the ancestors of this commit."""
+        """Asks GitHub whether the change is among the ancestors of this commit.
+
+        Raises Unreachable where the answer is none to the question, and where neither commit holds the other:
+        a branch that the change never reached and a history that was written anew look the same.
+        """
         asked = Change.parse(change)
         if asked is None or not asked.of(self.upstream):
             return None
         commit = asked.commit
         if commit is None:
-            pull = self._json(f"pulls/{asked.pull}")
+            pull = self._json(f"pulls/{asked.pull}", "merged_at")
             if pull is None:
                 return None
-            if not pull.get("merged_at"):
+            if not pull["merged_at"]:
                 return False
             commit = str(pull.get("merge_commit_sha"))
-        compared = self._json(f"compare/{quote(commit, safe='')}...{self.version}?per_page=1")
-        status = compared.get("status") if compared else None
-        return {"identical": True, "ahead": True, "behind": False, "diverged": False}.get(str(status))
+        compared = self._json(f"compare/{quote(commit, safe='')}...{self.version}?per_page=1", "status")
+        if compared is None:
+            return None
+        status = str(compared["status"])
+        if status not in HOLDS:
+            raise Unreachable(
+                f"{commit}, with which it landed, and {self.version} are {status!r}, expected one "
+                f"to hold the other: is the history of {self.upstream} written anew, or {self.ref} a branch "
+                "without it?"
+            )
+        return HOLDS[status]
 
-    def _json(self, path: str) -> dict[str, Any] | None:
-        """An answer of the API; None when it knows nothing of the kind."""
+    def _json(self, path: str, field: str) -> dict[str, Any] | None:
+        """An answer of the API; None when it knows of no such thing. Raises Unreachable without `field`."""
         url = f"{self.options.github_api}/repos/{self.upstream}/{path}"
         try:
             found = json.loads(self.client.get(url, token=self.options.token, accept=JSON, conditional=True))
@@ -93,7 +107,9 @@ class GithubSource:
             return None
         except ValueError as error:
             raise Unreachable(f"{url}: not JSON: {error}") from error
-        return found if isinstance(found, dict) else None
+        if not isinstance(found, dict) or field not in found:
+            raise Unreachable(f"{url}: found {str(found)[:80]!r}, expected a document with {field!r}")
+        return found
 
     @property
     def _cache(self) -> Path:

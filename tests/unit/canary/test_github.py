@@ -102,6 +102,29 @@ def test_a_bad_archive_of_the_tree(
 
 
 @pytest.mark.parametrize(
+    ("where", "answer", "message"),
+    [
+        ("/pulls/", b'{"message": "maintenance"}', "expected a document with 'merged_at'"),
+        ("/pulls/", b"[]", "expected a document with 'merged_at'"),
+        ("/compare/", b'{"message": "maintenance"}', "expected a document with 'status'"),
+        ("/compare/", b'{"status": "diverged"}', "are 'diverged', expected one to hold the other"),
+        ("/compare/", b'{"status": ["behind"]}', "expected one to hold the other"),
+    ],
+)
+def test_what_is_no_answer_is_not_pending(
+    tmp_path: Path, upstream: UpstreamServer, where: str, answer: bytes, message: str
+) -> None:
+    """Neither an answer of another shape nor a history that was written anew says that nothing has landed."""
+    upstream.repository(UPSTREAM).commit({PATH: KEPT}, pull=7)
+    upstream.repository(UPSTREAM).commit({PATH: GONE})
+    upstream.fail(where, lambda handler: handler.send(answer))
+    found = verdict(tmp_path, upstream)
+    assert found.verdict == "missing"
+    assert "whether owner/zoo#7 is in main could not be asked" in found.detail
+    assert message in found.detail
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         ("owner/zoo#1", True),
