@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from loudmerge.canary.syntax import (
-    FUNCTIONS,
-    UNKNOWN,
-    Function,
-    Module,
-    constant,
-    dotted,
-    local_assignments,
-    parameters,
+from loudmerge.canary.constants import UNKNOWN, constant
+from loudmerge.canary.exits import (
+    BARE,
+    ENDS,
+    LOOPS,
+    OUTSIDE,
+    TRIES,
+    Frame,
+    Test,
+    alone,
+    breaks,
+    exits,
+    leaves,
+    matched,
+    not_taken,
 )
+from loudmerge.canary.syntax import FUNCTIONS, Function, Module, dotted, local_assignments, parameters
+from loudmerge.canary.wrapping import wrapped, yields
 
-TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
-BARE = ast.Name("BaseException", ast.Load())
-"""What `except:` catches. What a handler catches is a condition of all that it does."""
 HELPER_DEPTH = 2
 """How many calls deep a helper of the same file still counts as part of the function."""
-ENDS = frozenset(
-    {"sys.exit", "os._exit", "exit", "quit", "pytest.skip", "pytest.fail", "pytest.xfail", "self.skipTest"}
-)
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ class Scope:
 
 
 class Condition(NamedTuple):
-    """A test that must come out as `wanted` for the place to be reached."""
+    """A test that must come out as `wanted` for the place to be reached; `how` as in `Test`."""
 
     test: ast.expr
     wanted: bool
     scope: Scope
+    how: str = ""
 
 
 class Place(NamedTuple):
@@ -68,22 +71,6 @@ class Place(NamedTuple):
         return getattr(self.node, "lineno", 0)
 
 
-class Frame(NamedTuple):
-    """What encloses a node within its own function: tests and how they come out, tries, managers, loops."""
-
-    tests: tuple[tuple[ast.expr, bool], ...] = ()
-    tries: tuple[ast.Try, ...] = ()
-    managers: tuple[ast.expr, ...] = ()
-    loops: tuple[ast.stmt, ...] = ()
-    handles: tuple[ast.Try, ...] = ()
-
-    def under(self, test: ast.expr, wanted: bool) -> Frame:  # noqa: FBT001 (how the test comes out)
-        return self._replace(tests=(*self.tests, (test, wanted)))
-
-
-OUTSIDE = Frame()
-
-
 class Walk(NamedTuple):
     """What a body reaches, and the functions it defines."""
 
@@ -102,14 +89,16 @@ class Flow:
     def block(self, body: list[ast.stmt], at: Frame) -> bool:
         """Whether control can pass beyond a body: no return, raise or endless loop ends it."""
         for node in body:
+            before = len(self.steps)
             extra, completes = self.statement(node, at)
             if not completes:
                 return False
+            extra += exits(node, at, self.steps[before:], extra)
             if extra:
                 at = at._replace(tests=at.tests + extra)
         return True
 
-    def statement(self, node: ast.stmt, at: Frame) -> tuple[tuple[tuple[ast.expr, bool], ...], bool]:
+    def statement(self, node: ast.stmt, at: Frame) -> tuple[tuple[Test, ...], bool]:
         """One statement: the conditions that hold after it, and whether control passes beyond it."""
         if isinstance(node, FUNCTIONS):
             self.nested[node.name] = node
@@ -130,27 +119,35 @@ class Flow:
             return self._with(node, at)
         return self._match(node, at) if isinstance(node, ast.Match) else None
 
-    def _simple(self, node: ast.stmt, at: Frame) -> tuple[tuple[tuple[ast.expr, bool], ...], bool]:
+    def _simple(self, node: ast.stmt, at: Frame) -> tuple[tuple[Test, ...], bool]:
         if isinstance(node, ast.ClassDef):
             return (), True
         self.steps.append((node, at))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.GeneratorExp):
+            return (), True
         for value in ast.iter_child_nodes(node):
             self.expression(value, at)
         if isinstance(node, ast.Assert):
             truth = constant(node.test, self.constants)
-            return ((node.test, True),), truth is UNKNOWN or bool(truth)
+            return (Test(node.test, True, alone(at)),), truth is UNKNOWN or bool(truth)
         ends = isinstance(node, (ast.Return, ast.Raise, ast.Continue, ast.Break))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             ends = ends or dotted(node.value.func) in ENDS
         return (), not ends
 
-    def _if(self, node: ast.If, at: Frame) -> tuple[tuple[tuple[ast.expr, bool], ...], bool]:
+    def _if(self, node: ast.If, at: Frame) -> tuple[tuple[Test, ...], bool]:
         truth = constant(node.test, self.constants)
         self.steps.append((node, at))
         self.expression(node.test, at)
+        before = len(self.steps)
         then = (truth is UNKNOWN or bool(truth)) and self.block(node.body, at.under(node.test, True))
         other = (truth is UNKNOWN or not truth) and self.block(node.orelse, at.under(node.test, False))
-        return ((node.test, then),) if then is not other else (), then or other
+        if then is other:
+            return (), then
+        left = at.under(node.test, not then).tests
+        inside = [one for one, frame in self.steps[before:] if frame.tests[: len(left)] == left]
+        how = "" if any(leaves(one) for one in inside) else alone(at)
+        return (Test(node.test, then, how),), True
 
     def _while(self, node: ast.While, at: Frame) -> bool:
         truth = constant(node.test, self.constants)
@@ -159,16 +156,23 @@ class Flow:
         if truth is UNKNOWN or truth:
             inside = at._replace(loops=(*at.loops, node))
             self.block(node.body, inside.under(node.test, True))
-        endless = truth is not UNKNOWN and bool(truth) and not _breaks(node.body)
-        return not endless and (self.block(node.orelse, at) or _breaks(node.body))
+        endless = truth is not UNKNOWN and bool(truth) and not breaks(node.body)
+        return not endless and (self.block(node.orelse, at) or breaks(node.body))
 
     def _for(self, node: ast.For | ast.AsyncFor, at: Frame) -> bool:
         self.steps.append((node, at))
         self.expression(node.iter, at)
         items = constant(node.iter, self.constants)
         if items is UNKNOWN or items:
-            self.block(node.body, at._replace(loops=(*at.loops, node)))
-        return self.block(node.orelse, at) or _breaks(node.body)
+            inside = at._replace(loops=(*at.loops, node))
+            self.block(node.body, inside.under(node.iter, True, LOOPS))
+        return self.block(node.orelse, self._unbroken(node, at)) or breaks(node.body)
+
+    def _unbroken(self, node: ast.For | ast.AsyncFor, at: Frame) -> Frame:
+        """What encloses the `else` of a loop: none of its breaks was reached."""
+        loops = (*at.loops, node)
+        broken = [one for one in self.steps if isinstance(one[0], ast.Break) and one[1].loops == loops]
+        return at._replace(tests=at.tests + tuple(not_taken(node, at, frame) for _, frame in broken))
 
     def _try(self, node: ast.Try, at: Frame) -> bool:
         self.steps.append((node, at))
@@ -188,7 +192,11 @@ class Flow:
     def _match(self, node: ast.Match, at: Frame) -> bool:
         self.expression(node.subject, at)
         for case in node.cases:
-            self.block(case.body, at)
+            inside = at.under(matched(node.subject, case.pattern), True)
+            if case.guard is not None:
+                self.expression(case.guard, inside)
+                inside = inside.under(case.guard, True)
+            self.block(case.body, inside)
         return True
 
     def expression(self, node: ast.AST, at: Frame) -> None:
@@ -206,6 +214,8 @@ class Flow:
             if truth is UNKNOWN or not truth:
                 self.expression(node.orelse, at.under(node.test, False))
             return
+        for one in getattr(node, "generators", ()):
+            at = at.under(one.iter, True, LOOPS)
         if isinstance(node, ast.Call):
             self.steps.append((node, at))
             if isinstance(node.func, ast.Lambda):
@@ -221,23 +231,6 @@ class Flow:
             if truth is not UNKNOWN and bool(truth) is not wanted:
                 return
             at = at.under(value, wanted)
-
-
-def _breaks(body: list[ast.stmt]) -> bool:
-    """Whether a `break` of this loop, not of one inside it, stands in the body."""
-    for node in body:
-        if isinstance(node, ast.Break):
-            return True
-        if isinstance(node, (ast.For, ast.AsyncFor, ast.While, *FUNCTIONS, ast.ClassDef)):
-            if _breaks(getattr(node, "orelse", [])):
-                return True
-            continue
-        parts = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
-        parts += [handler.body for handler in getattr(node, "handlers", [])]
-        parts += [case.body for case in getattr(node, "cases", [])]
-        if any(_breaks(part) for part in parts):
-            return True
-    return False
 
 
 def swallowing(manager: ast.expr) -> bool:
@@ -302,6 +295,16 @@ def places(
     return found
 
 
+def in_order(scope: Scope, depth: int = HELPER_DEPTH) -> Iterator[tuple[Place, Place]]:
+    """(its place, place): each of a function's own with itself, then with those of the helper it calls."""
+    walk = walked(scope)
+    for place in _bound(walk, scope, Place(scope.function, scope)):
+        yield place, place
+        inner = _helper(place.node, scope, walk.nested) if isinstance(place.node, ast.Call) else None
+        if inner is not None and inner.function is not scope.function and depth > 0:
+            yield from ((place, one) for one in places(inner, depth - 1, place, (scope.function,)))
+
+
 def _bound(walk: Walk, scope: Scope, start: Place) -> list[Place]:
     """The places of a walk that began at `start`."""
     found: list[Place] = []
@@ -317,7 +320,7 @@ def _within(frame: Frame, scope: Scope, start: Place) -> Place:
     return Place(
         start.node,
         scope,
-        start.conditions + tuple(Condition(test, wanted, scope) for test, wanted in frame.tests),
+        start.conditions + tuple(Condition(one.test, one.wanted, scope, one.how) for one in frame.tests),
         start.tries + tuple((one, scope) for one in frame.tries),
         start.managers + frame.managers,
         start.loops + frame.loops,
@@ -328,12 +331,18 @@ def _within(frame: Frame, scope: Scope, start: Place) -> Place:
 def _helper(call: ast.Call, scope: Scope, nested: Mapping[str, Function]) -> Scope | None:
     """The function of the same file that a call runs, with its parameters bound to the call's arguments."""
     function, owner, skip = callee(call, scope, nested)
-    if function is None:
+    if function is None or (wrapped(scope.module, function) and not _awaited(function, scope)):
         return None
     names = parameters(function)[skip:]
     bound = [(name, value, scope) for name, value in zip(names, call.args, strict=False)]
     bound += [(word.arg, word.value, scope) for word in call.keywords if word.arg]
     return Scope(scope.module, function, owner, tuple(bound))
+
+
+def _awaited(function: Function, scope: Scope) -> bool:
+    """Whether both are async, with nothing else about the one that is called."""
+    both = isinstance(function, ast.AsyncFunctionDef) and isinstance(scope.function, ast.AsyncFunctionDef)
+    return both and not function.decorator_list and not any(yields(function.body))
 
 
 def callee(call: ast.Call, scope: Scope, nested: Mapping[str, Function]) -> tuple[Function | None, str, int]:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
+from loudmerge.canary.constants import UNKNOWN
 from loudmerge.canary.flow import Place, Scope, alias, places
 from loudmerge.canary.pieces import parsed
 from loudmerge.canary.syntax import (
     FUNCTIONS,
-    UNKNOWN,
     Function,
     Module,
     binds,
+    binds_anything,
     dotted,
+    imported,
     is_hollow,
     local_assignments,
     mentions,
-    own_statements,
+    parameters,
     reachable,
 )
 from loudmerge.canary.values import evaluate, possible
@@ -34,19 +35,13 @@ def scope_of(module: Module, qualified: str) -> Scope | None:
     return None if function is None else Scope(module, function, qualified.rpartition(".")[0])
 
 
-@lru_cache(maxsize=4096)
-def imported(node: ast.Module | Function) -> dict[str, str]:
-    """Local name -> the name it was imported as, anywhere in a function or among a file's own statements."""
-    inside = ast.walk(node) if isinstance(node, FUNCTIONS) else own_statements(node.body)
-    found = [one for one in inside if isinstance(one, (ast.Import, ast.ImportFrom))]
-    return {one.asname: one.name for statement in found for one in statement.names if one.asname}
-
-
 def call_matches(call: ast.Call, callee: str, scope: Scope) -> bool:
     """Whether a call is to `callee`: the same dotted name or its end, through local and import aliases."""
     name = dotted(call.func)
     if isinstance(call.func, ast.Attribute) and not name.partition(".")[2]:
         name = call.func.attr
+    if isinstance(call.func, ast.Name) and _shadowed(name, scope):
+        return False
     if _ends(name, callee):
         return True
     if isinstance(call.func, ast.Name):
@@ -54,6 +49,14 @@ def call_matches(call: ast.Call, callee: str, scope: Scope) -> bool:
             _ends(imported(node).get(name, ""), callee) for node in (scope.function, scope.module.tree)
         )
     return False
+
+
+def _shadowed(name: str, scope: Scope) -> bool:
+    """Whether a function has something of its own by this name: a parameter, or what no name stands for."""
+    if name in parameters(scope.function):
+        return not any(name == one for one, _, _ in scope.given)
+    own = [node for node, _ in local_assignments(scope.function, name) if isinstance(node, ast.Assign)]
+    return any(isinstance(node.value, (ast.Lambda, ast.Constant)) for node in own)
 
 
 def _ends(name: str, callee: str) -> bool:
@@ -100,13 +103,15 @@ def _class_of(node: ast.expr, scope: Scope, depth: int) -> str:
         name = dotted(node.func)
         helper = scope.module.function(name) if "." not in name else None
         if helper is None:
-            return _class_of(node.func, scope, depth - 1) or name
+            return _class_of(node.func, scope, depth - 1)
         made = [
             one.value for one in ast.walk(helper) if isinstance(one, ast.Return) and one.value is not None
         ]
         return _class_of(made[0], Scope(scope.module, helper), depth - 1) if made else ""
     if isinstance(node, ast.Name):
         bound = local_assignments(scope.function, node.id)
+        if node.id in parameters(scope.function):
+            return ""
         value = getattr(bound[0][0], "value", None) if len(bound) == 1 else None
         return _class_of(value, scope, depth - 1) if isinstance(value, ast.expr) else node.id
     return dotted(node)
@@ -156,6 +161,8 @@ def symbol_problem(rule: Mapping[str, Any], module: Module) -> tuple[str, int]:
     node = module.define(name) if not owner else _member(module, owner, member)
     if node is None:
         return f"{name} is not defined where it is reached", 0
+    if binds_anything(node):
+        return f"{name} may be bound anew at line {node.lineno}: {ast.unparse(node)}", node.lineno
     kind = rule.get("type")
     is_function, is_class = isinstance(node, FUNCTIONS), isinstance(node, ast.ClassDef)
     fits = {
@@ -172,10 +179,17 @@ def symbol_problem(rule: Mapping[str, Any], module: Module) -> tuple[str, int]:
 
 
 def idle(scope: Scope) -> bool:
-    """Whether nothing that a function does on a path that is reached has an effect or a result."""
+    """Whether nothing that a function does has an effect or a result, or all it does is to raise."""
     if is_hollow(scope.function.body):
         return True
+    if any(isinstance(place.node, ast.Raise) and not _turned(place) for place in places(scope, 0)):
+        return True
     return not any(_effect(place.node) for place in places(scope, 0))
+
+
+def _turned(place: Place) -> bool:
+    """Whether control may pass by a place: under a condition, or inside a `try`."""
+    return bool(place.conditions or place.tries or place.managers)
 
 
 def _effect(node: ast.AST) -> bool:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from loudmerge.canary import testing
+from loudmerge.canary.exits import LOOPS, RAISES
 from loudmerge.canary.extract import Gone
 from loudmerge.canary.fingerprint import difference, digest, normal_form
 from loudmerge.canary.flow import Place, Scope, places
@@ -37,14 +38,18 @@ from loudmerge.canary.kinds import (
 )
 from loudmerge.canary.probe import Probe, mismatches, probe
 from loudmerge.canary.schema import validate
-from loudmerge.canary.swallow import swallowed
+from loudmerge.canary.swallow import doubtful, swallowed
 from loudmerge.canary.syntax import Module, RuleError, parse
-from loudmerge.canary.values import governing, returned_values, settled
+from loudmerge.canary.values import excluded, governing, outcome, returned_values, unsettled
 from loudmerge.canary.walks import bound, walks
+from loudmerge.canary.wrapping import wrapped
+from loudmerge.canary.writes import overwritten
 
 __all__ = ["Finding", "RuleError", "check", "validate"]
 
 Rule = Mapping[str, Any]
+UNRELATED = "no condition on"
+"""How the problem of a place begins that the rule does not mean."""
 
 
 @runtime_checkable
@@ -80,9 +85,17 @@ def _check(rule: Rule, module: Module, text: str, path: str) -> Finding:
     if kind == "probe":
         return _probe(rule, text, path)
     try:
-        return _KINDS[kind](rule, module)
+        return _unseen(rule, module) or _KINDS[kind](rule, module)
     except RecursionError as error:
         raise RuleError(f"{path}: nested too deeply to be read: {error}") from error
+
+
+def _unseen(rule: Rule, module: Module) -> Finding | None:
+    """That what a function does says nothing, as a call of it need not do it; None where it does."""
+    scope = scope_of(module, rule["function"]) if "function" in rule else None
+    problem = wrapped(module, scope.function, tuple(rule.get("decorators", ()))) if scope else ""
+    line = scope.function.lineno if scope else 0
+    return Finding(False, f"{rule['function']} is not seen to run: {problem}", line) if problem else None
 
 
 def _several(rule: Rule, module: Module, text: str, path: str) -> Finding:
@@ -128,18 +141,30 @@ def _gone(rule: Rule) -> Finding:
     return Finding(False, f"there is no function {rule['function']} that is reached")
 
 
-def _fits(rule: Rule, place: Place) -> str:
+def _fits(rule: Rule, scope: Scope, place: Place) -> str:
     """Why a place is not under the condition the rule names; empty where it is."""
     absent = set(rule.get("mentions", ())) - governing(place) if rule.get("mentions") else set()
     if absent:
-        return f"no condition on {', '.join(sorted(absent))} governs it"
-    if "given" in rule and settled(place, rule["given"]) is not True:
-        return f"it is not reached where {dict(rule['given'])!r}"
-    if "otherwise" in rule and settled(place, rule["otherwise"]) is not False:
+        return f"{UNRELATED} {', '.join(sorted(absent))} governs it"
+    if empty := next(
+        (one for one in place.conditions if one.how == LOOPS and outcome(one, {}) is False), None
+    ):
+        return f"the loop at line {empty.test.lineno} around it runs over nothing"
+    if "given" in rule and (problem := _unproven(rule, scope, place)):
+        return problem
+    if "otherwise" in rule and not excluded(place, rule["otherwise"]):
         return f"it is reached, too, where {dict(rule['otherwise'])!r}"
     if rule.get("always") and (place.conditions or place.loops):
         return "it is not reached on every path"
     return ""
+
+
+def _unproven(rule: Rule, scope: Scope, place: Place) -> str:
+    """Why the given facts need not hold at a place, or need not lead to it; empty where they must."""
+    against = unsettled(place, rule["given"], rule.get("mentions", ()))
+    if against:
+        return f"{against} is not settled where {dict(rule['given'])!r}"
+    return overwritten(rule, scope, place)
 
 
 def _first(rule: Rule, what: str, found: list[tuple[Place, str]], scope: Scope) -> Finding:
@@ -151,7 +176,8 @@ def _first(rule: Rule, what: str, found: list[tuple[Place, str]], scope: Scope) 
         return Finding(
             False, f"{rule['function']} never {what} on a path that is reached", scope.function.lineno
         )
-    place, problem = found[-1]
+    near = [one for one in found if not one[1].startswith(UNRELATED)] or found
+    place, problem = near[-1]
     return Finding(False, f"{rule['function']} {what} at line {place.line}, but {problem}", place.line)
 
 
@@ -160,11 +186,17 @@ def _calls(rule: Rule, module: Module) -> Finding:
     if scope is None:
         return _gone(rule)
     found = [
-        (place, keyword_problem(rule, place) or _fits(rule, place))
+        (place, keyword_problem(rule, place) or _fits(rule, scope, place) or _excepted(rule, place))
         for place in places(scope, rule.get("depth", 2))
         if isinstance(place.node, ast.Call) and call_matches(place.node, rule["callee"], place.scope)
     ]
     return _first(rule, f"calls {rule['callee']}", found, scope)
+
+
+def _excepted(rule: Rule, place: Place) -> str:
+    """That a call is made after an error only, which a rule has to say; empty where it does, or is not."""
+    told = place.handles and not rule.get("mentions")
+    return f"only after an error, in the try at line {place.handles[-1].lineno}" if told else ""
 
 
 def _raises(rule: Rule, module: Module) -> Finding:
@@ -176,7 +208,8 @@ def _raises(rule: Rule, module: Module) -> Finding:
         name = exception_of(place)
         unwritten = name == "NotImplementedError" != rule["exception"]
         if name and not unwritten and module.is_a(name, rule["exception"]):
-            found.append((place, _fits(rule, place) or _unhandled(rule, place) or swallowed(place, name)))
+            kept = swallowed(place, name) or doubtful(place)
+            found.append((place, _fits(rule, scope, place) or _unhandled(rule, place) or kept))
     return _first(rule, f"raises {rule['exception']}", found, scope)
 
 
@@ -198,7 +231,7 @@ def _branch(rule: Rule, module: Module) -> Finding:
     found = []
     for place in places(scope, rule.get("depth", 2)):
         if not isinstance(place.node, (ast.If, ast.While, ast.Assert)) and not _governed(place):
-            problem = _fits(rule, place) or does_something(place, rule.get("does", ()))
+            problem = _fits(rule, scope, place) or does_something(place, rule.get("does", ()))
             found.append((place, problem))
     good = next((place for place, problem in found if not problem), None)
     if good is not None:
@@ -213,7 +246,7 @@ def _branch(rule: Rule, module: Module) -> Finding:
 
 def _governed(place: Place) -> bool:
     """Whether no condition governs a place at all."""
-    return not place.conditions
+    return not any(one.how in {"", RAISES} for one in place.conditions)
 
 
 def _bounded_walk(rule: Rule, module: Module) -> Finding:

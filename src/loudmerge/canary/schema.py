@@ -13,7 +13,9 @@ _PLACE: Mapping[str, tuple[type, bool]] = {
     "otherwise": (dict, False),
     "always": (bool, False),
     "depth": (int, False),
+    "after": (str, False),
 }
+_BODY: Mapping[str, tuple[type, bool]] = {"function": (str, True), "decorators": (list, False)}
 FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
     "symbol": {
         "name": (str, True),
@@ -23,20 +25,20 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
         "value": (object, False),
         "contains": (list, False),
     },
-    "returns": {"function": (str, True), "values": (list, True), "position": (int, False)},
+    "returns": {**_BODY, "values": (list, True), "position": (int, False)},
     "calls": {
-        "function": (str, True),
+        **_BODY,
         "callee": (str, True),
         "args": (list, False),
         "keywords": (dict, False),
         **_PLACE,
     },
-    "raises": {"function": (str, True), "exception": (str, True), "handles": (str, False), **_PLACE},
-    "branch": {"function": (str, True), "does": (list, False), **_PLACE, "mentions": (list, True)},
-    "bounded-walk": {"function": (str, True), "follows": (str, True), "limit": (int, False)},
+    "raises": {**_BODY, "exception": (str, True), "handles": (str, False), **_PLACE},
+    "branch": {**_BODY, "does": (list, False), **_PLACE, "mentions": (list, True)},
+    "bounded-walk": {**_BODY, "follows": (str, True), "limit": (int, False)},
     "signature": {"name": (str, True), "accepts": (list, False), "call": (str, False)},
     "tests": {"names": (list, True), "uses": (list, False)},
-    "fingerprint": {"function": (str, True), "known": (list, True), "focus": (list, False)},
+    "fingerprint": {**_BODY, "known": (list, True), "focus": (list, False)},
     "probe": {
         "extract": (list, True),
         "cases": (list, True),

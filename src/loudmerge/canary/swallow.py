@@ -3,36 +3,136 @@
 from __future__ import annotations
 
 import ast
+import builtins
+from collections.abc import Iterator
 
-from loudmerge.canary.flow import OUTSIDE, Flow, Place, Scope, known_constants, swallowing
-from loudmerge.canary.syntax import Module, dotted
+from loudmerge.canary.exits import OUTSIDE
+from loudmerge.canary.flow import Flow, Place, Scope, alias, known_constants, places
+from loudmerge.canary.syntax import FUNCTIONS, Module, dotted, imported
+from loudmerge.canary.wrapping import yields
+
+CATCHING = frozenset({"suppress", "raises", "assertRaises"})
+"""Managers of Python, pytest and unittest that end the exceptions they are given."""
+LETTING = frozenset(
+    {
+        *("open", "no_grad", "inference_mode", "enable_grad", "catch_warnings", "nullcontext", "closing"),
+        *("TemporaryDirectory", "NamedTemporaryFile", "redirect_stdout", "redirect_stderr", "safe_open"),
+        *("Lock", "RLock", "ThreadPoolExecutor", "ProcessPoolExecutor"),
+    }
+)
+"""Managers of Python, torch and safetensors, by their last name, that let every exception pass."""
+DEPTH = 4
+"""How many names in a row are followed to what they stand for."""
 
 
 def swallowed(place: Place, exception: str) -> str:
     """Why an exception raised at this place would not leave the function; empty where it would."""
-    module = place.scope.module
     for node, scope in reversed(place.tries):
         if node.finalbody and _leaves(node.finalbody, scope):
             return f"the finally at line {node.finalbody[0].lineno} returns, which drops the exception"
-        handler = next((one for one in node.handlers if _catches(one.type, exception, module)), None)
+        handler = next((one for one in node.handlers if _catches(one.type, exception, scope)), None)
         if handler is not None and not _always_raises(handler.body, scope):
             return f"the except at line {handler.lineno} swallows it"
     for manager in place.managers:
-        kinds = manager.args if swallowing(manager) and isinstance(manager, ast.Call) else []
-        if any(_catches(kind, exception, module) for kind in kinds):
+        if _ends(manager, exception, place.scope):
             return f"{ast.unparse(manager)} at line {manager.lineno} swallows it"
     return ""
 
 
-def _catches(kind: ast.expr | None, exception: str, module: Module) -> bool:
-    if kind is None:
+def doubtful(place: Place) -> str:
+    """The manager around a place of which nothing says whether it lets an exception pass; empty for none."""
+    for manager in place.managers:
+        name = _name(manager, place.scope)
+        if not _own(name, place.scope.module) and name not in LETTING | CATCHING:
+            return f"`with {ast.unparse(manager)}` at line {manager.lineno} may swallow it"
+    return ""
+
+
+def _catches(kind: ast.expr | None, exception: str, scope: Scope) -> bool:
+    """Whether `except kind` catches it. What cannot be followed to a class does."""
+    return kind is None or any(
+        one in {"", "Exception", "BaseException"} or scope.module.is_a(exception.rpartition(".")[2], one)
+        for one in _classes(kind, scope, DEPTH)
+    )
+
+
+def _classes(kind: ast.expr, scope: Scope, depth: int) -> Iterator[str]:
+    """The last names of the classes an `except` means, through tuples and names; empty for one not known."""
+    if isinstance(kind, (ast.Tuple, ast.List)):
+        for one in kind.elts:
+            yield from _classes(one.value if isinstance(one, ast.Starred) else one, scope, depth)
+        return
+    if isinstance(kind, ast.BinOp) and isinstance(kind.op, ast.Add):
+        yield from (one for side in (kind.left, kind.right) for one in _classes(side, scope, depth))
+        return
+    name = dotted(kind) if isinstance(kind, (ast.Name, ast.Attribute)) else ""
+    name = _origin(alias(name, scope), scope) if name else ""
+    node = scope.module.last(name)
+    value = getattr(node, "value", None)
+    if isinstance(value, ast.expr) and depth > 0:
+        yield from _classes(value, scope, depth - 1)
+    else:
+        yield _class(name, node)
+
+
+def _class(name: str, node: ast.stmt | None) -> str:
+    """A name's last part where it is a class's: Python's, the file's, or one written as classes are."""
+    last = name.rpartition(".")[2]
+    known = isinstance(node, ast.ClassDef) or isinstance(getattr(builtins, last, None), type)
+    elsewhere = node is None or isinstance(node, (ast.Import, ast.ImportFrom))
+    return last if known or (elsewhere and last[:1].isupper() and not last.isupper()) else ""
+
+
+def _origin(name: str, scope: Scope) -> str:
+    """The name that a name was imported as; itself where it was not, or under its own."""
+    return next(
+        (found[name] for found in map(imported, (scope.function, scope.module.tree)) if name in found), name
+    )
+
+
+def _name(manager: ast.expr, scope: Scope) -> str:
+    """What a `with` enters: the name of the file's own function or class, else the last part of a name."""
+    name = dotted(manager.func if isinstance(manager, ast.Call) else manager)
+    for _ in range(DEPTH):
+        name = _origin(alias(name, scope), scope)
+        value = scope.module.value(name)
+        if not isinstance(value, (ast.Name, ast.Attribute)):
+            break
+        name = dotted(value)
+    return name if _own(name, scope.module) else name.rpartition(".")[2]
+
+
+def _own(name: str, module: Module) -> bool:
+    return isinstance(module.define(name), (*FUNCTIONS, ast.ClassDef))
+
+
+def _ends(manager: ast.expr, exception: str, scope: Scope) -> bool:
+    """Whether a context manager is known to end the exception."""
+    name = _name(manager, scope)
+    node = scope.module.define(name) if _own(name, scope.module) else None
+    if isinstance(node, ast.ClassDef):
+        return _exit_swallows(scope.module, node.name)
+    if isinstance(node, FUNCTIONS):
+        inside = [one for one in places(Scope(scope.module, node), 0) if _is_yield(one)]
+        return not inside or any(swallowed(one, exception) for one in inside)
+    kinds = manager.args if isinstance(manager, ast.Call) and name in CATCHING else []
+    return any(_catches(kind, exception, scope) for kind in kinds)
+
+
+def _is_yield(place: Place) -> bool:
+    value = getattr(place.node, "value", None)
+    return isinstance(place.node, (ast.Expr, ast.Assign)) and value is not None and any(yields([value]))
+
+
+def _exit_swallows(module: Module, owner: str) -> bool:
+    """Whether `__exit__` can return anything but None or False, or is not in the file."""
+    method = module.method(owner, "__exit__")
+    if method is None:
         return True
-    if isinstance(kind, ast.Tuple):
-        return any(_catches(one, exception, module) for one in kind.elts)
-    name = dotted(kind).rpartition(".")[2]
-    if name in {"Exception", "BaseException"}:
-        return True
-    return module.is_a(exception.rpartition(".")[2], name)
+    values = [
+        one.node.value for one in places(Scope(module, method, owner), 0) if isinstance(one.node, ast.Return)
+    ]
+    return not all(one is None or (isinstance(one, ast.Constant) and not one.value) for one in values)
 
 
 def _leaves(body: list[ast.stmt], scope: Scope) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Union
 
+from loudmerge.canary.constants import UNKNOWN, constant
 from loudmerge.canary.pieces import pieces
 
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]  # noqa: UP007 (a runtime alias on Python 3.10)
@@ -22,16 +23,6 @@ class RuleError(ValueError):
     """A rule cannot be evaluated: an unknown kind or field, or a source that does not parse."""
 
 
-class Unknown:
-    """The value that static reading cannot tell."""
-
-    def __repr__(self) -> str:
-        return "UNKNOWN"
-
-
-UNKNOWN = Unknown()
-
-
 def dotted(node: ast.AST) -> str:
     """`a.b.c` of a name or attribute chain; the last attributes alone where the start is no name."""
     parts: list[str] = []
@@ -43,68 +34,15 @@ def dotted(node: ast.AST) -> str:
     return ".".join(reversed(parts))
 
 
-def constant(node: ast.AST | None, constants: dict[str, Any]) -> Any:  # noqa: PLR0911 - one for each kind
-    """The value of an expression made of constants, or UNKNOWN. It decides only what no input can change."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return constants.get(node.id, False if node.id == "TYPE_CHECKING" else UNKNOWN)
-    if isinstance(node, ast.Attribute):
-        return False if node.attr == "TYPE_CHECKING" else UNKNOWN
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        inner = constant(node.operand, constants)
-        return UNKNOWN if inner is UNKNOWN else not inner
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
-        return [] if not (node.keys if isinstance(node, ast.Dict) else node.elts) else UNKNOWN
-    if isinstance(node, ast.BoolOp):
-        return _constant_bool(node, constants)
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        return _constant_compare(node, constants)
-    return UNKNOWN
-
-
-def _constant_bool(node: ast.BoolOp, constants: dict[str, Any]) -> Any:
-    stops = isinstance(node.op, ast.Or)
-    values = [constant(value, constants) for value in node.values]
-    if any(value is not UNKNOWN and bool(value) is stops for value in values):
-        return stops
-    return UNKNOWN if UNKNOWN in values else not stops
-
-
-def _constant_compare(node: ast.Compare, constants: dict[str, Any]) -> Any:
-    left, right = constant(node.left, constants), constant(node.comparators[0], constants)
-    if left is UNKNOWN or right is UNKNOWN:
-        return UNKNOWN
-    return compare(node.ops[0], left, right)
-
-
-def compare(op: ast.cmpop, left: Any, right: Any) -> Any:
-    """`left op right`, UNKNOWN where Python would raise TypeError."""
-    table: dict[type[ast.cmpop], Callable[[], Any]] = {
-        ast.Eq: lambda: left == right,
-        ast.NotEq: lambda: left != right,
-        ast.Lt: lambda: left < right,
-        ast.LtE: lambda: left <= right,
-        ast.Gt: lambda: left > right,
-        ast.GtE: lambda: left >= right,
-        ast.Is: lambda: left is right,
-        ast.IsNot: lambda: left is not right,
-        ast.In: lambda: left in right,
-        ast.NotIn: lambda: left not in right,
-    }
-    try:
-        return table[type(op)]()
-    except TypeError:
-        return UNKNOWN
-
-
 def targets(node: ast.stmt) -> Iterator[ast.expr]:
     """The single targets an assignment binds, tuples taken apart."""
     found: list[ast.expr] = []
-    if isinstance(node, ast.Assign):
+    if isinstance(node, (ast.Assign, ast.Delete)):
         found = list(node.targets)
     elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.AsyncFor)):
         found = [node.target]
+    elif isinstance(node, (ast.With, ast.AsyncWith)):
+        found = [item.optional_vars for item in node.items if item.optional_vars is not None]
     while found:
         target = found.pop(0)
         if isinstance(target, (ast.Tuple, ast.List)):
@@ -162,16 +100,25 @@ def is_hollow(body: Iterable[ast.stmt]) -> bool:
 
 @dataclass
 class Module:
-    """One parsed file. `bindings`: the reachable statements that bind each top-level name, in order."""
+    """One parsed file. `bindings`: the reachable statements that bind each top-level name, in order.
+
+    shared: the names that any function declares global, which it may bind anew.
+    """
 
     tree: ast.Module
     bindings: dict[str, list[ast.stmt]] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
     def last(self, name: str) -> ast.stmt | None:
         """The statement whose binding of `name` is in force at the end of the file."""
         found = self.bindings.get(name)
         return found[-1] if found else None
+
+    def defines(self, name: str) -> bool:
+        """Whether the file itself says what a top-level name is, and does not only import it."""
+        node = self.last(name)
+        return node is not None and not isinstance(node, (ast.Import, ast.ImportFrom))
 
     def value(self, name: str) -> ast.expr | None:
         """The expression last assigned to a top-level name."""
@@ -192,11 +139,14 @@ class Module:
         owner, _, name = qualified.rpartition(".")
         if not owner:
             node = self.define(name)
-            return node if isinstance(node, FUNCTIONS) else None
+            rebound = name in self.shared or f"{name}.__code__" in self.bindings
+            return node if isinstance(node, FUNCTIONS) and not rebound else None
         return self.method(owner, name)
 
     def method(self, owner: str, name: str) -> Function | None:
         for node in self.lineage(owner):
+            if f"{node.name}.{name}" in self.bindings:
+                return None
             found = self.member(node, name)
             if found is not None:
                 return found if isinstance(found, FUNCTIONS) else None
@@ -227,6 +177,8 @@ class Module:
             names |= {dotted(base).rpartition(".")[2] for base in node.bases}
         parent = parent.rpartition(".")[2]
         above = getattr(builtins, parent, None)
+        if above is not None:
+            names = {one for one in names if one not in self.bindings}
         return parent in names or any(_derives(getattr(builtins, one, None), above) for one in names)
 
 
@@ -249,8 +201,17 @@ def reachable(body: Iterable[ast.stmt], constants: dict[str, Any]) -> Iterator[a
             continue
         yield node
         yield from reachable(inner_statements(node), constants)
-        if isinstance(node, ast.Raise):
+        if isinstance(node, ast.Raise) or _stops(node, constants):
             return
+
+
+def _stops(node: ast.stmt, constants: dict[str, Any]) -> bool:
+    """`assert False`, `sys.exit()`."""
+    if isinstance(node, ast.Assert):
+        truth = constant(node.test, constants)
+        return truth is not UNKNOWN and not truth
+    call = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(call, ast.Call) and dotted(call.func) in {"sys.exit", "exit", "quit", "os._exit"}
 
 
 @lru_cache(maxsize=16)
@@ -263,14 +224,53 @@ def parse(text: str, path: str = "<source>") -> Module:
     tree = ast.Module([node for piece in found for node in piece.body], [])
     module = Module(tree)
     module.constants = _constants(tree, frozenset().union(*(piece.shared for piece in found)))
+    module.shared = frozenset().union(*(piece.shared for piece in found))
     for node in reachable(tree.body, module.constants):
-        names = binds_directly(node)
-        for name in names:
-            module.bindings.setdefault(name, []).append(node)
-        if isinstance(node, ast.Delete):
-            for target in node.targets:
-                module.bindings.pop(dotted(target), None)
+        _bind(module, node)
     return module
+
+
+def _bind(module: Module, node: ast.stmt) -> None:
+    """Adds what one statement binds at the top of a file: names, `Class.method`, or anything at all."""
+    if isinstance(node, ast.Delete):
+        for target in targets(node):
+            module.bindings.pop(dotted(target), None)
+        return
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        for target in targets(node):
+            if isinstance(target, ast.Attribute) and (name := dotted(target)) and "." in name:
+                module.bindings.setdefault(name, []).append(node)
+    names: Iterable[str] = binds_directly(node) | _walrus(node)
+    if binds_anything(node):
+        names = list(module.bindings)
+    for name in names:
+        module.bindings.setdefault(name, []).append(node)
+
+
+def _walrus(node: ast.stmt) -> frozenset[str]:
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)) or list(inner_statements(node)):
+        return frozenset()
+    return frozenset(one.target.id for one in ast.walk(node) if isinstance(one, ast.NamedExpr))
+
+
+def binds_anything(node: ast.stmt) -> bool:
+    """`from a import *`, `globals().update(...)`, `globals()[...] = ...`, `exec(...)`; not in functions."""
+    if isinstance(node, ast.ImportFrom):
+        return node.names[0].name == "*"
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)) or list(inner_statements(node)):
+        return False
+    for one in ast.walk(node):
+        if isinstance(one, ast.Subscript) and not isinstance(one.ctx, ast.Load) and _is_globals(one.value):
+            return True
+        if isinstance(one, ast.Call):
+            changes = isinstance(one.func, ast.Attribute) and one.func.attr in {"update", "pop", "clear"}
+            if dotted(one.func) == "exec" or (changes and _is_globals(one.func.value)):  # type: ignore[attr-defined]
+                return True
+    return False
+
+
+def _is_globals(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and dotted(node.func) in {"globals", "vars", "locals"}
 
 
 def _constants(tree: ast.Module, shared: frozenset[str]) -> dict[str, Any]:
@@ -300,6 +300,14 @@ def own_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
         yield node
         if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             yield from own_statements(inner_statements(node))
+
+
+@lru_cache(maxsize=4096)
+def imported(node: ast.Module | Function) -> dict[str, str]:
+    """Local name -> the name it was imported as, anywhere in a function or among a file's own statements."""
+    inside = ast.walk(node) if isinstance(node, FUNCTIONS) else own_statements(node.body)
+    found = [one for one in inside if isinstance(one, (ast.Import, ast.ImportFrom))]
+    return {one.asname: one.name for statement in found for one in statement.names if one.asname}
 
 
 Bound = list[tuple[ast.stmt, Union[int, None]]]  # noqa: UP007 (a runtime alias on Python 3.10)

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import ast
 
+from loudmerge.canary.constants import UNKNOWN, constant
 from loudmerge.canary.flow import Place, Scope, places
 from loudmerge.canary.swallow import swallowed
-from loudmerge.canary.syntax import (
-    FUNCTIONS,
-    UNKNOWN,
-    Function,
-    Module,
-    constant,
-    dotted,
-    mentions,
-    reachable,
-)
+from loudmerge.canary.syntax import FUNCTIONS, Function, Module, dotted, mentions, reachable
 
 STOPPED = frozenset({"skip", "xfail"})
 
@@ -47,7 +39,7 @@ def problem(module: Module, name: str, uses: list[str]) -> tuple[str, int]:
     if stopped:
         return f"{name} {stopped}", function.lineno
     reached = places(Scope(module, function, owner), 2)
-    skips = [one for one in reached if _skips(one) and not one.conditions]
+    skips = [one for one in reached if _skips(one) and not any(not found.how for found in one.conditions)]
     if skips:
         return f"{name} skips itself at line {skips[0].line}", skips[0].line
     if not any(_asserts(one, module) for one in reached):

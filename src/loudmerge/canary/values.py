@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from loudmerge.canary.constants import UNKNOWN, compare
+from loudmerge.canary.exits import LEAVES, LOOPS, RAISES
 from loudmerge.canary.flow import Condition, Place, Scope, callee, places
 from loudmerge.canary.pieces import parsed
-from loudmerge.canary.syntax import UNKNOWN, compare, dotted, local_assignments, mentions
+from loudmerge.canary.syntax import dotted, local_assignments, mentions, parameters
 
 DEPTH = 12
 """How many names, calls and operators deep an expression is followed."""
 
-LOOPS = (ast.For, ast.AsyncFor)
+OVER = (ast.For, ast.AsyncFor)
+EMPTY = frozenset({"list", "tuple", "set", "dict", "frozenset"})
+"""What makes something empty where it is called with nothing."""
 
 
 def evaluate(node: ast.expr, scope: Scope, given: Mapping[str, Any], depth: int = DEPTH) -> Any:
@@ -39,6 +43,8 @@ def _name(node: ast.Name, scope: Scope, given: Mapping[str, Any], depth: int) ->
         if name == node.id:
             return evaluate(value, outer, given, depth)
     bound = local_assignments(scope.function, node.id)
+    if node.id in parameters(scope.function):
+        return UNKNOWN
     if bound:
         first = _assigned(*bound[0], scope, given, depth)
         same = first is not UNKNOWN and all(
@@ -138,8 +144,14 @@ def _dict(node: ast.Dict, scope: Scope, given: Mapping[str, Any], depth: int) ->
     return UNKNOWN if any(one is UNKNOWN for one in keys) else dict(zip(keys, values, strict=False))
 
 
-def _call(node: ast.Call, scope: Scope, given: Mapping[str, Any], depth: int) -> Any:
+def _call(  # noqa: PLR0911 - one for each kind
+    node: ast.Call, scope: Scope, given: Mapping[str, Any], depth: int
+) -> Any:
     name = dotted(node.func)
+    if name in scope.module.bindings:
+        return _returned(node, scope, given, depth)
+    if name in EMPTY | {"range"} and not node.keywords:
+        return _filled(node, name, scope, given, depth)
     kind = {"int": int, "bool": bool, "len": len, "float": float, "str": str}.get(name)
     gets = isinstance(node.func, ast.Attribute) and node.func.attr == "get" and bool(node.args)
     named = name == "getattr" and len(node.args) >= 2
@@ -156,6 +168,14 @@ def _call(node: ast.Call, scope: Scope, given: Mapping[str, Any], depth: int) ->
     if isinstance(args[1], str) and args[1].isidentifier():
         return evaluate(ast.Attribute(node.args[0], args[1], ast.Load()), scope, given, depth)
     return _returned(node, scope, given, depth)
+
+
+def _filled(node: ast.Call, name: str, scope: Scope, given: Mapping[str, Any], depth: int) -> Any:
+    """What range(...), or list() and its like of nothing, run over."""
+    values = [evaluate(value, scope, given, depth) for value in node.args]
+    if name != "range":
+        return UNKNOWN if values else []
+    return range(*values) if values and all(type(one) is int for one in values) else UNKNOWN
 
 
 def _convert(kind: Any, value: Any) -> Any:
@@ -177,6 +197,13 @@ def _returned(node: ast.Call, scope: Scope, given: Mapping[str, Any], depth: int
     return evaluate(found[0], inner, given, depth - 2) if len(found) == 1 else UNKNOWN
 
 
+def _comprehension(
+    node: ast.ListComp | ast.SetComp | ast.GeneratorExp, scope: Scope, given: Mapping[str, Any], depth: int
+) -> Any:
+    over = [evaluate(one.iter, scope, given, depth) for one in node.generators]
+    return [] if any(value is not UNKNOWN and not value for value in over) else UNKNOWN
+
+
 _EVALUATORS: Mapping[type, Any] = {
     ast.Constant: lambda node, *_: node.value,
     ast.Name: _name,
@@ -193,6 +220,9 @@ _EVALUATORS: Mapping[type, Any] = {
     ast.Set: _sequence,
     ast.Dict: _dict,
     ast.Call: _call,
+    ast.ListComp: _comprehension,
+    ast.SetComp: _comprehension,
+    ast.GeneratorExp: _comprehension,
 }
 
 
@@ -202,15 +232,35 @@ def outcome(condition: Condition, given: Mapping[str, Any]) -> bool | None:
     return None if value is UNKNOWN else bool(value) is condition.wanted
 
 
-def settled(place: Place, given: Mapping[str, Any]) -> bool | None:
-    """True: the given facts lead there; False: they keep it from being reached; None: they say nothing."""
-    about = {name for text in given for name in mentions(parsed(text, "eval"))}
-    outcomes = [
-        outcome(one, given) for one in place.conditions if about & _sources(one.test, one.scope, 4, set())
-    ]
-    if False in outcomes:
-        return False
-    return True if True in outcomes else None
+def unsettled(place: Place, given: Mapping[str, Any], mentioned: Iterable[str] = ()) -> str:
+    """The first condition that keeps the given facts from leading to a place for certain; empty for none.
+
+    What an error alone turns away from needs no fact: no error passes for a success. Nor does a condition on
+    what is `mentioned`, unless the facts are about it.
+    """
+    about, open_to = _about(given), set(mentioned)
+    for one in place.conditions:
+        met = outcome(one, given)
+        if met or (met is None and one.how == RAISES):
+            continue
+        sources = _sources(one.test, one.scope, 4, set())
+        if met is None and sources & open_to and not sources & about:
+            continue
+        return f"`{_said(one.test)}`" if one.wanted else f"`not ({_said(one.test)})`"
+    return ""
+
+
+def excluded(place: Place, given: Mapping[str, Any]) -> bool:
+    """Whether the given facts themselves keep a place from being reached."""
+    about = _about(given)
+    return any(
+        outcome(one, given) is False and about & _sources(one.test, one.scope, 4, set())
+        for one in place.conditions
+    )
+
+
+def _about(given: Mapping[str, Any]) -> set[str]:
+    return {name for text in given for name in mentions(parsed(text, "eval"))}
 
 
 def governing(place: Place) -> set[str]:
@@ -218,7 +268,8 @@ def governing(place: Place) -> set[str]:
     found: set[str] = set()
     seen: set[tuple[int, str]] = set()
     for condition in place.conditions:
-        found |= _sources(condition.test, condition.scope, 4, seen)
+        if condition.how not in {LEAVES, LOOPS}:
+            found |= _sources(condition.test, condition.scope, 4, seen)
     return found
 
 
@@ -232,7 +283,7 @@ def _sources(node: ast.AST, scope: Scope, depth: int, seen: set[tuple[int, str]]
             for name, passed, outer in scope.given:
                 found |= _sources(passed, outer, depth - 1, seen) if name == part.id else set()
             for bound, _ in local_assignments(scope.function, part.id):
-                came = bound.iter if isinstance(bound, LOOPS) else getattr(bound, "value", None)
+                came = bound.iter if isinstance(bound, OVER) else getattr(bound, "value", None)
                 found |= _sources(came, scope, depth - 1, seen) if came is not None else set()
         elif isinstance(part, ast.Call):
             function = callee(part, scope, {})[0]

@@ -1,0 +1,117 @@
+"""What encloses a piece of code within its function, and by which exits control never comes to it."""
+
+from __future__ import annotations
+
+import ast
+from typing import NamedTuple
+
+from loudmerge.canary.syntax import FUNCTIONS, dotted
+
+TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
+BARE = ast.Name("BaseException", ast.Load())
+"""What `except:` catches. What a handler catches is a condition of all that it does."""
+RAISES = "raises"
+"""The other way out of the test is an error that leaves the function."""
+LEAVES = "leaves"
+"""The other way out is a return, break or continue in a block before the place."""
+LOOPS = "loops"
+"""The test is what a loop around the place runs over: an empty one never comes to it."""
+ENDS = frozenset(
+    {"sys.exit", "os._exit", "exit", "quit", "pytest.skip", "pytest.fail", "pytest.xfail", "self.skipTest"}
+)
+
+
+class Test(NamedTuple):
+    """A test that must come out as `wanted`. how: `RAISES`, `LEAVES`, `LOOPS`, or empty."""
+
+    test: ast.expr
+    wanted: bool
+    how: str = ""
+
+
+class Frame(NamedTuple):
+    """What encloses a node within its own function: tests and how they come out, tries, managers, loops."""
+
+    tests: tuple[Test, ...] = ()
+    tries: tuple[ast.Try, ...] = ()
+    managers: tuple[ast.expr, ...] = ()
+    loops: tuple[ast.stmt, ...] = ()
+    handles: tuple[ast.Try, ...] = ()
+
+    def under(self, test: ast.expr, wanted: bool, how: str = "") -> Frame:  # noqa: FBT001 (how it comes out)
+        return self._replace(tests=(*self.tests, Test(test, wanted, how)))
+
+
+OUTSIDE = Frame()
+
+
+def leaves(node: ast.AST) -> bool:
+    """Whether a statement ends the block it stands in, and no error says so."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        return dotted(node.value.func) in ENDS
+    return isinstance(node, (ast.Return, ast.Break, ast.Continue))
+
+
+def alone(at: Frame) -> str:
+    """RAISES where an error leaves the function from here: nothing around it can end it."""
+    return "" if at.tries or at.managers else RAISES
+
+
+def exits(
+    node: ast.stmt, at: Frame, inside: list[tuple[ast.AST, Frame]], known: tuple[Test, ...]
+) -> tuple[Test, ...]:
+    """What must not have come about inside a statement for control to pass beyond it, but for `known`."""
+    turned = [(one.test, not one.wanted) for one in known]
+    found: dict[Test, None] = {}
+    for step, frame in inside:
+        if step is node or not leaves(step):
+            continue
+        if isinstance(step, (ast.Break, ast.Continue)) and frame.loops != at.loops:
+            continue
+        if any((one.test, one.wanted) in turned for one in frame.tests[len(at.tests) :][:1]):
+            continue
+        found[not_taken(node, at, frame)] = None
+    return tuple(found)
+
+
+def not_taken(node: ast.stmt, at: Frame, frame: Frame) -> Test:
+    """That an exit inside a statement is not reached: not all that leads to it holds."""
+    inner = [one for one in frame.tests[len(at.tests) :] if not one.how]
+    if not inner:
+        return _way_in(node)
+    parts = [one.test if one.wanted else ast.UnaryOp(ast.Not(), one.test) for one in inner]
+    return Test(parts[0] if len(parts) == 1 else ast.BoolOp(ast.And(), parts), wanted=False, how=LEAVES)
+
+
+def _way_in(node: ast.stmt) -> Test:
+    """How control passes beyond a statement with an exit inside that no test governs."""
+    if isinstance(node, (ast.For, ast.AsyncFor)):
+        return Test(node.iter, wanted=False, how=LEAVES)
+    if isinstance(node, (ast.With, ast.AsyncWith)):
+        return Test(node.items[0].context_expr, wanted=False, how=LEAVES)
+    kind = node.handlers[0].type if isinstance(node, TRIES) and node.handlers else None
+    return Test(kind or BARE, wanted=True, how=LEAVES)
+
+
+def matched(subject: ast.expr, pattern: ast.pattern) -> ast.expr:
+    """The test of a `case`: on its value where it has one, else on the subject as a whole."""
+    if isinstance(pattern, ast.MatchValue):
+        return ast.Compare(subject, [ast.Eq()], [pattern.value])
+    return subject
+
+
+def breaks(body: list[ast.stmt]) -> bool:
+    """Whether a `break` of this loop, not of one inside it, stands in the body."""
+    for node in body:
+        if isinstance(node, ast.Break):
+            return True
+        if isinstance(node, (ast.For, ast.AsyncFor, ast.While, *FUNCTIONS, ast.ClassDef)):
+            if breaks(getattr(node, "orelse", [])):
+                return True
+            continue
+        parts = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
+        parts += [handler.body for handler in getattr(node, "handlers", [])]
+        parts += [case.body for case in getattr(node, "cases", [])]
+        if any(breaks(part) for part in parts):
+            return True
+    return False

@@ -1,0 +1,95 @@
+"""Whether what a rule takes as given is written anew before the place that acts on it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from loudmerge.canary.constants import UNKNOWN
+from loudmerge.canary.flow import Place, Scope, in_order
+from loudmerge.canary.kinds import call_matches
+from loudmerge.canary.syntax import targets
+from loudmerge.canary.values import evaluate, excluded
+
+MUTATING = frozenset({"update", "clear", "pop", "popitem", "setdefault", "__setitem__", "__delitem__"})
+"""What changes a dict."""
+
+Step = tuple[Place, Place]
+
+
+def overwritten(rule: Mapping[str, Any], function: Scope, place: Place) -> str:
+    """What writes the rule's `given` facts before a place of the function is reached; empty for nothing.
+
+    A rule names in `after` the call that makes the facts: then only what comes behind it counts, and what
+    stands beside it in a loop. Counting up (`+=`) is how facts come about, and no write.
+    """
+    before: list[Step] = []
+    for step in in_order(function, rule.get("depth", 2)):
+        if step[1].node is place.node:
+            break
+        before.append(step)
+    if "after" in rule:
+        makers = [top for top, one in before if _calls(one, rule["after"])]
+        if not makers:
+            return f"no call of {rule['after']} comes before it"
+        before = _behind(makers[-1], before, place)
+    for _, one in before:
+        said = _written(one, rule.get("given", {}))
+        if said and not excluded(one, rule["given"]):
+            return f"line {one.line} writes {said} before it is reached"
+    return ""
+
+
+def _calls(place: Place, callee: str) -> bool:
+    return isinstance(place.node, ast.Call) and call_matches(place.node, callee, place.scope)
+
+
+def _behind(maker: Place, before: list[Step], place: Place) -> list[Step]:
+    """The steps after a call, with all of the outermost loop around it that the place is not in."""
+    loop = next((one for one in maker.loops if one not in place.loops), None)
+    first = next(
+        number
+        for number, (top, _) in enumerate(before)
+        if top.node is maker.node or (loop is not None and loop in top.loops)
+    )
+    return [step for step in before[first:] if step[0].node is not maker.node]
+
+
+def _written(place: Place, given: Mapping[str, Any]) -> str:
+    """What of the facts a place sets to something else, or to what cannot be told; empty for nothing."""
+    node = place.node
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING:
+        said = ast.unparse(node.func.value)
+        return said if isinstance(given.get(said), Mapping) else ""
+    found = list(node.targets) if isinstance(node, ast.Delete) else []
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        found = list(targets(node))
+    for target in found:
+        said = ast.unparse(target)
+        if said in given and _other(node, place.scope, given, given[said]):
+            return said
+        if isinstance(target, (ast.Subscript, ast.Attribute)) and _within(target, place, given):
+            return said
+    return ""
+
+
+def _within(target: ast.Subscript | ast.Attribute, place: Place, given: Mapping[str, Any]) -> bool:
+    """Whether an item or attribute of what is given becomes anything but what is given."""
+    held = given.get(ast.unparse(target.value))
+    key = target.attr if isinstance(target, ast.Attribute) else evaluate(target.slice, place.scope, given)
+    if not isinstance(held, Mapping) or (key is not UNKNOWN and key not in held):
+        return False
+    if isinstance(place.node, ast.AugAssign):
+        return not isinstance(place.node.op, ast.Add)
+    value = getattr(place.node, "value", None)
+    return value is None or key is UNKNOWN or evaluate(value, place.scope, given) != held[key]
+
+
+def _other(node: ast.AST, scope: Scope, given: Mapping[str, Any], held: Any) -> bool:
+    """Whether a statement is known to bind anything but the value that is given."""
+    value = getattr(node, "value", None)
+    if value is None or isinstance(node, ast.AugAssign):
+        return isinstance(node, ast.Delete)
+    new = evaluate(value, scope, given)
+    return new is not UNKNOWN and new != held
