@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from loudmerge.canary.constants import UNKNOWN, constant
 from loudmerge.canary.flow import Place, Scope, places
-from loudmerge.canary.syntax import UNKNOWN, dotted
+from loudmerge.canary.syntax import dotted
 from loudmerge.canary.values import evaluate
 
 
@@ -52,13 +53,20 @@ def bound(place: Place, limit: int) -> str:
         return _for_bound(loop, scope, limit)
     if not isinstance(loop, ast.While):
         return ""
-    tests = [loop.test, *(node.test for node in ast.walk(loop) if isinstance(node, ast.If) and _leaves(node))]
-    for test in tests:
-        if _visited(test, loop):
-            return "a set of visited objects"
-        if _counted(test, loop, scope, limit):
-            return "a counter"
-    return ""
+    ends = [node.test for node in ast.walk(loop) if isinstance(node, ast.If) and _leaves(node)]
+    if any(_visited(test, loop) for test in (loop.test, *ends)):
+        return "a set of visited objects"
+    stays = [(one, True) for one in _parts(loop.test, ast.And)]
+    goes = [(one, False) for test in ends for one in _parts(test, ast.Or)]
+    counted = any(_counted(one, loop, scope, limit, stays=stay) for one, stay in (*stays, *goes))
+    return "a counter" if counted else ""
+
+
+def _parts(test: ast.expr, op: type[ast.boolop]) -> list[ast.expr]:
+    """A test, or the parts that `and` or `or` joins: each of which decides it by itself."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, op):
+        return [part for value in test.values for part in _parts(value, op)]
+    return [test]
 
 
 def _for_bound(loop: ast.For, scope: Scope, limit: int) -> str:
@@ -96,17 +104,28 @@ def _grows(name: str, loop: ast.While) -> bool:
     return False
 
 
-def _counted(test: ast.expr, loop: ast.While, scope: Scope, limit: int) -> bool:
-    """`n < 16` (or `n >= 16` before a break), where the loop adds to `n`."""
-    for node in ast.walk(test):
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
-            sides = [node.left, node.comparators[0]]
-            numbers = [evaluate(side, scope, {}) for side in sides]
-            bounded = any(isinstance(number, int) and number <= limit for number in numbers)
-            if bounded and any(isinstance(side, ast.Name) and _steps(side.id, loop) for side in sides):
-                return True
+def _counted(test: ast.expr, loop: ast.While, scope: Scope, limit: int, *, stays: bool) -> bool:
+    """`n < 16` where the loop adds to `n`, or `n > 0` where it takes from it; the contrary before a break."""
+    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
+        return False
+    sides = [test.left, test.comparators[0]]
+    numbers = [evaluate(side, scope, {}) for side in sides]
+    if len(test.ops) > 1 or not any(isinstance(number, int) and number <= limit for number in numbers):
+        return False
+    for place, side in enumerate(sides):
+        below = isinstance(test.ops[0], (ast.Lt, ast.LtE)) == (place == 0)
+        if isinstance(side, ast.Name) and _steps(side.id, loop, ast.Add if below is stays else ast.Sub):
+            return True
     return False
 
 
-def _steps(name: str, loop: ast.While) -> bool:
-    return any(isinstance(node, ast.AugAssign) and dotted(node.target) == name for node in ast.walk(loop))
+def _steps(name: str, loop: ast.While, op: type[ast.operator]) -> bool:
+    """Whether every round moves a counter the same way: nothing else in the loop binds it."""
+    bound = [node for node in ast.walk(loop) if isinstance(node, ast.Name) and node.id == name]
+    stored = [node for node in bound if not isinstance(node.ctx, ast.Load)]
+    steps = [node for node in loop.body if isinstance(node, ast.AugAssign) and dotted(node.target) == name]
+    moves = all(
+        isinstance(node.op, op) and isinstance(by := constant(node.value, {}), int) and by > 0
+        for node in steps
+    )
+    return bool(steps) and moves and len(stored) == len(steps)
