@@ -10,7 +10,6 @@ from typing import Any
 from loudmerge.canary.constants import UNKNOWN, compare
 from loudmerge.canary.exits import LEAVES, LOOPS, RAISES
 from loudmerge.canary.flow import Condition, Place, Scope, callee, places
-from loudmerge.canary.pieces import parsed
 from loudmerge.canary.syntax import dotted, local_assignments, mentions, parameters
 
 DEPTH = 12
@@ -238,13 +237,12 @@ def unsettled(place: Place, given: Mapping[str, Any], mentioned: Iterable[str] =
     What an error alone turns away from needs no fact: no error passes for a success. Nor does a condition on
     what is `mentioned`, unless the facts are about it.
     """
-    about, open_to = _about(given), set(mentioned)
+    open_to = set(mentioned)
     for one in place.conditions:
         met = outcome(one, given)
         if met or (met is None and one.how == RAISES):
             continue
-        sources = _sources(one.test, one.scope, 4, set())
-        if met is None and sources & open_to and not sources & about:
+        if met is None and open_to & _sources(one.test, one.scope, 4, set()) and not _told(one, given):
             continue
         return f"`{_said(one.test)}`" if one.wanted else f"`not ({_said(one.test)})`"
     return ""
@@ -252,15 +250,18 @@ def unsettled(place: Place, given: Mapping[str, Any], mentioned: Iterable[str] =
 
 def excluded(place: Place, given: Mapping[str, Any]) -> bool:
     """Whether the given facts themselves keep a place from being reached."""
-    about = _about(given)
+    return any(outcome(one, given) is False and _told(one, given) for one in place.conditions)
+
+
+def _told(condition: Condition, given: Mapping[str, Any]) -> bool:
+    """Whether any part of a condition is known by the facts, and not without them."""
+    withheld = dict.fromkeys(given, UNKNOWN)
     return any(
-        outcome(one, given) is False and about & _sources(one.test, one.scope, 4, set())
-        for one in place.conditions
+        evaluate(part, condition.scope, given) is not UNKNOWN
+        and evaluate(part, condition.scope, withheld) is UNKNOWN
+        for part in ast.walk(condition.test)
+        if isinstance(part, ast.expr)
     )
-
-
-def _about(given: Mapping[str, Any]) -> set[str]:
-    return {name for text in given for name in mentions(parsed(text, "eval"))}
 
 
 def governing(place: Place) -> set[str]:
