@@ -205,6 +205,31 @@ def test_a_signature_admits_the_call() -> None:
         ("@pytest.mark.parametrize('x', [])\ndef test_a(x):\n    assert f()", False),
         ("def test_a():\n    try:\n        assert f()\n    except Exception:\n        pass", False),
         ("def test_b():\n    assert f()", False),
+        ("CASES = []\n@pytest.mark.parametrize('x', CASES)\ndef test_a(x):\n    assert f()", False),
+        ("@pytest.mark.parametrize('x', [c for c in [] if c])\ndef test_a(x):\n    assert f()", False),
+        ("C = []\nC.append(1)\n@pytest.mark.parametrize('x', C)\ndef test_a(x):\n    assert f()", True),
+        ("@pytest.mark.skipif(condition=True)\ndef test_a():\n    assert f()", False),
+        ("off = pytest.mark.skip(reason='x')\n@off\ndef test_a():\n    assert f()", False),
+        ("pytestmark = []\npytestmark += [pytest.mark.skip]\ndef test_a():\n    assert f()", False),
+        ("from pytest import skip\ndef test_a():\n    skip('x')\n    assert f()", False),
+        ("from pytest import skip as s\ns('x')\ndef test_a():\n    assert f()", False),
+        ("def test_a():\n    skip = pytest.skip\n    skip('x')\n    assert f()", False),
+        ("def test_a():\n    assert x()\n    pytest.skip('x')\n    assert f()", False),
+        ("def test_a():\n    yield\n    assert f()", False),
+        ("async def test_a():\n    assert f()", False),
+        ("@pytest.mark.asyncio\nasync def test_a():\n    assert f()", True),
+        ("@pytest.fixture\ndef test_a():\n    assert f()", False),
+        ("def test_a():\n    assert f()\ntest_a.__test__ = False", False),
+        ("class TestA:\n    __test__ = False\n    def test_a(self):\n        assert f()", False),
+        ("class Helper:\n    def test_a(self):\n        assert f()", False),
+        ("class Some(unittest.TestCase):\n    def test_a(self):\n        assert f()", True),
+        (
+            "class TestA:\n    def __init__(self):\n        x()\n    def test_a(self):\n        assert f()",
+            False,
+        ),
+        ("def test_a():\n    assert (f() == 1, 'x')", False),
+        ("from a import f\ndef test_a():\n    assert f", False),
+        ("def test_a():\n    x = f()\n    assert x or not x", False),
     ],
 )
 def test_a_test_guards_only_if_it_runs_and_can_fail(test: str, guards: bool) -> None:
@@ -239,3 +264,9 @@ def test_a_rule_that_says_nothing_is_refused(rule: dict[str, object], says: str)
 def test_a_source_that_is_not_python_cannot_be_evaluated() -> None:
     with pytest.raises(RuleError, match="not readable as Python"):
         check({"kind": "symbol", "name": "f"}, "<html>", "page.html")
+
+
+def test_what_a_test_only_imports_it_does_not_use() -> None:
+    rule = {"kind": "tests", "names": ["test_a"], "uses": ["merge"]}
+    assert holds("def test_a():\n    from a import merge as m\n    assert m() == 1", **rule)
+    assert not holds("def test_a():\n    from a import merge\n    assert other() == 1", **rule)
