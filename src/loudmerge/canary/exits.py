@@ -17,7 +17,17 @@ LEAVES = "leaves"
 LOOPS = "loops"
 """The test is what a loop around the place runs over: an empty one never comes to it."""
 ENDS = frozenset(
-    {"sys.exit", "os._exit", "exit", "quit", "pytest.skip", "pytest.fail", "pytest.xfail", "self.skipTest"}
+    {
+        "sys.exit",
+        "os._exit",
+        "os.abort",
+        "exit",
+        "quit",
+        "pytest.skip",
+        "pytest.fail",
+        "pytest.xfail",
+        "self.skipTest",
+    }
 )
 
 

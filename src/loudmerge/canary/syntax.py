@@ -254,23 +254,30 @@ def _walrus(node: ast.stmt) -> frozenset[str]:
 
 
 def binds_anything(node: ast.stmt) -> bool:
-    """`from a import *`, `globals().update(...)`, `globals()[...] = ...`, `exec(...)`; not in functions."""
+    """`from a import *`, `exec`, what writes `globals()` or `sys.modules[...]`; outside of functions."""
     if isinstance(node, ast.ImportFrom):
         return node.names[0].name == "*"
     if isinstance(node, (*FUNCTIONS, ast.ClassDef)) or list(inner_statements(node)):
         return False
-    for one in ast.walk(node):
-        if isinstance(one, ast.Subscript) and not isinstance(one.ctx, ast.Load) and _is_globals(one.value):
-            return True
-        if isinstance(one, ast.Call):
-            changes = isinstance(one.func, ast.Attribute) and one.func.attr in {"update", "pop", "clear"}
-            if dotted(one.func) == "exec" or (changes and _is_globals(one.func.value)):  # type: ignore[attr-defined]
-                return True
-    return False
+    return any(_writes_globals(one) for one in ast.walk(node))
 
 
-def _is_globals(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and dotted(node.func) in {"globals", "vars", "locals"}
+def _writes_globals(node: ast.AST) -> bool:
+    if isinstance(node, (ast.Subscript, ast.Attribute)) and not isinstance(node.ctx, ast.Load):
+        return _is_globals(node.value)
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Attribute) and node.func.attr in {"update", "pop", "clear", "__setitem__"}:
+        return _is_globals(node.func.value)
+    name = dotted(node.func)
+    return name == "exec" or (name in {"setattr", "delattr"} and any(map(_is_globals, node.args[:1])))
+
+
+def _is_globals(node: ast.AST) -> bool:
+    """`globals()`, `vars()`, `sys.modules[__name__]`."""
+    if isinstance(node, ast.Call):
+        return dotted(node.func) in {"globals", "vars", "locals"}
+    return isinstance(node, ast.Subscript) and dotted(node.value) == "sys.modules"
 
 
 def _constants(tree: ast.Module, shared: frozenset[str]) -> dict[str, Any]:

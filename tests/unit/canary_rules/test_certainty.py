@@ -52,6 +52,7 @@ def test_a_check_that_nothing_else_decides_holds() -> None:
         f"try:\n    return model\nexcept ValueError:\n    pass\n{CHECK}",
         f"with torch.no_grad():\n    if model:\n        return model\n{CHECK}",
         f"for _ in model:\n    return model\n{CHECK}",
+        f"os.abort()\n{CHECK}",
     ],
 )
 def test_what_the_given_facts_do_not_settle_keeps_a_raise_from_being_proven(body: str) -> None:
@@ -200,6 +201,8 @@ def test_a_generator_runs_nothing_when_it_is_called() -> None:
         ("", "globals().update(merge=work)"),
         ("", "globals()['merge'] = work"),
         ("", "exec('merge = print')"),
+        ("", "sys.modules[__name__].merge = print"),
+        ("", "setattr(sys.modules[__name__], 'merge', print)"),
         ("", "(merge := print)"),
         ("", "with open('x') as merge:\n    pass"),
         ("", "def other():\n    global merge\n    merge = print\nother()"),
