@@ -56,7 +56,10 @@ OUTSIDE = Frame()
 
 
 def leaves(node: ast.AST) -> bool:
-    """Whether a statement ends the block it stands in, and no error says so."""
+    """Whether a statement ends the block it stands in, and no error says so: SystemExit may be a success."""
+    if isinstance(node, ast.Raise):
+        error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        return error is not None and dotted(error) == "SystemExit"
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         return dotted(node.value.func) in ENDS
     return isinstance(node, (ast.Return, ast.Break, ast.Continue))

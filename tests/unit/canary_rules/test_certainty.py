@@ -53,6 +53,7 @@ def test_a_check_that_nothing_else_decides_holds() -> None:
         f"with torch.no_grad():\n    if model:\n        return model\n{CHECK}",
         f"for _ in model:\n    return model\n{CHECK}",
         f"os.abort()\n{CHECK}",
+        f"if strict:\n    raise SystemExit(0)\n{CHECK}",
     ],
 )
 def test_what_the_given_facts_do_not_settle_keeps_a_raise_from_being_proven(body: str) -> None:
