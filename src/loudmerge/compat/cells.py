@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,17 @@ PATHS: Mapping[str, tuple[str | None, ...]] = {FUSED: ("standard", "swapped"), P
 """The orientations that an adapter can have on each path."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_VERSION = re.compile(r"[0-9][A-Za-z0-9.!+]*")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+")
+
+MOST: Mapping[str, float] = {
+    "kl_base_trained_at_least": math.inf,
+    "kl_float32_merge_at_most": math.inf,
+    "kl_trained_merged_share": 1.0,
+    "kl_base_merged_within": 1.0,
+    "delta_kept_at_least": 1.0,
+}
+"""The numbers of Expectation that need not be whole, and the most that each can be: three are shares."""
 
 
 class MatrixError(ValueError):
@@ -44,6 +56,9 @@ class Expectation:
     kl_base_merged_within: float
     delta_kept_at_least: float
     samples: str | int
+
+
+EXPECTED = tuple(item.name for item in fields(Expectation))
 
 
 @dataclass(frozen=True)
@@ -100,15 +115,23 @@ def load(file: Path) -> Matrix:
         document = tomllib.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise MatrixError(f"{file}: no such file. Run this in the project's root.") from error
+    except UnicodeDecodeError as error:
+        raise MatrixError(f"{file}: no UTF-8: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise MatrixError(f"{file}: no TOML: {error}") from error
     defaults, lanes = _table(document, "expect"), _table(document, "lanes")
     _only(document, ("expect", "lanes"), FILE)
-    _only(lanes, LANES, "lanes")
+    _only(defaults, EXPECTED, f"{FILE}: [expect]")
+    _only(lanes, LANES, f"{FILE}: [lanes]")
+    for lane, lines in lanes.items():
+        if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+            raise MatrixError(f"{FILE}: lanes.{lane}: found {lines!r}, expected a list of tables")
     cells = tuple(_cell(lane, line, defaults) for lane in LANES for line in lanes.get(lane, ()))
-    twice = [cell.name for cell in cells if [other.name for other in cells].count(cell.name) > 1]
+    folded = [cell.name.lower() for cell in cells]
+    twice = [cell.name for cell in cells if folded.count(cell.name.lower()) > 1]
     if twice:
-        raise MatrixError(f"{FILE}: the cell {twice[0]} is there twice")
+        said = "is there twice, and the names of files may not tell upper case from lower"
+        raise MatrixError(f"{FILE}: the cell {twice[-1]} {said}")
     if not cells:
         raise MatrixError(f"{FILE}: found no cell, expected at least one under [lanes]")
     return Matrix(cells)
@@ -120,35 +143,56 @@ def name_of(versions: Mapping[str, str]) -> str:
 
 
 def _cell(lane: str, line: Mapping[str, Any], defaults: Mapping[str, Any]) -> Cell:
-    where = f"lanes.{lane} {line.get('name') or [line.get(package) for package in PACKAGES]}"
-    expected = tuple(item.name for item in fields(Expectation))
-    _only(line, ("name", "optional", *PACKAGES, *expected), where)
+    where = f"{FILE}: lanes.{lane} {line.get('name') or [line.get(package) for package in PACKAGES]}"
+    _only(line, ("name", "optional", *PACKAGES, *EXPECTED), where)
+    versions = _versions(where, lane, line)
+    name = line["name"] if "name" in line else name_of(versions) if versions else lane
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise MatrixError(f"{where}: the name {name!r} cannot be a file's: expected {_NAME.pattern}")
+    optional = line.get("optional", False)
+    if not isinstance(optional, bool):
+        raise MatrixError(f"{where}: optional: found {optional!r}, expected true or false")
+    return Cell(name, lane, versions, _expectation(where, {**defaults, **line}), optional)
+
+
+def _versions(where: str, lane: str, line: Mapping[str, Any]) -> dict[str, str]:
     versions = {package: line[package] for package in PACKAGES if package in line}
     wanted = () if lane == LATEST else PACKAGES
     if tuple(versions) != wanted:
         raise MatrixError(f"{where}: found versions of {list(versions)}, expected of {list(wanted)}")
-    name = line["name"] if "name" in line else name_of(versions) if versions else lane
-    if not _NAME.fullmatch(name):
-        raise MatrixError(f"{where}: the name {name!r} cannot be a file's: expected {_NAME.pattern}")
-    return Cell(name, lane, versions, _expectation(where, {**defaults, **line}), line.get("optional", False))
+    form, meant = (_REPOSITORY, "OWNER/NAME") if lane == DEV else (_VERSION, "one version, a string")
+    for package, version in versions.items():
+        if not isinstance(version, str) or not form.fullmatch(version):
+            raise MatrixError(f"{where}: {package}: found {version!r}, expected {meant}")
+    return versions
 
 
 def _expectation(where: str, values: Mapping[str, Any]) -> Expectation:
-    known: dict[str, Any] = {item.name: values.get(item.name) for item in fields(Expectation)}
+    known: dict[str, Any] = {key: values.get(key) for key in EXPECTED}
     absent = [key for key, value in known.items() if value is None and key != "orientation"]
     if absent:
         raise MatrixError(f"{where}: {absent[0]} is missing, here and under [expect]")
-    if known["path"] not in PATHS:
+    if known["path"] not in list(PATHS):
         raise MatrixError(f"{where}: path: found {known['path']!r}, expected one of {list(PATHS)}")
     orientations = PATHS[known["path"]]
     if known["orientation"] not in orientations:
         found = known["orientation"]
         raise MatrixError(f"{where}: orientation: found {found!r}, expected one of {list(orientations)}")
-    for key, value in known.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key not in ("path", "orientation") and not number and (key, value) != ("samples", "all"):
-            raise MatrixError(f"{where}: {key}: found {value!r}, expected a number")
+    for key, most in MOST.items():
+        _number(f"{where}: {key}", known[key], most)
+    samples = known["samples"]
+    if samples != "all" and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        raise MatrixError(f'{where}: samples: found {samples!r}, expected "all", or a number from 1')
     return Expectation(**known)
+
+
+def _number(where: str, value: Any, most: float) -> None:
+    """Raises MatrixError. A bound of 0 would expect nothing, or what rounding never leaves."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MatrixError(f"{where}: found {value!r}, expected a number")
+    if not (math.isfinite(value) and 0 < value <= most):
+        meant = "a finite number over 0" if math.isinf(most) else f"a number over 0, {most:g} at most"
+        raise MatrixError(f"{where}: found {value!r}, expected {meant}")
 
 
 def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -62,10 +62,54 @@ def test_a_cell_may_say_otherwise_than_the_defaults(tmp_path: Path) -> None:
             f'released = [{{ {ONE}, path = "per-expert", orientation = "standard" }}]',
             r"orientation: found 'standard', expected one of \[None\]",
         ),
-        (f'released = [{{ {ONE}, {FUSED}, samples = "most" }}]', "samples: found 'most', expected a number"),
+        (
+            f'released = [{{ {ONE}, {FUSED}, samples = "most" }}]',
+            "samples: found 'most', expected",
+        ),
         (f"released = [{{ {ONE}, {FUSED}, delta_kept_at_least = true }}]", "found True, expected a number"),
         (f'released = [{{ {ONE}, {FUSED}, name = "a/b" }}]', "the name 'a/b' cannot be a file's"),
         (f"released = [{{ {ONE}, {FUSED} }}, {{ {ONE}, {FUSED} }}]", "is there twice"),
+        (
+            f'released = [{{ {ONE}, {FUSED}, name = "a" }}, {{ {ONE}, {FUSED}, name = "A" }}]',
+            "the cell A is there twice",
+        ),
+        (
+            f'released = [{{ {ONE}, {FUSED}, optional = "false" }}]',
+            "optional: found 'false', expected",
+        ),
+        (f"released = [{{ {ONE}, {FUSED}, name = 5 }}]", "the name 5 cannot be a file's"),
+        (f"released = [{{ {ONE}, {FUSED}, samples = 0 }}]", "samples: found 0, expected"),
+        (f"released = [{{ {ONE}, {FUSED}, samples = -1 }}]", "samples: found -1, expected"),
+        (f"released = [{{ {ONE}, {FUSED}, samples = nan }}]", "samples: found nan, expected"),
+        (
+            f"released = [{{ {ONE}, {FUSED}, kl_float32_merge_at_most = inf }}]",
+            r"'0.25.1'\]: kl_float32_merge_at_most: found inf, expected a finite number over 0",
+        ),
+        (
+            f"released = [{{ {ONE}, {FUSED}, kl_base_trained_at_least = nan }}]",
+            "kl_base_trained_at_least: found nan, expected a finite number over 0",
+        ),
+        (f"released = [{{ {ONE}, {FUSED}, kl_base_trained_at_least = -1 }}]", "found -1, expected a finite"),
+        (
+            f"released = [{{ {ONE}, {FUSED}, kl_trained_merged_share = 1e3 }}]",
+            "kl_trained_merged_share: found 1000.0, expected a number over 0, 1 at most",
+        ),
+        (f'released = [{{ {ONE}, path = ["fused"] }}]', r"path: found \['fused'\], expected one of"),
+        ('released = "x"', "lanes.released: found 'x', expected a list of tables"),
+        ('released = ["x"]', "expected a list of tables"),
+        (f"released = {{ {ONE}, {FUSED} }}", "expected a list of tables"),
+        (
+            f'released = [{{ transformers = "5.5.0", peft = 0.19, trl = "0.25.1", {FUSED} }}]',
+            "matrix.toml: lanes.released .*: peft: found 0.19, expected one version, a string",
+        ),
+        (
+            f'released = [{{ transformers = "5.5.0", peft = "0.19.*", trl = "0.25.1", {FUSED} }}]',
+            r"peft: found '0.19.\*', expected one version",
+        ),
+        (
+            f'dev = [{{ transformers = "transformers", peft = "h/peft", trl = "h/trl", {FUSED} }}]',
+            "transformers: found 'transformers', expected OWNER/NAME",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, lanes: str, says: str) -> None:
@@ -79,11 +123,21 @@ def test_an_expectation_that_is_nowhere_is_named(tmp_path: Path) -> None:
         load(written(tmp_path, f"released = [{{ {ONE}, {FUSED} }}]", expect))
 
 
+def test_an_expectation_that_is_none_is_named(tmp_path: Path) -> None:
+    """A misspelt bound that nothing looks at would be no bound."""
+    expect = f"{EXPECT}delta_kept_atleast = 0.999\n"
+    with pytest.raises(MatrixError, match=r"matrix.toml: \[expect\]: unknown key 'delta_kept_atleast'"):
+        load(written(tmp_path, f"released = [{{ {ONE}, {FUSED} }}]", expect))
+
+
 def test_no_file_and_no_toml_are_named(tmp_path: Path) -> None:
     with pytest.raises(MatrixError, match="no such file"):
         load(tmp_path / "matrix.toml")
     (tmp_path / "matrix.toml").write_text("[", "utf-8")
     with pytest.raises(MatrixError, match="no TOML"):
+        load(tmp_path / "matrix.toml")
+    (tmp_path / "matrix.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(MatrixError, match="no UTF-8"):
         load(tmp_path / "matrix.toml")
 
 
