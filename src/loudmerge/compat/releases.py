@@ -4,7 +4,8 @@ The index is asked through pip, as its configuration and its environment variabl
 and credentials are pip's. Pre-releases and yanked releases are left out; releases for another Python than
 this one are not: they are released all the same.
 
-Exit codes: 0 nothing is newer, 4 something is, 5 the index was not reached, 2 usage.
+Exit codes: 0 nothing is newer, 4 something is, 5 the index was not reached or is older than the
+cells, 2 usage.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from loudmerge.canary.fetch import Unreachable
 from loudmerge.canary.guards import WHEEL
 from loudmerge.canary.packages import Pip
 from loudmerge.canary.sources import SourceOptions
-from loudmerge.compat.cells import FILE, PACKAGES, Matrix, MatrixError, load
+from loudmerge.compat.cells import FILE, PACKAGES, RELEASED, Matrix, MatrixError, load
 from loudmerge.errors import EnvironmentFailed
 
 
@@ -64,8 +65,10 @@ class News:
 
 
 def newest_pins(matrix: Matrix) -> dict[str, str]:
-    """Package -> the newest version that a cell of the lane `released` pins."""
+    """Package -> the newest version that a cell of the lane `released` pins. Raises MatrixError."""
     pins = [cell.versions for cell in matrix.cells if cell.is_pinned]
+    if not pins:
+        raise MatrixError(f"{FILE}: found no cell in lanes.{RELEASED}, expected one at least")
     return {package: max((pin[package] for pin in pins), key=Version) for package in PACKAGES}
 
 
@@ -75,8 +78,18 @@ def newer(matrix: Matrix, index: Index) -> tuple[News, ...]:
 
 
 def _after(package: str, known: str, index: Index) -> tuple[str, ...]:
-    """The releases after `known`, oldest first."""
-    return tuple(one for one in index.versions(package) if Version(one) > Version(known))
+    """The releases after `known`, oldest first.
+
+    Raises EnvironmentFailed where the index has neither it nor a newer one: it says nothing of what is new.
+    """
+    served = index.versions(package)
+    if not any(Version(one) >= Version(known) for one in served):
+        newest = served[-1] if served else "none"
+        raise EnvironmentFailed(
+            f"{package}: the newest release on the index is {newest}, expected at least {known}, which a "
+            "cell pins. Ask an index that is up to date; if it was yanked, pin another in matrix.toml."
+        )
+    return tuple(one for one in served if Version(one) > Version(known))
 
 
 def lag(news: Sequence[News]) -> dict[str, str]:

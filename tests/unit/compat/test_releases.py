@@ -14,6 +14,7 @@ from loudmerge.compat.cells import FILE, PACKAGES, Matrix, load
 from loudmerge.compat.releases import News, PipIndex, lag, main, newer, newest_pins
 from loudmerge.errors import EnvironmentFailed
 from tests.unit.compat.local_index import LocalIndex, ask
+from tests.unit.compat.made import EXPECT
 
 ROOT = Path(__file__).parents[3]
 
@@ -103,6 +104,35 @@ def test_an_index_that_does_not_answer_is_an_error_not_nothing_new(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("error: transformers")
+
+
+@pytest.mark.parametrize("served", [["0.1.0"], []])
+def test_an_index_that_lacks_what_a_cell_pins_is_an_error_not_nothing_new(
+    served: list[str], matrix: Matrix, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mirror that lags, or a folder of old wheels."""
+    monkeypatch.chdir(ROOT)
+    pins = newest_pins(matrix)
+    stale = Shelf({**shelf(matrix).has, "peft": served})
+    assert main([], stale) == 5
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    newest = served[0] if served else "none"
+    assert f"peft: the newest release on the index is {newest}, expected at least {pins['peft']}" in shown.err
+    newer_only = Shelf({**shelf(matrix).has, "peft": ["99.0.0"]})
+    assert main([], newer_only) == 4, "the pinned one was yanked, and there is news"
+
+
+def test_a_matrix_without_a_released_cell_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lanes = 'latest = [{ name = "latest", path = "fused", orientation = "standard" }]'
+    (tmp_path / FILE).write_text(f"{EXPECT}[lanes]\nreleased = []\n{lanes}\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main([], Shelf({}))
+    assert caught.value.code == 2
+    assert "matrix.toml: found no cell in lanes.released" in capsys.readouterr().err
 
 
 def test_the_line_to_add_is_one_that_matrix_toml_takes(matrix: Matrix, tmp_path: Path) -> None:
