@@ -15,8 +15,11 @@ STATUSES = (OK, FAILED, NOT_INSTALLED, UNREACHABLE, NOT_RUN)
 unreachable: the lane needs a host that was not reached. not-run: the cell was not asked for, or
 never came to it."""
 
-ASIDE: Mapping[str, Any] = {"detail": "", "seconds": 0.0, "stages": {}, "date": ""}
-"""The keys of CELL.json that nothing is judged by, as they are where a row has none: an older row has fewer.
+ASIDE: Mapping[str, Any] = {
+    **{"detail": "", "seconds": 0.0, "stages": {}, "date": ""},
+    **{"errors": {}, "source": ""},
+}
+"""The keys of CELL.json that a row is not compared by, as they are where it has none: an older row has fewer.
 Every other key has to be there: without it a row would show less, and nobody would see it."""
 
 
@@ -75,8 +78,10 @@ class CellResult:
     path: "fused" or "per-expert". orientation: "standard" or "swapped" on fused, None elsewhere.
     merged: per-expert projections (applied, attempted), as in merge_report.json's counts.expert.
     families, crossed: by model family, and by the cell that saved the adapter: "ok" or the reason why not.
+    errors: by check, why a part that ran shows nothing, or what else makes it none of this cell.
     detail: one line for a row without figures (what pip said, which host). stages: seconds of each part.
     date: the day, in UTC, that a row is of which outlives its run: `2026-11-29`; else empty.
+    source: of the loudmerge that ran, as cell.source names it; empty where none did.
     """
 
     cell: str
@@ -95,6 +100,8 @@ class CellResult:
     seconds: float = 0.0
     stages: Mapping[str, float] = field(default_factory=dict)
     date: str = ""
+    errors: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The document of CELL.json: figures and counts that were not taken are null.
@@ -121,6 +128,8 @@ class CellResult:
             "seconds": self.seconds,
             "stages": dict(self.stages),
             "date": self.date,
+            "errors": dict(self.errors),
+            "source": self.source,
         }
 
     @classmethod
@@ -152,6 +161,8 @@ class CellResult:
             seconds=read.number("seconds"),
             stages={stage: Reader(read.mapping("stages")).number(stage) for stage in read.mapping("stages")},
             date=read.text("date"),
+            errors=read.texts("errors"),
+            source=read.text("source"),
         )
 
 

@@ -1,21 +1,35 @@
 """Does a cell show what matrix.toml expects? Expectation x CellResult -> shortfalls, one for each check.
 
-A figure that is no number (nan) falls short: every comparison is written so that it fails on one.
+A figure that cannot be (nan, infinite, 5 of 3 samples) falls short, whatever is expected of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from loudmerge.compat.cells import Expectation
-from loudmerge.compat.result import FAILED, OK, CellResult, Figures, Shortfall, Tests
+from loudmerge.compat.result import FAILED, NUMBERS, OK, CellResult, Figures, Shortfall, Tests
 
 RAN = (OK, FAILED)
 """The statuses of a cell that ran: the others say why there is nothing to judge."""
 
 REFUSED = "refused by design"
 """What a family's entry begins with that loudmerge refuses, as its tests require."""
+
+
+VERSIONS = "versions"
+"""The check of a part that ran on others than the cell's."""
+
+THE_SAME = "the cell's versions in every part"
+
+NOISE = 1e-6
+"""How far below 0 rounding may take a KL, in nats a token."""
+
+BOUNDS: Mapping[str, tuple[float, float]] = {"top1_agreement": (0.0, 1.0), "delta_kept": (-math.inf, 1.05)}
+"""Between which a figure that is no KL can be. A delta that is added twice is kept twice; rounding alone adds
+less than a twentieth."""
 
 
 def judged(expected: Expectation, result: CellResult) -> CellResult:
@@ -27,14 +41,25 @@ def judged(expected: Expectation, result: CellResult) -> CellResult:
 
 
 def _shortfalls(expected: Expectation, result: CellResult) -> Iterator[Shortfall]:
+    found = tuple(_of_what_was_shown(expected, result))
+    yield from found
+    named = {each.check for each in found}
+    for check, error in result.errors.items():
+        if check not in named:
+            yield Shortfall(check, error, THE_SAME if check == VERSIONS else "a run to its end")
+
+
+def _of_what_was_shown(expected: Expectation, result: CellResult) -> Iterator[Shortfall]:
+    errors = result.errors
     if result.figures is None:
-        yield Shortfall("journey", result.detail or "no figures", "figures of a trained and merged model")
+        found = errors.get("journey", "no figures")
+        yield Shortfall("journey", found, "figures of a trained and merged model")
     else:
         yield from _ways(expected, result)
         yield from _figures(expected, result.figures)
-    yield from _tests(result.tests)
-    yield from _all_ok("families", result.families, "each merged, or refused by design", least=1)
-    yield from _all_ok("crossed", result.crossed, "the same bytes as where it was trained", least=0)
+    yield from _tests(result.tests, errors.get("tests", "none ran"))
+    yield from _families(result.families, errors.get("families", "none"))
+    yield from _all_ok("crossed", result.crossed, "the same bytes as where it was trained")
 
 
 def _ways(expected: Expectation, result: CellResult) -> Iterator[Shortfall]:
@@ -48,6 +73,24 @@ def _ways(expected: Expectation, result: CellResult) -> Iterator[Shortfall]:
 
 
 def _figures(expected: Expectation, found: Figures) -> Iterator[Shortfall]:
+    impossible = tuple(_impossible(found))
+    yield from impossible
+    named = {each.check for each in impossible}
+    yield from (each for each in _short(expected, found) if each.check not in named)
+
+
+def _impossible(found: Figures) -> Iterator[Shortfall]:
+    """Figures that no merge can have, right or wrong: what took them is broken."""
+    for name in NUMBERS:
+        value, (low, high) = getattr(found, name), BOUNDS.get(name, (-NOISE, math.inf))
+        if not low <= value <= high or not math.isfinite(value):
+            yield Shortfall(name, f"{value:.3g}", f"a finite number from {low:g} to {high:g}")
+    matched, total = found.samples
+    if not 0 <= matched <= total:
+        yield Shortfall("samples", f"{matched} / {total}", "no more than there are, and no fewer than none")
+
+
+def _short(expected: Expectation, found: Figures) -> Iterator[Shortfall]:
     moved = found.kl_base_trained
     floor, ceiling = expected.kl_base_trained_at_least, expected.kl_float32_merge_at_most
     share, within = expected.kl_trained_merged_share, expected.kl_base_merged_within
@@ -71,20 +114,29 @@ def _figures(expected: Expectation, found: Figures) -> Iterator[Shortfall]:
         yield Shortfall("samples", f"{matched} / {total}", f"{least} the same")
 
 
-def _tests(tests: Tests | None) -> Iterator[Shortfall]:
+def _tests(tests: Tests | None, absent: str) -> Iterator[Shortfall]:
     if tests is None:
-        yield Shortfall("tests", "none ran", "all of them")
+        yield Shortfall("tests", absent, "all of them")
     elif tests.failed or tests.failures:
         first = f": {tests.failures[0]}" if tests.failures else ""
         yield Shortfall("tests", f"{tests.failed} failed{first}", "none")
     elif not tests.passed:
-        yield Shortfall("tests", f"0 passed, {tests.skipped} skipped", "some that passed")
+        yield Shortfall("tests", f"{tests.passed} passed, {tests.skipped} skipped", "some that passed")
 
 
-def _all_ok(check: str, found: Mapping[str, str], expected: str, *, least: int) -> Iterator[Shortfall]:
-    if len(found) < least:
-        yield Shortfall(check, "none", expected)
-    bad = {name: says for name, says in found.items() if says != "ok" and not says.startswith(REFUSED)}
+def _families(found: Mapping[str, str], absent: str) -> Iterator[Shortfall]:
+    """Each is merged, or refused by design; one at least is merged."""
+    expected = "each merged, or refused by design"
+    others = {name: says for name, says in found.items() if not says.startswith(REFUSED)}
+    if not found:
+        yield Shortfall("families", absent, expected)
+    elif not others:
+        yield Shortfall("families", f"all {len(found)} refused by design", "one merged at least")
+    yield from _all_ok("families", others, expected)
+
+
+def _all_ok(check: str, found: Mapping[str, str], expected: str) -> Iterator[Shortfall]:
+    bad = {name: says for name, says in found.items() if says != "ok"}
     if bad:
         name, says = next(iter(bad.items()))
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""

@@ -60,6 +60,7 @@ def result(**changes: Any) -> CellResult:
         crossed={"two": "ok"},
         seconds=12.5,
         stages={"environment": 2.5, "tests": 10.0},
+        source="of this loudmerge",
     )
     names = {item.name for item in fields(Figures)}
     figures = replace(FIGURES, **{name: value for name, value in changes.items() if name in names})

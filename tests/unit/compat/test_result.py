@@ -30,8 +30,9 @@ def through_json(row: CellResult) -> dict[str, Any]:
         result(status=FAILED, shortfalls=(Shortfall("samples", "1 / 3", "3 the same"),)),
         result(path="per-expert", orientation=None, tests=Tests(1, 2, 3, {"why": 3}, ("a::b", "a::c"))),
         CellResult("gone", "released", NOT_RUN, {"peft": "1"}, detail="not asked for"),
+        result(errors={"crossed": "failed: Killed"}),
     ],
-    ids=["ok", "failed", "per-expert", "not-run"],
+    ids=["ok", "failed", "per-expert", "not-run", "errors"],
 )
 def test_a_row_reads_back_as_it_was_written(row: CellResult) -> None:
     assert CellResult.from_json(through_json(row)) == row

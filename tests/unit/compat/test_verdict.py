@@ -45,7 +45,11 @@ def test_a_cell_that_shows_all_is_ok() -> None:
         ("families", {"families": {"mixtral": "ok", "qwen3_moe": "its logits differ"}}),
         ("families", {"families": {}}),
         ("crossed", {"crossed": {"two": "other weights than where it was trained"}}),
+        ("crossed", {"crossed": {"two": "refused by design: eh"}}),
         ("journey", {"figures": None}),
+        ("crossed", {"crossed": {}, "errors": {"crossed": "failed: Killed (exit code -9)"}}),
+        ("crossed", {"crossed": {"two": "failed: Killed"}, "errors": {"crossed": "failed: Killed"}}),
+        ("versions", {"errors": {"versions": "journey: peft 0.21.2, expected 0.19.1"}}),
     ],
 )
 def test_each_thing_falls_short_by_its_own_check(check: str, change: dict[str, Any]) -> None:
@@ -63,6 +67,28 @@ def test_each_thing_falls_short_by_its_own_check(check: str, change: dict[str, A
 )
 def test_a_figure_that_is_no_number_falls_short(check: str, change: dict[str, Any]) -> None:
     assert checks(result(**change)) == [check]
+
+
+@pytest.mark.parametrize(
+    ("check", "value"),
+    [
+        ("kl_base_trained", math.inf),
+        ("kl_trained_merged", -5.0),
+        ("kl_float32_merge", -5.0),
+        ("kl_floor", math.nan),
+        ("kl_bfloat16_arithmetic", math.inf),
+        ("top1_agreement", math.nan),
+        ("top1_agreement", 1.5),
+        ("delta_kept", 2.0),
+        ("delta_kept", math.inf),
+        ("samples", (5, 3)),
+        ("samples", (-1, -1)),
+    ],
+)
+def test_a_figure_that_cannot_be_falls_short(check: str, value: object) -> None:
+    """No merge, right or wrong, has it: 5 of 3 samples, say. Rounding may leave a KL a little below 0."""
+    assert check in checks(result(**{check: value}))
+    assert checks(result(kl_float32_merge=-1e-9)) == []
 
 
 def test_a_training_that_moved_nothing_proves_nothing() -> None:
@@ -109,7 +135,10 @@ def test_a_shortfall_says_what_was_found_and_what_was_expected() -> None:
 
 
 def test_a_refusal_by_design_is_no_shortfall() -> None:
-    assert checks(result(families={"longcat_flash": "refused by design: experts-incomplete"})) == []
+    refused = {"longcat_flash": "refused by design: experts-incomplete"}
+    assert checks(result(families={"mixtral": "ok", **refused})) == []
+    row = judged(EXPECTED, result(families=refused))
+    assert [each.found for each in row.shortfalls] == ["all 1 refused by design"]
 
 
 def test_a_cell_may_expect_less() -> None:
