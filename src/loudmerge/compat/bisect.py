@@ -25,7 +25,9 @@ from packaging.version import Version
 
 from loudmerge.compat import cells, environment
 from loudmerge.compat.cells import PACKAGES, Cell, Matrix
-from loudmerge.compat.environment import Environment, Installer, NotInstalled, Unreachable
+from loudmerge.compat.children import Children
+from loudmerge.compat.commands import NotInstalled, Unreachable
+from loudmerge.compat.environment import Environment, Installer
 from loudmerge.compat.questions import CHECKS, Check, Checks, Expected, Node, Question
 from loudmerge.compat.releases import Index, PipIndex
 from loudmerge.errors import EnvironmentFailed
@@ -238,16 +240,10 @@ class Laboratory:
 
     def _ask(self, made: Environment, version: str, question: Question, scratch: Path) -> Finding:
         line = [str(made.python), *question.command(scratch)]
+        environ = environment.sealed(os.environ)
         try:
-            done = subprocess.run(  # noqa: S603 - a line made here
-                line,
-                cwd=self.root,
-                env=environment.sealed(os.environ),
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=SECONDS,
-            )
+            with Children() as children:
+                done = children.run(line, seconds=SECONDS, cwd=self.root, env=environ)
         except subprocess.TimeoutExpired:
             return Finding(version, None, f"no answer after {SECONDS} s", made.versions())
         answer = question.read(scratch, done.returncode)
@@ -296,12 +292,15 @@ def _parser() -> argparse.ArgumentParser:
 def _chosen(asked: argparse.Namespace, root: Path, index: Index) -> tuple[tuple[str, ...], tuple[Cell, ...]]:
     """The releases to search and the cells to take pins from. Raises ValueError, EnvironmentFailed."""
     matrix = cells.load(root / cells.FILE)
-    chosen = bases(matrix, asked.package, (asked.good, asked.bad))
-    if asked.cell:
-        chosen = matrix.chosen([asked.cell])
-        if not chosen[0].is_pinned:
-            raise ValueError(f"{asked.cell}: of lane {chosen[0].lane}, expected a cell that pins versions")
-    return between(index.versions(asked.package), asked.good, asked.bad), chosen
+    if asked.cell and not (named := matrix.chosen([asked.cell]))[0].is_pinned:
+        raise ValueError(f"{asked.cell}: of lane {named[0].lane}, expected a cell that pins versions")
+    found = between(index.versions(asked.package), asked.good, asked.bad)
+    good_is_older = Version(asked.good) < Version(asked.bad)
+    ends = (found[0], found[-1]) if good_is_older else (found[-1], found[0])
+    chosen = named if asked.cell else bases(matrix, asked.package, ends)
+    if not chosen:
+        raise ValueError(f"{cells.FILE}: found no cell that pins versions, expected one at least")
+    return found, chosen
 
 
 def _say(text: str) -> None:

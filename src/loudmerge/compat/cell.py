@@ -10,11 +10,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import loudmerge
 from loudmerge import training
 from loudmerge.compat import junit
+from loudmerge.compat.environment import SHOWN
 from loudmerge.training import ADAPTER, BASE
 
 TESTS, JOURNEY, FAMILIES, CROSS = "tests", "journey", "families", "cross"
@@ -33,7 +36,14 @@ UNIT_TESTS = (
     *(f"--ignore=tests/unit/{room}" for room in ("canary", "canary_rules", "compat", "conformance")),
 )
 FAMILY_TESTS = ("tests/e2e/test_families.py",)
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:loudmerge.canary.plugin")
+PYTEST = (
+    *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:loudmerge.canary.plugin"),
+    *("-p", "loudmerge.compat.counted"),
+)
+
+
+INTERRUPTED = 2
+"""pytest's exit code, also where a module cannot be imported: then it is a case, and no test runs."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,11 @@ def digest(out: Path) -> dict[str, str]:
     return {"weights": weights.hexdigest(), "counts": hashlib.sha256(counts.encode()).hexdigest()}
 
 
+def running() -> dict[str, str]:
+    """The versions of what this process runs on: an environment may hold others than it was made with."""
+    return {**{name: version(name) for name in SHOWN}, "python": platform.python_version()}
+
+
 def run_tests(job: Job) -> dict[str, Any]:
     """Unit and property tests: counts, the reasons of skips, the names of failures."""
     return {"tests": asdict(junit.tests(_pytest(job.root, UNIT_TESTS)))}
@@ -89,12 +104,17 @@ def _pytest(root: Path, arguments: Sequence[str]) -> tuple[junit.Case, ...]:
     https://docs.pytest.org/en/stable/reference/exit-codes.html
     """
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "junit.xml")
-        command = [sys.executable, *PYTEST, f"--junitxml={file}", *arguments]
+        file, counts = Path(scratch, "junit.xml"), Path(scratch, "counts.json")
+        command = [sys.executable, *PYTEST, f"--counted={counts}", f"--junitxml={file}", *arguments]
         code = subprocess.run(command, cwd=root, check=False).returncode  # noqa: S603 - a line made here
         cases = junit.read(file) if code in (0, 1, 2) else ()
-        if not cases or (code == 2 and junit.FAILED not in {case.outcome for case in cases}):
+        if not cases or (code and junit.FAILED not in {case.outcome for case in cases}):
             raise RuntimeError(f"pytest ended with exit code {code}: see the log")
+        counted = json.loads(counts.read_text("utf-8"))
+        if code != INTERRUPTED and counted["ended"] != counted["collected"]:
+            raise RuntimeError(
+                f"pytest ended after {counted['ended']} of {counted['collected']} tests: see the log"
+            )
         return cases
 
 
@@ -113,7 +133,6 @@ def run_journey(job: Job) -> dict[str, Any]:
         "path": shown.path,
         "orientation": shown.orientation,
         "merged": list(shown.merged),
-        "versions": dict(shown.versions),
         "losses": list(shown.losses),
         "digest": digest(shown.out),
     }
@@ -146,7 +165,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the job of the first file and writes what it showed into the second."""
     job_file, out = map(Path, arguments)
     job = Job.from_json(json.loads(job_file.read_text("utf-8")))
-    shown = RUNS[job.part](job)
+    shown = {**RUNS[job.part](job), "versions": running()}
     out.write_text(json.dumps(shown, indent=1) + "\n", "utf-8")
 
 

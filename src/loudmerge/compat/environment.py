@@ -6,21 +6,20 @@ library only.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from loudmerge.compat import links
+from loudmerge.compat import document, links
 from loudmerge.compat.cells import DEV, LATEST, PACKAGES, Cell
+from loudmerge.compat.commands import NotInstalled, answer, logged
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,34 +31,20 @@ SHOWN = (*PACKAGES, "torch")
 STAMP = "stamp.json"
 EXTRA = "dev"
 
-LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "CI")
-"""Environment variables that are not seen inside. CI would have property tests try many times as many inputs:
-its own run does that. Without bytecode every process would compile torch and transformers."""
+LEFT_OUT = ("VIRTUAL_ENV", "CI")
+LEFT_OUT_WITH = ("PYTHON", "PYTEST_", "HYPOTHESIS_")
+"""Environment variables, and how the names of others begin, that are not seen inside. CI would have property
+tests try many times as many inputs: its own run does that. Python's would bring in other packages, switch
+assertions off or, without bytecode, have every process compile torch and transformers; pytest's and
+Hypothesis's choose which tests run, and what is an error."""
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-INSTALL_SECONDS, ASK_SECONDS = 1800, 300
-"""How long an installation, and a question to an index or a host, may take."""
 
 _VERSIONS = f"""
 import json, platform
 from importlib.metadata import version
 print(json.dumps({{**{{name: version(name) for name in {SHOWN}}}, "python": platform.python_version()}}))
 """
-
-_UNREACHABLE = re.compile(
-    r"ConnectionError|ConnectTimeout|NewConnectionError|NameResolutionError|ProxyError|ReadTimeout|SSLError"
-    r"|from versions: none|Could not resolve|unable to access|Failed to fetch|error sending request|dns error"
-)
-"""How pip, uv and git say that a host did not answer."""
-
-
-class NotInstalled(RuntimeError):
-    """The environment could not be made; the message is what the installer said."""
-
-
-class Unreachable(RuntimeError):
-    """The package index or the host of the heads did not answer."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +136,21 @@ class Environment:
 
     def is_of(self, stamp: Stamp) -> bool:
         """Whether it was made, to the end, of exactly this."""
-        try:
-            found = json.loads((self.directory / STAMP).read_text("utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
         wanted = json.loads(json.dumps(asdict(stamp)))
-        return self.python.exists() and bool(found.get("stamp") == wanted)
+        return self.python.exists() and bool(self.stamped().get("stamp") == wanted)
+
+    def stamped(self) -> dict[str, Any]:
+        """What the stamp's file says; empty where there is none, or none that was written to its end."""
+        try:
+            found = document.read(self.directory / STAMP)
+        except ValueError:
+            return {}
+        whole = isinstance(found.get("stamp"), dict) and isinstance(found.get("versions"), dict)
+        return found if whole else {}
 
     def versions(self) -> dict[str, str]:
         """Of transformers, peft, trl, torch and python, as they were installed."""
-        found = json.loads((self.directory / STAMP).read_text("utf-8"))["versions"]
-        return {str(name): str(version) for name, version in found.items()}
+        return {str(name): str(version) for name, version in self.stamped()["versions"].items()}
 
     def make(self, root: Path, requirements: Sequence[str], installer: Installer, log: Path) -> bool:
         """Makes it, unless it is there with the same stamp; says whether it did.
@@ -176,16 +165,18 @@ class Environment:
         log.parent.mkdir(parents=True, exist_ok=True)
         wanted = ["-e", f"{root}[{EXTRA}]", *stamp.requirements]
         log.write_text("", "utf-8")
-        _logged(installer.create(self.directory), log)
+        logged(installer.create(self.directory), log)
         seeded = self._seed(stamp)
-        _logged(installer.install(self.python, wanted), log)
+        logged(installer.install(self.python, wanted), log)
         _share(self.directory, log)
-        document = {
-            "stamp": asdict(stamp),
-            "seeded": {name: str(other) for name, other in seeded.items()},
-            "versions": json.loads(_said([str(self.python), "-c", _VERSIONS])),
-        }
-        (self.directory / STAMP).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+        versions = json.loads(answer([str(self.python), "-c", _VERSIONS]))
+        others = differing(versions, _pinned(stamp.requirements))
+        if others:
+            raise NotInstalled(f"the installer left {others}: see the log")
+        origins = {name: str(other) for name, other in seeded.items()}
+        document.write(
+            self.directory / STAMP, {"stamp": asdict(stamp), "seeded": origins, "versions": versions}
+        )
         return True
 
     def _seed(self, stamp: Stamp) -> dict[str, Path]:
@@ -195,17 +186,14 @@ class Environment:
 
     def share_bytecode(self) -> None:
         """Takes what the environments it was seeded from have compiled since."""
-        seeded = json.loads((self.directory / STAMP).read_text("utf-8")).get("seeded", {})
+        seeded = self.stamped().get("seeded", {})
         links.share_bytecode(self.directory, {name: Path(other) for name, other in seeded.items()})
 
 
 def _complete(folder: Path) -> dict[Path, str | None]:
     """The environments in a folder that were made to the end, and the index of each one's torch."""
-    found: dict[Path, str | None] = {}
-    for file in sorted(folder.glob(f"*/{STAMP}")):
-        with contextlib.suppress(FileNotFoundError):  # made anew just now
-            found[file.parent] = json.loads(file.read_text("utf-8"))["stamp"]["index"]
-    return found
+    stamps = {file.parent: Environment(file.parent).stamped() for file in sorted(folder.glob(f"*/{STAMP}"))}
+    return {place: found["stamp"].get("index") for place, found in stamps.items() if found}
 
 
 def _share(directory: Path, log: Path) -> None:
@@ -220,21 +208,44 @@ def _share(directory: Path, log: Path) -> None:
 
 
 def sealed(environ: Mapping[str, str]) -> dict[str, str]:
-    """One thread for each process, nothing of the Hub's, and no package from outside the environment."""
-    kept = {name: value for name, value in environ.items() if name not in LEFT_OUT}
+    """One thread for each process, nothing of the Hub's, and nothing from outside that changes what runs."""
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if name not in LEFT_OUT and not name.startswith(LEFT_OUT_WITH)
+    }
     return {**kept, **dict.fromkeys(THREADS, "1"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def pins(cell: Cell, installer: Installer, environ: Mapping[str, str]) -> dict[str, str]:
     """Package -> version of a cell: pinned, newest on the index (latest), or a head on GitHub, a URL (dev).
 
-    Raises Unreachable.
+    Raises Unreachable, NotInstalled.
     """
     if cell.lane == LATEST:
         return newest(installer)
     if cell.lane == DEV:
         return heads(cell.versions, environ.get(GITHUB) or "https://github.com")
     return dict(cell.versions)
+
+
+def differing(found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    """`peft 0.21.2, expected 0.19.1`, for each version that is not the wanted one; empty where all are.
+
+    What follows a `+` says how a version was built, and zeros at the end say nothing.
+    """
+    names = [name for name in wanted if _plain(found.get(name, "none")) != _plain(wanted[name])]
+    return ", ".join(f"{name} {found.get(name, 'none')}, expected {wanted[name]}" for name in names)
+
+
+def _plain(version: str) -> str:
+    return re.sub(r"(\.0)+$", "", version.partition("+")[0])
+
+
+def _pinned(requirements: Sequence[str]) -> dict[str, str]:
+    """Package -> version, of the requirements that name just one."""
+    found = (re.fullmatch(r"([\w.-]+)==([\w.!+-]+)", one) for one in requirements)
+    return {pin[1]: pin[2] for pin in found if pin}
 
 
 def requirements(pinned: Mapping[str, str]) -> tuple[str, ...]:
@@ -245,14 +256,14 @@ def requirements(pinned: Mapping[str, str]) -> tuple[str, ...]:
 def newest(installer: Installer) -> dict[str, str]:
     """transformers, peft and trl that this Python gets today where nothing but torch is pinned.
 
-    Raises Unreachable. https://pip.pypa.io/en/stable/reference/installation-report/
+    Raises Unreachable, NotInstalled. https://pip.pypa.io/en/stable/reference/installation-report/
     """
     wanted = [*PACKAGES, installer.torch]
     if installer.uv:
         return _newest_by_uv(wanted, installer)
     index = installer.beside()
     line = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--quiet"]
-    report = json.loads(_said([*line, "--dry-run", "--ignore-installed", "--report", "-", *index, *wanted]))
+    report = json.loads(answer([*line, "--dry-run", "--ignore-installed", "--report", "-", *index, *wanted]))
     found = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
     return {name: str(found[name]) for name in PACKAGES}
 
@@ -260,62 +271,20 @@ def newest(installer: Installer) -> dict[str, str]:
 def _newest_by_uv(wanted: Sequence[str], installer: Installer) -> dict[str, str]:
     index = installer.beside()
     line = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", sys.executable]
-    found = _said([*line, *index, "-"], "\n".join(wanted)).split()
+    found = answer([*line, *index, "-"], "\n".join(wanted)).split()
     return {name: pin for name, _, pin in (line.partition("==") for line in found) if name in PACKAGES}
 
 
 def heads(repositories: Mapping[str, str], base: str) -> dict[str, str]:
-    """Package -> URL of its repository's default branch at the commit it has now. Raises Unreachable."""
+    """Package -> URL of its repository's default branch at the commit it has now.
+
+    Raises Unreachable, NotInstalled.
+    """
     found = {}
     for name, repository in repositories.items():
         url = f"{base.rstrip('/')}/{repository}"
-        commit = _said(["git", "ls-remote", url, "HEAD"]).split()[:1]
+        commit = answer(["git", "ls-remote", url, "HEAD"]).split()[:1]
         if not commit:
-            raise Unreachable(f"git ls-remote: {repository} has no HEAD")
+            raise NotInstalled(f"git ls-remote: {repository} has no HEAD")
         found[name] = f"git+{url}@{commit[0]}"
     return found
-
-
-def _said(command: Sequence[str], asked: str = "") -> str:
-    """What a question's answer is. Raises Unreachable with the last line of what went wrong."""
-    quiet = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    try:
-        done = subprocess.run(  # noqa: S603 - lines made here
-            command, input=asked, capture_output=True, text=True, check=False, timeout=ASK_SECONDS, env=quiet
-        )
-    except FileNotFoundError as error:
-        raise Unreachable(f"{command[0]} is not installed") from error
-    except subprocess.TimeoutExpired as error:
-        raise Unreachable(f"{command[0]} had no answer after {ASK_SECONDS} s") from error
-    if done.returncode:
-        raise Unreachable(said(done.stderr))
-    return done.stdout
-
-
-def _logged(command: Sequence[str], log: Path) -> None:
-    """Runs a command, its words into `log`. Raises NotInstalled or Unreachable with the last of them."""
-    with log.open("a", encoding="utf-8") as file:
-        start = file.tell()
-        heading = f"$ {' '.join(command)}\n"
-        file.write(heading)
-        file.flush()
-        try:
-            code = subprocess.run(  # noqa: S603 - lines made here
-                command, stdout=file, stderr=file, check=False, timeout=INSTALL_SECONDS
-            ).returncode
-        except FileNotFoundError as error:
-            raise NotInstalled(f"{command[0]} is not installed") from error
-        except subprocess.TimeoutExpired as error:
-            raise NotInstalled(f"{command[0]} was not done after {INSTALL_SECONDS} s") from error
-    if code:
-        text = log.read_text("utf-8")[start + len(heading) :]
-        raise (Unreachable if _UNREACHABLE.search(text) else NotInstalled)(said(text))
-
-
-def said(text: str) -> str:
-    """The line that says what is wrong, without addresses, which may hold credentials."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(ERROR|error|fatal)\b", line)]
-    telling = [line for line in errors if "ResolutionImpossible" not in line]
-    line = (telling or errors or lines or ["it said nothing"])[-1]
-    return re.sub(r"[a-z+]+://\S+", "…", re.sub(r"host='[^']*'", "host=…", line))[:400]

@@ -6,6 +6,7 @@ A question is a command for an environment's Python, and how its answer is read.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,25 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from loudmerge.compat import junit
-from loudmerge.compat.cells import Expectation
+from loudmerge.compat.cells import PATHS, Expectation
 from loudmerge.compat.result import NUMBERS, CellResult
 from loudmerge.compat.verdict import judged
+from loudmerge.layout import LoraBLayout
 
 LAYOUT = ("path", "orientation", "lora_b_layout")
 """What the installed PEFT can be asked without a training."""
 OUTCOMES = (junit.FAILED, junit.SKIPPED, junit.PASSED)
 COUNTS = ("merged", "samples")
 CHECKS = (*LAYOUT, *COUNTS, *NUMBERS)
+
+VALUES: Mapping[str, str] = {
+    "path": "|".join(PATHS),
+    "orientation": "standard|swapped|none",
+    "lora_b_layout": "|".join((*(layout.value for layout in LoraBLayout), "none")),
+    "merged": "[0-9]+/[0-9]+",
+    "samples": "[0-9]+/[0-9]+",
+}
+"""What the value of a check can be: a pattern."""
 
 _CHECK = re.compile(r"(?P<name>\w+)(?:(?P<relation><=|>=|=)(?P<value>[^=<>\s]+))?")
 
@@ -59,7 +70,7 @@ class Check:
 
     @classmethod
     def parse(cls, text: str) -> Check:
-        """Raises ValueError naming what is not understood."""
+        """Raises ValueError naming what is not understood, or can never be so."""
         found = _CHECK.fullmatch(text.replace(" ", ""))
         if found is None or found["name"] not in CHECKS:
             raise ValueError(
@@ -75,6 +86,8 @@ class Check:
             if name not in NUMBERS:
                 raise ValueError(f"found {text!r}, expected {name} or {name}=VALUE: it is no number")
             _number(text, value)
+        elif relation and not re.fullmatch(VALUES[name], value):
+            raise ValueError(f"found {text!r}, expected one of {VALUES[name]} after {name}=")
         return cls(name, relation, value)
 
     def __str__(self) -> str:
@@ -93,10 +106,13 @@ class Check:
 
 
 def _number(text: str, value: str) -> None:
+    said = f"found {text!r}, expected a number after its relation"
     try:
-        float(value)
+        number = float(value)
     except ValueError as error:
-        raise ValueError(f"found {text!r}, expected a number after its relation") from error
+        raise ValueError(said) from error
+    if not math.isfinite(number):
+        raise ValueError(said)
 
 
 def shown(found: Any) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loudmerge.compat import document
 from loudmerge.compat.cell import CROSS, FAMILIES, JOURNEY, TESTS
 from loudmerge.compat.cells import Cell
+from loudmerge.compat.environment import differing
 from loudmerge.compat.result import (
     FAILED,
     NOT_INSTALLED,
@@ -20,28 +21,39 @@ from loudmerge.compat.result import (
     read_figures,
     read_tests,
 )
-from loudmerge.compat.verdict import RAN
+from loudmerge.compat.verdict import RAN, VERSIONS
 
 KEPT = "of an earlier run"
 """What the row of a cell says that was not asked for now."""
 
 
+CHECKS: Mapping[str, str] = {CROSS: "crossed"}
+"""The check of a part, where it has another name."""
+
+
 def of_parts(
-    cell: Cell, versions: Mapping[str, str], parts: Mapping[str, Mapping[str, Any]], installed_in: float
+    cell: Cell,
+    versions: Mapping[str, str],
+    parts: Mapping[str, Mapping[str, Any]],
+    installed_in: float,
+    source: str = "",
 ) -> CellResult:
     """The row of a cell that ran. parts: what each part wrote, empty for one that did not run.
 
-    installed_in: seconds that its environment took. It is still to be judged.
+    versions: of its environment, when that was made. installed_in: seconds that it took. source: of the
+    loudmerge that ran. It is still to be judged.
     """
     journey = parts[JOURNEY]
     stages = {"environment": round(installed_in, 1)}
     stages |= {part: found["seconds"] for part, found in parts.items() if "seconds" in found}
-    errors = [f"{part} {found['error']}" for part, found in parts.items() if "error" in found]
+    errors = {part: str(found["error"]) for part, found in parts.items() if "error" in found}
+    ran = {part: found["versions"] for part, found in parts.items() if "versions" in found}
+    others = _others(cell, versions, ran)
     return CellResult(
         cell=cell.name,
         lane=cell.lane,
         status=FAILED,
-        versions=versions,
+        versions={**versions, **next((found for part, found in ran.items() if part in others), {})},
         path=journey.get("path"),
         orientation=journey.get("orientation"),
         merged=tuple(journey["merged"]) if "merged" in journey else None,
@@ -49,10 +61,23 @@ def of_parts(
         tests=_tests(parts[TESTS].get("tests"), parts[FAMILIES].get("failures", ())),
         families=parts[FAMILIES].get("families", {}),
         crossed=parts[CROSS].get("crossed", {}),
-        detail="; ".join(errors),
+        detail="; ".join(f"{part} {error}" for part, error in errors.items()),
         seconds=round(sum(stages.values()), 1),
         stages=stages,
+        errors={CHECKS.get(part, part): error for part, error in errors.items()}
+        | ({VERSIONS: "; ".join(f"{part}: {says}" for part, says in others.items())} if others else {}),
+        source=source,
     )
+
+
+def _others(cell: Cell, versions: Mapping[str, str], ran: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Part -> what it ran on that is not the cell's pins, or where there are none its environment's.
+
+    An environment may have been changed after it was made.
+    """
+    wanted = {**versions, **(cell.versions if cell.is_pinned else {})}
+    said = {part: differing({**wanted, **found}, wanted) for part, found in ran.items()}
+    return {part: others for part, others in said.items() if others}
 
 
 def _figures(found: Mapping[str, Any] | None) -> Figures | None:
@@ -77,23 +102,33 @@ def of_twin(cell: Cell, twin: CellResult) -> CellResult:
     return replace(twin, cell=cell.name, lane=cell.lane, detail=detail)
 
 
-def of_earlier(cell: Cell, file: Path, torch: str) -> CellResult:
-    """The row in `file` if it is of these versions and this torch (a requirement); else one that says why."""
+def of_earlier(cell: Cell, file: Path, torch: str, source: str) -> CellResult:
+    """The row in `file` if it is of this cell, these versions, this torch (a requirement) and this source.
+
+    Else one that says why not.
+    """
     empty = CellResult(cell.name, cell.lane, NOT_RUN, cell.versions, detail="not asked for")
-    if not file.is_file():
-        return empty
     try:
-        found = CellResult.from_json(json.loads(file.read_text("utf-8")))
+        found = CellResult.from_json(document.read(file)) if file.is_file() else empty
     except ValueError as error:
         return replace(empty, detail=f"not asked for, and its earlier result cannot be read: {error}")
     if found.status not in (*RAN, NOT_INSTALLED):
         return empty
-    other = _other_versions(cell, found, torch)
+    other = _other(cell, found, torch, source)
     if other:
         return replace(empty, detail=f"not asked for, and its earlier result is of {other}")
     if found.detail.startswith(KEPT):
         return found
     return replace(found, detail=f"{KEPT}; {found.detail}" if found.detail else KEPT)
+
+
+def _other(cell: Cell, found: CellResult, torch: str, source: str) -> str:
+    """What the row is of that the cell is not; empty where it is of the same."""
+    if found.cell != cell.name:
+        return f"the cell {found.cell}"
+    if found.status in RAN and found.source != source:
+        return "another source of loudmerge"
+    return _other_versions(cell, found, torch)
 
 
 def _other_versions(cell: Cell, found: CellResult, torch: str) -> str:

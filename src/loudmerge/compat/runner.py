@@ -5,35 +5,31 @@
     .compat/logs/CELL.txt       what the installer said; CELL-PART.txt: what the part said
     .compat/results/CELL.json   its row
 
+A cell's row is written when the last of its parts has run; until then it says that none has come to its end.
 Standard library only: torch and the rest are in the environments.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loudmerge.compat import rows
+from loudmerge.compat import document, rows
 from loudmerge.compat.cell import CROSS, FAMILIES, JOURNEY, PARTS, TESTS, Job, source
 from loudmerge.compat.cells import Cell, Matrix
-from loudmerge.compat.environment import (
-    Environment,
-    Installer,
-    NotInstalled,
-    Unreachable,
-    pins,
-    requirements,
-    sealed,
-)
-from loudmerge.compat.result import NOT_INSTALLED, OK, UNREACHABLE, CellResult
+from loudmerge.compat.children import Children
+from loudmerge.compat.commands import NotInstalled, Unreachable
+from loudmerge.compat.environment import Environment, Installer, pins, requirements, sealed
+from loudmerge.compat.result import NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult
 from loudmerge.compat.verdict import judged
 
 MOST_INSTALLATIONS = 2
@@ -44,6 +40,8 @@ PART_SECONDS = 1800
 
 OWN_PARTS = (FAMILIES, TESTS, JOURNEY)
 """All but the last stage; the longest first, so that no processor waits for one at the end."""
+
+UNREAD = "left a file that cannot be read"
 
 Tell = Callable[[str], None]
 """Called with a line of progress."""
@@ -111,15 +109,39 @@ def run(matrix: Matrix, names: Sequence[str], options: Options, tell: Tell) -> t
 
     Gives a row for every cell, in the matrix's order. Raises MatrixError on an unknown name.
     """
-    resolved = _resolve(matrix, matrix.chosen(names), options, tell)
-    with ThreadPoolExecutor(min(options.jobs, MOST_INSTALLATIONS)) as pool:
+    asked = matrix.chosen(names)
+    for cell in asked:
+        _keep(_begun(cell), options)
+    resolved = _resolve(matrix, asked, options, tell)
+    for one in resolved:  # twins were not asked for
+        _keep(_begun(one.cell), options)
+    with _workers(min(options.jobs, MOST_INSTALLATIONS)) as pool:
         prepared = list(pool.map(lambda one: _prepare(one, options, tell), resolved))
     running = [one for one in prepared if one.runs]
+    for one in prepared:
+        if one.status is not None:
+            _keep(_row(one, options), options)
     own = [part for part in OWN_PARTS if part in options.parts]
-    _run_parts([(one, part) for part in own for one in running], matrix, options, tell)
-    if CROSS in options.parts:
-        _run_parts([(one, CROSS) for one in running], matrix, options, tell)
+    crosses = CROSS in options.parts
+    _run_parts(running, own, {}, options, tell, last=not crosses)
+    if crosses:
+        _run_parts(running, [CROSS], _trained(matrix, options, tell), options, tell, last=True)
     return _rows(matrix, prepared, options)
+
+
+def _begun(cell: Cell) -> CellResult:
+    detail = "asked for, and the run has not come to its end"
+    return CellResult(cell.name, cell.lane, NOT_RUN, cell.versions, detail=detail)
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads. What they have not come to when the block ends, by Ctrl-C say, is not begun."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def failures(asked: Sequence[Cell], rows: Sequence[CellResult]) -> tuple[CellResult, ...]:
@@ -138,9 +160,10 @@ def _resolve(matrix: Matrix, asked: Sequence[Cell], options: Options, tell: Tell
     for cell in asked:
         try:
             wanted = pins(cell, options.installer, options.environ)
-        except Unreachable as error:
-            tell(f"{cell.name}: {UNREACHABLE}: {error}")
-            found[cell.name] = Prepared(cell, cell.versions, status=UNREACHABLE, detail=str(error))
+        except (NotInstalled, Unreachable) as error:
+            status = _status(error)
+            tell(f"{cell.name}: {status}: {error}")
+            found[cell.name] = Prepared(cell, cell.versions, status=status, detail=str(error))
             continue
         same = (
             []
@@ -162,7 +185,7 @@ def _prepare(one: Prepared, options: Options, tell: Tell) -> Prepared:
     try:
         made = environment.make(options.root, wanted, options.installer, options.log(name))
     except (NotInstalled, Unreachable) as error:
-        status = UNREACHABLE if isinstance(error, Unreachable) else NOT_INSTALLED
+        status = _status(error)
         tell(f"{name}: {status}: {error}")
         return replace(one, status=status, detail=str(error), seconds=time.monotonic() - started)
     seconds = time.monotonic() - started
@@ -170,14 +193,38 @@ def _prepare(one: Prepared, options: Options, tell: Tell) -> Prepared:
     return replace(one, seconds=seconds)
 
 
-def _run_parts(tasks: Sequence[tuple[Prepared, str]], matrix: Matrix, options: Options, tell: Tell) -> None:
-    with ThreadPoolExecutor(options.jobs) as pool:
-        done = [pool.submit(_run_part, one, part, matrix, options, tell) for one, part in tasks]
-    for each in done:
-        each.result()
+def _status(error: NotInstalled | Unreachable) -> str:
+    return UNREACHABLE if isinstance(error, Unreachable) else NOT_INSTALLED
 
 
-def _run_part(one: Prepared, part: str, matrix: Matrix, options: Options, tell: Tell) -> None:
+def _run_parts(
+    cells: Sequence[Prepared],
+    parts: Sequence[str],
+    trained: Mapping[str, Path],
+    options: Options,
+    tell: Tell,
+    *,
+    last: bool,
+) -> None:
+    """Runs these parts of the cells. trained: whose adapters are merged. last: no other parts come after."""
+    left = Counter(one.cell.name for one in cells for _ in parts)
+    with _workers(options.jobs) as pool, Children() as children:
+        running = {
+            pool.submit(_run_part, one, part, trained, options, children, tell): one
+            for part in parts
+            for one in cells
+        }
+        for done in as_completed(running):
+            done.result()
+            one = running[done]
+            left[one.cell.name] -= 1
+            if last and not left[one.cell.name]:
+                _keep(_row(one, options), options)
+
+
+def _run_part(
+    one: Prepared, part: str, trained: Mapping[str, Path], options: Options, children: Children, tell: Tell
+) -> None:
     """Runs a part in the cell's environment; keeps what it showed, or why it did not, with its seconds."""
     name, started = one.cell.name, time.monotonic()
     directory = options.directory(name)
@@ -185,50 +232,59 @@ def _run_part(one: Prepared, part: str, matrix: Matrix, options: Options, tell: 
     (directory / f"{part}.json").unlink(missing_ok=True)
     if part == JOURNEY:
         shutil.rmtree(directory / JOURNEY, ignore_errors=True)
-    others = _trained(matrix, options, without=name) if part == CROSS else {}
+    others = {cell: place for cell, place in trained.items() if cell != name}
     try:
-        shown = _in_environment(Job(part, options.root, directory, others), name, options)
+        shown = _in_environment(Job(part, options.root, directory, others), name, options, children)
     except PartFailed as error:
         shown = {"error": str(error), **({"crossed": dict.fromkeys(others, str(error))} if others else {})}
     seconds = time.monotonic() - started
-    _write(directory / f"{part}.json", {**shown, "seconds": round(seconds, 1), "of": one.of_these(options)})
+    document.write(
+        directory / f"{part}.json", {**shown, "seconds": round(seconds, 1), "of": one.of_these(options)}
+    )
     tell(f"{name}: {part} {shown.get('error', 'done')}, {seconds:.0f} s")
 
 
-def _trained(matrix: Matrix, options: Options, *, without: str) -> dict[str, Path]:
-    """The other cells that trained an adapter, and merged it with this loudmerge: cell -> directory."""
-    places = {name: options.directory(name) for name in matrix.names if name != without}
-    journeys = {name: _read(place / f"{JOURNEY}.json") for name, place in places.items()}
-    ended = [name for name, found in journeys.items() if "digest" in found]
-    return {name: places[name] for name in ended if journeys[name]["of"]["source"] == options.source}
+def _trained(matrix: Matrix, options: Options, tell: Tell) -> dict[str, Path]:
+    """The cells that trained an adapter, and merged it with this loudmerge: cell -> directory."""
+    found = {}
+    for name in matrix.names:
+        try:
+            journey = document.read(options.directory(name) / f"{JOURNEY}.json")
+        except ValueError as error:
+            tell(f"{name}: its journey {UNREAD}: {error}; no other cell merges its adapter")
+            continue
+        of = journey.get("of")
+        if "digest" in journey and isinstance(of, dict) and of.get("source") == options.source:
+            found[name] = options.directory(name)
+    return found
 
 
-def _in_environment(job: Job, name: str, options: Options) -> dict[str, Any]:
+def _in_environment(job: Job, name: str, options: Options, children: Children) -> dict[str, Any]:
     """What the part showed. Raises PartFailed with the last line of its log."""
     log = options.log(name, job.part)
     log.parent.mkdir(parents=True, exist_ok=True)
     asked, out = job.directory / f"{job.part}-job.json", job.directory / f"{job.part}-out.json"
     out.unlink(missing_ok=True)
-    _write(asked, job.to_json())
+    document.write(asked, job.to_json())
     options.environment(name).share_bytecode()
     command = [str(options.environment(name).python), "-m", "loudmerge.compat.cell", str(asked), str(out)]
     with log.open("w", encoding="utf-8") as file:
+        environ = sealed(options.environ)
         try:
-            code = subprocess.run(  # noqa: S603 - a line made here
-                command,
-                cwd=options.root,
-                env=sealed(options.environ),
-                stdout=file,
-                stderr=file,
-                timeout=PART_SECONDS,
-                check=False,
+            code = children.run(
+                command, seconds=PART_SECONDS, cwd=options.root, env=environ, log=file
             ).returncode
         except subprocess.TimeoutExpired as error:
             raise PartFailed(f"was not done after {PART_SECONDS} s") from error
+        except OSError as error:
+            raise PartFailed(f"could not be started: {error}") from error
     if code or not out.is_file():
         lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
         raise PartFailed(f"failed: {lines[-1][:300] if lines else 'it said nothing'} (exit code {code})")
-    return _read(out)
+    try:
+        return document.read(out)
+    except ValueError as error:
+        raise PartFailed(f"{UNREAD}: {error}") from error
 
 
 def _rows(matrix: Matrix, prepared: Sequence[Prepared], options: Options) -> tuple[CellResult, ...]:
@@ -238,31 +294,33 @@ def _rows(matrix: Matrix, prepared: Sequence[Prepared], options: Options) -> tup
     for cell in matrix.cells:
         if cell.name not in found:
             file = options.results / f"{cell.name}.json"
-            found[cell.name] = rows.of_earlier(cell, file, options.installer.torch)
+            found[cell.name] = rows.of_earlier(cell, file, options.installer.torch, options.source)
     judgements = tuple(judged(cell.expects, found[cell.name]) for cell in matrix.cells)
     for row in judgements:
-        _write(options.results / f"{row.cell}.json", row.to_json())
+        _keep(row, options)
     return judgements
 
 
 def _row(one: Prepared, options: Options) -> CellResult:
+    """The row of a cell that has no twin, judged."""
     cell = one.cell
     if one.status is not None:
         seconds = round(one.seconds, 1)
         return CellResult(cell.name, cell.lane, one.status, one.pins, detail=one.detail, seconds=seconds)
-    found = {part: _read(options.directory(cell.name) / f"{part}.json") for part in PARTS}
-    shown = {part: left if left.get("of") == one.of_these(options) else {} for part, left in found.items()}
-    return rows.of_parts(cell, options.environment(cell.name).versions(), shown, one.seconds)
+    shown = {part: _shown(one, part, options) for part in PARTS}
+    versions = options.environment(cell.name).versions()
+    row = rows.of_parts(cell, versions, shown, one.seconds, options.source)
+    return judged(cell.expects, row)
 
 
-def _write(file: Path, document: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+def _keep(row: CellResult, options: Options) -> None:
+    document.write(options.results / f"{row.cell}.json", row.to_json())
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The document, empty where there is none."""
-    if not file.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return found
+def _shown(one: Prepared, part: str, options: Options) -> dict[str, Any]:
+    """What a part showed of these versions and this source; empty where it did not run on them."""
+    try:
+        left = document.read(options.directory(one.cell.name) / f"{part}.json")
+    except ValueError as error:
+        return {"error": f"{UNREAD}: {error}"}
+    return left if left.get("of") == one.of_these(options) else {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ import pytest
 
 import loudmerge
 from loudmerge.compat.cells import Cell
-from loudmerge.compat.environment import STAMP, Installer, Stamp, requirements
+from loudmerge.compat.environment import STAMP, Environment, Installer, Stamp, requirements
 from loudmerge.compat.runner import Options
 from tests.unit.compat.made import VERSIONS
 
@@ -58,6 +60,10 @@ def test_skips(): pytest.skip("nothing to ask")
 """
 
 
+HELD = "held"
+"""Where an environment of `in_place` says what versions it holds."""
+
+
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The checkout's root; pip sees the wheels, and no index."""
     root, wheels = tmp_path / "checkout", tmp_path / "wheels"
@@ -91,13 +97,26 @@ def options(root: Path, parts: Sequence[str]) -> Options:
     return Options(root, root / ".compat" / "results", 2, Installer.of(root, {}), tuple(parts))
 
 
+def holds(place: Environment, name: str, version: str) -> None:
+    """Has the environment of `in_place` say that it holds this version of a package."""
+    for other in place.directory.glob(f"{HELD}/{name}-*"):
+        shutil.rmtree(other)
+    metadata = place.directory / HELD / f"{name}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
+
+
 def in_place(root: Path, cell: Cell) -> None:
     """Makes an environment of the cell's pins: the Python that runs the tests, with loudmerge."""
     place = options(root, ()).environment(cell.name)
     place.python.parent.mkdir(parents=True)
     source = Path(loudmerge.__file__).parents[1]
-    place.python.write_text(f'#!/bin/sh\nPYTHONPATH="{source}" exec "{sys.executable}" "$@"\n', "utf-8")
+    versions = {**VERSIONS, **cell.versions, "torch": "2.13.0"}
+    for name, version in versions.items():
+        holds(place, name, version)
+    path = f"{place.directory / HELD}:{source}"
+    place.python.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" exec "{sys.executable}" "$@"\n', "utf-8")
     place.python.chmod(0o755)
     stamp = Stamp.of(root, requirements(cell.versions), Installer.of(root, {}))
-    versions = {**VERSIONS, **cell.versions, "torch": "2.13.0", "python": "3"}
+    versions["python"] = platform.python_version()
     (place.directory / STAMP).write_text(json.dumps({"stamp": asdict(stamp), "versions": versions}), "utf-8")

@@ -22,15 +22,8 @@ from packaging.version import Version
 from loudmerge.compat import observe
 from loudmerge.compat.bisect import Finding, Search, bases, between, main, search
 from loudmerge.compat.cells import FILE, PACKAGES, Matrix, load, name_of
-from loudmerge.compat.environment import (
-    STAMP,
-    Environment,
-    Installer,
-    NotInstalled,
-    Stamp,
-    Unreachable,
-    requirements,
-)
+from loudmerge.compat.commands import NotInstalled, Unreachable
+from loudmerge.compat.environment import STAMP, Environment, Installer, Stamp, requirements
 from loudmerge.compat.questions import Answer, Check, Checks, Expected, Node
 from loudmerge.compat.result import OK, CellResult, Figures
 from loudmerge.errors import EnvironmentFailed
@@ -222,6 +215,13 @@ def test_a_check_is_met_or_not_or_what_was_found(text: str, value: object, state
         ("kl_trained_merged=0", "no two runs are equal"),
         ("kl_trained_merged<=low", "expected a number after its relation"),
         ("orientation<=1", "expected orientation or orientation=VALUE: it is no number"),
+        ("orientation=swaped", r"found 'orientation=swaped', expected one of standard\|swapped\|none"),
+        ("path=dense", "expected one of"),
+        ("lora_b_layout=grouped", r"expected one of rank_major\|grouped_by_expert\|none"),
+        ("merged=all", "expected one of"),
+        ("samples=3", "expected one of"),
+        ("kl_trained_merged<=nan", "expected a number after its relation"),
+        ("kl_trained_merged>=inf", "expected a number after its relation"),
     ],
 )
 def test_a_check_that_is_not_understood_is_said_to_be(text: str, message: str) -> None:
@@ -473,6 +473,30 @@ def test_a_pytest_node_is_run_in_each_environment(bed: Bed, capsys: pytest.Captu
     assert text.startswith("peft 0.19.1 is the first version where it changes.")
     assert "  0.19.0  1 passed [peft 0.19.0]" in text
     assert "  0.19.1  1 failed: test_of_the_version: AssertionError: it is the new one" in text
+
+
+def test_an_end_may_be_written_otherwise_than_it_was_released(
+    bed: Bed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cell of the first end is still found by it."""
+    for version, orientation in (("0.18.1", "swapped"), ("0.19.0", "swapped"), ("0.19.1", "standard")):
+        bed.says(version, orientation)
+    ends = ["--package", "peft", "--good", "0.18.1.0", "--bad", "0.19.1.0"]
+    assert main([*ends, "--expect", "orientation=swapped"], Shelf()) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("peft 0.19.1 is the first version where it changes.")
+    assert "(tf5.5.0-peft0.18.1-trl0.25.1)" in text
+
+
+def test_a_matrix_without_a_pinned_cell_is_a_usage_error(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lanes = 'latest = [{ name = "latest", path = "fused", orientation = "standard" }]'
+    (root / FILE).write_text(f"{EXPECT}[lanes]\n{lanes}\n", "utf-8")
+    with pytest.raises(SystemExit) as caught:
+        main(ASKED, Shelf())
+    assert caught.value.code == 2
+    assert "found no cell that pins versions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

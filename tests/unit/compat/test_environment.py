@@ -7,14 +7,15 @@ import os
 import py_compile
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from loudmerge.compat import environment, links
-from loudmerge.compat.environment import Environment, Installer, NotInstalled, Stamp, Unreachable
+from loudmerge.compat.commands import NotInstalled, Unreachable
+from loudmerge.compat.environment import STAMP, Environment, Installer, Stamp
 from tests.unit.compat import checkout
 from tests.unit.compat.made import VERSIONS, cell
 
@@ -51,6 +52,66 @@ def test_an_environment_is_made_reused_rebuilt_and_reported(root: Path) -> None:
     log = (root / ".compat" / "logs" / "one.txt").read_text("utf-8")
     assert "peft==0.1" in log.splitlines()[1]
     assert "ERROR: No matching distribution found for peft==0.1" in log
+
+
+@dataclass(frozen=True)
+class Careless(Installer):
+    """Installs another peft than it is asked for."""
+
+    def install(self, python: Path, wanted: Sequence[str]) -> list[str]:
+        return super().install(python, [one.replace("peft==0.19.1", "peft==0.18.1") for one in wanted])
+
+
+def test_what_an_installer_left_is_compared_with_the_pins(root: Path) -> None:
+    made, wanted = Environment(root / "env"), environment.requirements(VERSIONS)
+    installer = Careless(Installer.of(root, {}).torch)
+    with pytest.raises(NotInstalled, match=r"installer left peft 0\.18\.1, expected 0\.19\.1: see"):
+        made.make(root, wanted, installer, root / "log.txt")
+    assert not made.is_of(Stamp.of(root, wanted, installer))
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "says"),
+    [
+        ({"torch": "2.13.0+cpu", "peft": "1.0"}, {"torch": "2.13.0", "peft": "1.0.0"}, ""),
+        ({"torch": "2.13.0"}, {"torch": "2.13.0+cpu"}, ""),
+        ({"peft": "0.19.1"}, {"peft": "0.19.10"}, "peft 0.19.1, expected 0.19.10"),
+        ({"peft": "10"}, {"peft": "1"}, "peft 10, expected 1"),
+        ({}, {"peft": "1", "trl": "2"}, "peft none, expected 1, trl none, expected 2"),
+    ],
+)
+def test_versions_differ_by_more_than_a_build_and_zeros(
+    found: dict[str, str], wanted: dict[str, str], says: str
+) -> None:
+    assert environment.differing(found, wanted) == says
+
+
+@pytest.mark.parametrize("text", ["", '{"stamp": {', "[]", '{"stamp": {}, "versions": null}'])
+def test_a_stamp_that_was_not_written_to_its_end_is_none(root: Path, text: str) -> None:
+    """Neither is one that lacks what is read of it: the environment is made anew."""
+    checkout.in_place(root, cell())
+    made = checkout.options(root, ()).environment("one")
+    stamp = Stamp.of(root, environment.requirements(VERSIONS), Installer.of(root, {}))
+    assert made.is_of(stamp)
+    document = json.loads((made.directory / STAMP).read_text("utf-8"))
+    for broken in (text, json.dumps({"stamp": document["stamp"]})):
+        (made.directory / STAMP).write_text(broken, "utf-8")
+        assert not made.is_of(stamp)
+        assert environment._complete(made.directory.parent) == {}
+
+
+def test_no_variable_chooses_what_runs_inside() -> None:
+    chosen = {
+        "PYTEST_ADDOPTS": "-k ok",
+        "PYTEST_PLUGINS": "mine",
+        "HYPOTHESIS_PROFILE": "quick",
+        "PYTHONOPTIMIZE": "1",
+        "PYTHONPATH": "/elsewhere",
+        "CI": "1",
+    }
+    kept = environment.sealed({**chosen, "PATH": "/bin", "HF_HUB_CACHE": "/cache"})
+    assert not kept.keys() & chosen.keys()
+    assert (kept["PATH"], kept["HF_HUB_CACHE"]) == ("/bin", "/cache")
 
 
 def test_environments_share_their_large_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,28 +234,30 @@ def _repository(directory: Path) -> str:
     return done.stdout.strip()
 
 
-def test_heads_that_cannot_be_reached_say_so_without_the_address(tmp_path: Path) -> None:
-    base = (tmp_path / "user:secret").as_uri()
+def test_heads_that_cannot_be_reached_say_so_without_the_address() -> None:
     with pytest.raises(Unreachable, match="fatal: ") as raised:
-        environment.heads({"peft": "huggingface/peft"}, base)
+        environment.heads({"peft": "huggingface/peft"}, "http://user:secret@127.0.0.1:9")
     assert "://" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ("Collecting peft\nERROR: no such thing\nmore", "ERROR: no such thing"),
-        (
-            "ERROR: Cannot install a and b\n\nThe conflict\nERROR: ResolutionImpossible: for help visit https://p.io/x",
-            "ERROR: Cannot install a and b",
-        ),
-        ("just this\n\n", "just this"),
-        ("", "it said nothing"),
-        ("ERROR: https://me:secret@index.invalid/simple failed", "ERROR: … failed"),
-    ],
-)
-def test_the_telling_line_of_an_installer(words: str, line: str) -> None:
-    assert environment.said(words) == line
+def test_a_repository_that_is_not_there_is_no_fault_of_the_host(tmp_path: Path) -> None:
+    with pytest.raises(NotInstalled, match="fatal: ") as raised:
+        environment.heads({"peft": "huggingface/pfet"}, (tmp_path / "user:secret").as_uri())
+    assert "://" not in str(raised.value)
+
+
+def test_a_git_that_is_not_there_is_no_fault_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NotInstalled, match="git is not installed"):
+        environment.heads({"peft": "huggingface/peft"}, "http://127.0.0.1:9")
+
+
+def test_a_repository_without_a_commit_is_no_fault_of_the_host(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path / "h" / "peft")], check=True)
+    with pytest.raises(NotInstalled, match="h/peft has no HEAD"):
+        environment.heads({"peft": "h/peft"}, tmp_path.as_uri())
 
 
 def test_a_cell_runs_in_this_python(root: Path) -> None:

@@ -34,7 +34,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "matrix.toml").write_text(MATRIX, "utf-8")
     checkout.in_place(root, cell("one", versions=VERSIONS))
     monkeypatch.chdir(root)
-    monkeypatch.setenv("LOUDMERGE_GITHUB", (root / "nowhere").as_uri())
+    monkeypatch.setenv("LOUDMERGE_GITHUB", "http://127.0.0.1:9")
     return root
 
 

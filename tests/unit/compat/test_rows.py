@@ -52,6 +52,38 @@ def test_a_part_that_did_not_run_to_its_end_falls_short(part: str) -> None:
     assert row.detail == f"{part} failed: Killed (exit code -9)"
 
 
+def test_a_cross_that_died_falls_short_though_there_was_nothing_to_merge() -> None:
+    row = judged(EXPECTED, of_parts(cross={"error": "failed: Killed (exit code -9)", "seconds": 1.0}))
+    assert [(each.check, each.found) for each in row.shortfalls] == [
+        ("crossed", "failed: Killed (exit code -9)")
+    ]
+
+
+def test_a_part_that_ran_on_other_versions_falls_short_and_the_row_names_them() -> None:
+    """The environment was changed after it was made. A build's suffix and final zeros are no difference."""
+    ran = {**VERSIONS, "peft": "0.21.2", "trl": "0.25.1.0"}
+    row = judged(EXPECTED, of_parts(journey={**PARTS["journey"], "versions": ran}))
+    assert [(each.check, each.found) for each in row.shortfalls] == [
+        ("versions", "journey: peft 0.21.2, expected 0.19.1")
+    ]
+    assert row.versions["peft"] == "0.21.2"
+    same = {**VERSIONS, "peft": "0.19.1+local"}
+    assert of_parts(journey={**PARTS["journey"], "versions": same}).errors == {}
+
+
+def test_a_lane_s_part_ran_on_what_its_environment_was_made_with() -> None:
+    latest = cell("latest", "latest", versions={})
+    other = {"versions": {**VERSIONS, "transformers": "5.6.0"}}
+    row = rows.of_parts(latest, VERSIONS, {**PARTS, "tests": {**PARTS["tests"], **other}}, 1.0)
+    assert row.errors == {"versions": "tests: transformers 5.6.0, expected 5.5.0"}
+
+
+def test_an_environment_of_other_versions_than_the_cell_pins_is_no_reason_to_expect_them() -> None:
+    older = {**VERSIONS, "peft": "0.18.1"}
+    row = rows.of_parts(cell(), older, {**PARTS, "tests": {**PARTS["tests"], "versions": older}}, 1.0)
+    assert row.errors == {"versions": "tests: peft 0.18.1, expected 0.19.1"}
+
+
 def test_a_failed_family_test_of_no_family_is_a_failed_test() -> None:
     row = of_parts(families={"families": {"mixtral": "ok"}, "failures": ["a.py::b"]})
     assert row.tests == Tests(10, 1, 2, {"why": 2}, ("a.py::b",))
@@ -67,7 +99,7 @@ def earlier(tmp_path: Path, row: CellResult | None, torch: str = TORCH, **change
     file = tmp_path / "one.json"
     if row is not None:
         file.write_text(json.dumps(row.to_json()), "utf-8")
-    return rows.of_earlier(cell(**changes), file, torch)
+    return rows.of_earlier(cell(**changes), file, torch, "of this loudmerge")
 
 
 def test_an_earlier_row_is_kept_and_says_so(tmp_path: Path) -> None:
@@ -89,6 +121,9 @@ def test_an_earlier_row_is_kept_and_says_so(tmp_path: Path) -> None:
             "its earlier result is of torch 2.12.0",
         ),
         (result(), "torch==2.12.0", "its earlier result is of torch 2.13.0"),
+        (result(source="edited"), TORCH, "its earlier result is of another source of loudmerge"),
+        (result(source=""), TORCH, "its earlier result is of another source of loudmerge"),
+        (result(cell="two"), TORCH, "its earlier result is of the cell two"),
     ],
 )
 def test_no_earlier_row_of_these_versions_is_a_row_that_says_so(
@@ -104,6 +139,12 @@ def test_a_row_that_cannot_be_read_says_so(tmp_path: Path) -> None:
     found = earlier(tmp_path, None)
     assert found.status == NOT_RUN
     assert "cannot be read: schema: found 0, expected 1" in found.detail
+
+
+@pytest.mark.parametrize("text", ["", '{"cell": "o', "[]", "\xff"])
+def test_half_a_row_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "one.json").write_text(text, "latin-1")
+    assert "its earlier result cannot be read: " in earlier(tmp_path, None).detail
 
 
 def test_an_environment_that_could_not_be_made_is_kept(tmp_path: Path) -> None:

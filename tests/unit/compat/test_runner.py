@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +16,26 @@ from typing import Any
 import pytest
 
 import loudmerge
+from loudmerge.compat import runner
 from loudmerge.compat.cell import digest, source
 from loudmerge.compat.cells import Matrix, MatrixError
-from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult
+from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult, Tests
 from loudmerge.compat.runner import failures, run
 from tests.unit import reference
 from tests.unit.compat import checkout
-from tests.unit.compat.made import VERSIONS, cell, result
+from tests.unit.compat.made import EXPECT, VERSIONS, cell, result
 from tests.unit.synthetic import FAMILIES, Case
 
 ONE, TWO = cell("one"), cell("two", versions={**VERSIONS, "peft": "0.18.1"})
 MATRIX = Matrix((ONE, TWO))
+
+TOML = f"""{EXPECT}
+[lanes]
+released = [
+    {{ name = "one", transformers = "5.5.0", peft = "0.19.1", trl = "0.25.1", path = "per-expert" }},
+    {{ name = "two", transformers = "5.5.0", peft = "0.18.1", trl = "0.25.1", path = "per-expert" }},
+]
+"""
 
 Run = Callable[..., dict[str, CellResult]]
 
@@ -96,6 +110,53 @@ def test_a_test_module_that_cannot_be_imported_is_a_failed_test(root: Path, run_
     assert "tests" in [each.check for each in row.shortfalls]
 
 
+@pytest.mark.parametrize(
+    ("text", "conftest", "says"),
+    [
+        ("def test_exit(): pytest.exit('enough', returncode=0)", "", "ended after 1 of 3 tests"),
+        ("def test_exit(): pytest.exit('enough', returncode=1)", "", "ended with exit code 1"),
+        (
+            "",
+            "def pytest_sessionfinish(session): session.exitstatus = 1",
+            "ended with exit code 1",
+        ),
+    ],
+)
+def test_a_pytest_that_ends_early_is_no_pass(
+    root: Path, run_cells: Run, text: str, conftest: str, says: str
+) -> None:
+    checkout.in_place(root, ONE)
+    (root / "tests" / "unit" / "conftest.py").write_text(conftest, "utf-8")
+    tests = f"import pytest\ndef test_ok(): pass\n{text}\ndef test_after(): pass\n"
+    (root / "tests" / "unit" / "test_tiny.py").write_text(tests, "utf-8")
+    row = run_cells("one", parts=("tests",))["one"]
+    assert row.tests is None
+    assert f"tests failed: RuntimeError: pytest {says}" in row.detail
+    assert "tests" in [each.check for each in row.shortfalls]
+
+
+def test_a_test_that_ends_pytest_has_not_passed_though_it_is_the_last(root: Path, run_cells: Run) -> None:
+    checkout.in_place(root, ONE)
+    tests = "import pytest\ndef test_ok(): pass\ndef test_exit(): pytest.exit('enough', returncode=0)\n"
+    (root / "tests" / "unit" / "test_tiny.py").write_text(tests, "utf-8")
+    row = run_cells("one", parts=("tests",))["one"]
+    assert "pytest ended after 1 of 2 tests" in row.detail
+
+
+def test_a_timed_out_part_leaves_nothing_running(
+    root: Path, run_cells: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout.in_place(root, ONE)
+    ended = root / "ended"
+    slow = f"def test_slow():\n    time.sleep(6)\n    pathlib.Path({str(ended)!r}).touch()\n"
+    (root / "tests" / "unit" / "test_tiny.py").write_text(f"import pathlib, time\n{slow}", "utf-8")
+    monkeypatch.setattr(runner, "PART_SECONDS", 4)
+    row = run_cells("one", parts=("tests",))["one"]
+    assert row.detail == "tests was not done after 4 s"
+    time.sleep(7)
+    assert not ended.exists()
+
+
 def trained(root: Path, name: str, seed: int) -> Path:
     """What the journey of a cell leaves for the others: a base, an adapter, and what its merge wrote."""
     directory = checkout.options(root, ()).directory(name)
@@ -137,6 +198,93 @@ def test_a_cross_that_dies_is_no_pass(root: Path, run_cells: Run) -> None:
     assert row.crossed == {"two": "failed: it said nothing (exit code 1)"}
 
 
+def test_a_cross_that_dies_is_no_pass_though_there_is_nothing_to_merge(root: Path, run_cells: Run) -> None:
+    checkout.in_place(root, ONE)
+    checkout.options(root, ()).environment("one").python.write_text("#!/bin/sh\nexit 1\n", "utf-8")
+    row = run_cells("one", parts=("cross",))["one"]
+    assert row.crossed == {}
+    assert ("crossed", "failed: it said nothing (exit code 1)") in [
+        (each.check, each.found) for each in row.shortfalls
+    ]
+
+
+def test_a_python_that_cannot_be_started_is_a_row_that_says_so(root: Path, run_cells: Run) -> None:
+    checkout.in_place(root, ONE)
+    checkout.in_place(root, TWO)
+    checkout.options(root, ()).environment("two").python.write_text("#!/nonexistent/python\n", "utf-8")
+    rows = run_cells(parts=("tests",))
+    assert rows["two"].detail.startswith("tests could not be started: ")
+    assert rows["one"].tests is not None
+
+
+def test_an_environment_that_was_changed_since_it_was_made_falls_short(root: Path, run_cells: Run) -> None:
+    checkout.in_place(root, ONE)
+    checkout.holds(checkout.options(root, ()).environment("one"), "peft", "0.21.2")
+    row = run_cells("one", parts=("tests",))["one"]
+    assert row.versions["peft"] == "0.21.2"
+    assert row.errors == {"versions": "tests: peft 0.21.2, expected 0.19.1"}
+    assert "versions" in [each.check for each in row.shortfalls]
+
+
+@pytest.mark.parametrize("text", ["", '{"path": "fus', "[]", '{"digest": {"weights": "x"}}'])
+def test_what_a_killed_run_left_half_written_costs_no_row(
+    root: Path, run_cells: Run, told: list[str], text: str
+) -> None:
+    """Of a cell that is not asked for: its adapter is not merged. Of one that is: that part did not run."""
+    checkout.in_place(root, ONE)
+    for name, part in (("two", "journey"), ("one", "families")):
+        directory = checkout.options(root, ()).directory(name)
+        directory.mkdir(parents=True)
+        (directory / f"{part}.json").write_text(text, "utf-8")
+    row = run_cells("one", parts=("tests", "cross"))["one"]
+    assert row.tests is not None
+    assert (row.crossed, row.families) == ({}, {})
+    unread = [line for line in told if line.startswith("two: its journey left a file that cannot be read")]
+    whole = text.endswith("}")
+    assert len(unread) == (0 if whole else 1)
+    assert row.detail.startswith("" if whole else "families left a file that cannot be read: ")
+
+
+def test_a_row_is_written_when_its_last_part_has_run(root: Path) -> None:
+    """And not before: what an earlier run left says nothing of this one, whoever ends it in between."""
+    slow = "import os, time\ndef test_slow(): time.sleep(600 if 'two' in os.environ['CELL'] else 0)\n"
+    (root / "tests" / "unit" / "test_tiny.py").write_text(slow, "utf-8")
+    (root / "matrix.toml").write_text(TOML, "utf-8")
+    results = checkout.options(root, ()).results
+    results.mkdir(parents=True)
+    for each in (ONE, TWO):
+        checkout.in_place(root, each)
+        python = checkout.options(root, ()).environment(each.name).python
+        python.write_text(python.read_text("utf-8").replace("PYTHONPATH", f"CELL={each.name} PYTHONPATH"))
+        row = result(cell=each.name, versions={**each.versions, "torch": "2.13.0"}, source=source())
+        (results / f"{each.name}.json").write_text(json.dumps(row.to_json()), "utf-8")
+    environ = {**os.environ, "PYTHONPATH": str(Path(loudmerge.__file__).parents[1])}
+    command = [sys.executable, "-m", "loudmerge.compat", "-j", "2", "--parts", "tests"]
+    with subprocess.Popen(command, cwd=root, env=environ, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("one: tests done"):
+                break
+        until = time.monotonic() + 30
+        while rows_of(results)["one"].status == NOT_RUN and time.monotonic() < until:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        running.stderr.read()
+        assert running.wait(60) != 0
+    found = rows_of(results)
+    assert (found["one"].status, found["one"].tests) == (FAILED, Tests(1, 0, 0))
+    assert (found["two"].status, found["two"].detail) == (
+        NOT_RUN,
+        "asked for, and the run has not come to its end",
+    )
+    assert not (checkout.options(root, ()).directory("two") / "tests.json").exists()
+
+
+def rows_of(results: Path) -> dict[str, CellResult]:
+    documents = [json.loads(file.read_text("utf-8")) for file in results.glob("[!.]*.json")]
+    return {document["cell"]: CellResult.from_json(document) for document in documents}
+
+
 def test_what_other_versions_showed_is_not_kept(root: Path, run_cells: Run) -> None:
     """A new environment, by real venv and pip; what the same versions left is taken, as CI needs."""
     left = checkout.options(root, ()).directory("one")
@@ -164,16 +312,24 @@ def test_an_environment_that_cannot_be_made_is_a_row_that_says_so(run_cells: Run
     assert failures((gone,), (row,)) == (row,)
 
 
-def test_heads_that_cannot_be_reached_are_a_row_and_no_pass(root: Path, run_cells: Run) -> None:
+def test_heads_that_cannot_be_reached_are_a_row_and_no_pass(run_cells: Run) -> None:
     """An optional cell that was not reached does not fail the run; any other does."""
     dev = cell("dev", lane="dev", versions={"peft": "huggingface/peft"}, optional=True)
-    environ = {"LOUDMERGE_GITHUB": (root / "nowhere").as_uri()}
+    environ = {"LOUDMERGE_GITHUB": "http://127.0.0.1:9"}
     row = run_cells("dev", matrix=Matrix((ONE, dev)), parts=("tests",), environ=environ)["dev"]
     assert (row.status, row.tests) == (UNREACHABLE, None)
     assert row.detail.startswith("fatal: ")
     assert failures((dev,), (row,)) == ()
     assert failures((replace(dev, optional=False),), (row,)) == (row,)
     assert failures((dev,), (replace(row, status=NOT_INSTALLED),)) != ()
+
+
+def test_a_mistyped_repository_is_no_host_s_fault_and_fails_the_run(root: Path, run_cells: Run) -> None:
+    dev = cell("dev", lane="dev", versions={"peft": "huggingface/pfet"}, optional=True)
+    environ = {"LOUDMERGE_GITHUB": (root / "nowhere").as_uri()}
+    row = run_cells("dev", matrix=Matrix((ONE, dev)), parts=("tests",), environ=environ)["dev"]
+    assert row.status == NOT_INSTALLED
+    assert failures((dev,), (row,)) == (row,)
 
 
 def test_the_latest_that_is_a_released_cell_runs_once(root: Path, run_cells: Run, told: list[str]) -> None:
@@ -205,7 +361,12 @@ def test_the_latest_that_is_no_released_cell_has_its_own_environment(root: Path,
 def test_a_row_that_is_kept_is_judged_by_today_s_expectations(root: Path, run_cells: Run) -> None:
     results = checkout.options(root, ()).results
     results.mkdir(parents=True)
-    two = result(cell="two", versions={**TWO.versions, "torch": "2.13.0"}, orientation="swapped")
+    two = result(
+        cell="two",
+        versions={**TWO.versions, "torch": "2.13.0"},
+        orientation="swapped",
+        source=source(),
+    )
     (results / "two.json").write_text(json.dumps(two.to_json()), "utf-8")
     checkout.in_place(root, ONE)
     row = run_cells("one")["two"]
