@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,23 +15,15 @@ import loudmerge
 from loudmerge.compat import runner
 from loudmerge.compat.cell import digest, source
 from loudmerge.compat.cells import Matrix, MatrixError
-from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult, Tests
+from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult
 from loudmerge.compat.runner import failures, run
 from tests.unit import reference
 from tests.unit.compat import checkout
-from tests.unit.compat.made import EXPECT, VERSIONS, cell, result
+from tests.unit.compat.made import VERSIONS, cell, result
 from tests.unit.synthetic import FAMILIES, Case
 
 ONE, TWO = cell("one"), cell("two", versions={**VERSIONS, "peft": "0.18.1"})
 MATRIX = Matrix((ONE, TWO))
-
-TOML = f"""{EXPECT}
-[lanes]
-released = [
-    {{ name = "one", transformers = "5.5.0", peft = "0.19.1", trl = "0.25.1", path = "per-expert" }},
-    {{ name = "two", transformers = "5.5.0", peft = "0.18.1", trl = "0.25.1", path = "per-expert" }},
-]
-"""
 
 Run = Callable[..., dict[str, CellResult]]
 
@@ -243,46 +231,6 @@ def test_what_a_killed_run_left_half_written_costs_no_row(
     whole = text.endswith("}")
     assert len(unread) == (0 if whole else 1)
     assert row.detail.startswith("" if whole else "families left a file that cannot be read: ")
-
-
-def test_a_row_is_written_when_its_last_part_has_run(root: Path) -> None:
-    """And not before: what an earlier run left says nothing of this one, whoever ends it in between."""
-    slow = "import os, time\ndef test_slow(): time.sleep(600 if 'two' in os.environ['CELL'] else 0)\n"
-    (root / "tests" / "unit" / "test_tiny.py").write_text(slow, "utf-8")
-    (root / "matrix.toml").write_text(TOML, "utf-8")
-    results = checkout.options(root, ()).results
-    results.mkdir(parents=True)
-    for each in (ONE, TWO):
-        checkout.in_place(root, each)
-        python = checkout.options(root, ()).environment(each.name).python
-        python.write_text(python.read_text("utf-8").replace("PYTHONPATH", f"CELL={each.name} PYTHONPATH"))
-        row = result(cell=each.name, versions={**each.versions, "torch": "2.13.0"}, source=source())
-        (results / f"{each.name}.json").write_text(json.dumps(row.to_json()), "utf-8")
-    environ = {**os.environ, "PYTHONPATH": str(Path(loudmerge.__file__).parents[1])}
-    command = [sys.executable, "-m", "loudmerge.compat", "-j", "2", "--parts", "tests"]
-    with subprocess.Popen(command, cwd=root, env=environ, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        for line in running.stderr:
-            if line.startswith("one: tests done"):
-                break
-        until = time.monotonic() + 30
-        while rows_of(results)["one"].status == NOT_RUN and time.monotonic() < until:
-            time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        running.stderr.read()
-        assert running.wait(60) != 0
-    found = rows_of(results)
-    assert (found["one"].status, found["one"].tests) == (FAILED, Tests(1, 0, 0))
-    assert (found["two"].status, found["two"].detail) == (
-        NOT_RUN,
-        "asked for, and the run has not come to its end",
-    )
-    assert not (checkout.options(root, ()).directory("two") / "tests.json").exists()
-
-
-def rows_of(results: Path) -> dict[str, CellResult]:
-    documents = [json.loads(file.read_text("utf-8")) for file in results.glob("[!.]*.json")]
-    return {document["cell"]: CellResult.from_json(document) for document in documents}
 
 
 def test_what_other_versions_showed_is_not_kept(root: Path, run_cells: Run) -> None:
