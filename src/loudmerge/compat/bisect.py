@@ -272,6 +272,14 @@ def bisect(
     raise EnvironmentFailed("no cell's pins suit both ends:\n" + "\n".join(unfit))
 
 
+def _check(text: str) -> Check:
+    try:
+        return Check.parse(text)
+    except ValueError as error:
+        # Of any other exception argparse says no more than that the value is invalid.
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nox -s bisect --", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--package", required=True, choices=PACKAGES)
@@ -279,9 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bad", required=True, metavar="VERSION", help="the other end")
     asked = parser.add_mutually_exclusive_group()
     checks = f"NAME, NAME=VALUE, NAME<=NUMBER or NAME>=NUMBER, of {', '.join(CHECKS)}; may be given again"
-    asked.add_argument(
-        "--expect", action="append", type=Check.parse, metavar="CHECK", default=[], help=checks
-    )
+    asked.add_argument("--expect", action="append", type=_check, metavar="CHECK", default=[], help=checks)
     asked.add_argument("--node", type=Node, metavar="NODE", help="a pytest node: tests/…::test_…")
     parser.add_argument("--cell", metavar="NAME", help="the cell that pins the other packages")
     parser.add_argument("--json", action="store_true", help="the answer as one JSON document on stdout")
