@@ -16,8 +16,12 @@ unreachable: the lane needs a host that was not reached. not-run: the cell was n
 never came to it."""
 
 ASIDE: Mapping[str, Any] = {
-    **{"detail": "", "seconds": 0.0, "stages": {}, "date": ""},
-    **{"errors": {}, "source": ""},
+    "detail": "",
+    "seconds": 0.0,
+    "stages": {},
+    "date": "",
+    "errors": {},
+    "source": "",
 }
 """The keys of CELL.json that a row is not compared by, as they are where it has none: an older row has fewer.
 Every other key has to be there: without it a row would show less, and nobody would see it."""
