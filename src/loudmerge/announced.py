@@ -29,8 +29,6 @@ _WITH_HEAD = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 _ROUTERS = frozenset({"gate", "router"})
 """Names of routers, which are Linears in some releases of transformers only."""
 
-_AS_ON_DISK = Family()
-
 
 class Announced:
     """Compares what a config announces with an adapter whose every tensor has its place."""
@@ -40,6 +38,7 @@ class Announced:
     ) -> None:
         self._base, self._adapter, self._names, self._family = base, adapter, names, family
         self._config = adapter.config
+        self._as_on_disk = Family(root=family.root)
         self._pairs = {template(family.canonical(pair.module)) for pair in adapter.pairs}
         self._full = {family.canonical(full.name): full.name for full in adapter.full}
         self._fused = {parameter.name for module in placement.modules for parameter in module.parameters}
@@ -90,7 +89,7 @@ class Announced:
         if "experts" in canonical.split(".") or is_extra_layer(self._base, canonical):
             return set()
         layers = _layers(canonical) or self._parents.get(_parent(_module(key)), "")
-        names = (canonical, _AS_ON_DISK.canonical(key))
+        names = (canonical, self._as_on_disk.canonical(key))
         return {prefix + name for prefix in self._prefixes.get(layers, ()) for name in names}
 
     def _has_head(self) -> bool:

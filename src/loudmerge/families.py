@@ -53,6 +53,7 @@ class Family:
     known: whether the row describes experts.
     conv1d: whether the model has transformers' Conv1D, whose weight is (in, out); None when nobody knows.
     shared: pattern of the modules that several layers share; PEFT trains a LoRA for each of these layers.
+    root: what precedes a part's names on disk, `vision_model.`, where it was trained alone; "" for the whole.
     """
 
     renames: tuple[Rename, ...] = ()
@@ -62,6 +63,7 @@ class Family:
     known: bool = True
     conv1d: bool | None = False
     shared: str | None = None
+    root: str = ""
 
     @property
     def axes(self) -> Axes:
@@ -81,8 +83,11 @@ class Family:
         )
 
     def canonical(self, name: str) -> str:
-        """The canonical name of a tensor or module, from its name in memory or on disk."""
-        name = _PREFIX.sub("", name)
+        """The canonical name of a tensor or module, from its name in memory or on disk.
+
+        Under a root it is the name in memory, and the checkpoint's other parts keep their whole names.
+        """
+        name = name.removeprefix(self.root) if self.root else _PREFIX.sub("", name)
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name

@@ -17,6 +17,7 @@ from loudmerge.names import Names
 from loudmerge.plan import MergePlan, Options
 from loudmerge.siblings import missing_siblings
 from loudmerge.sites import place
+from loudmerge.towers import in_its_part
 from loudmerge.vocabulary import settle
 from loudmerge.weighing import weigh
 
@@ -34,6 +35,7 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
                 "Load base and adapter with PEFT, and use them so, without a merge.",
             )
         )
+    family = in_its_part(base, adapter, family)
     names = Names(base, family)
     experts = Experts(base, names, family)
     placement, problems = place(adapter, names, experts, family)

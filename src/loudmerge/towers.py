@@ -1,0 +1,152 @@
+"""Which part of the checkpoint an adapter is for, where the part was trained alone.
+
+A model that is a part of another one has names without what precedes them there. In transformers 5
+`encoder.layers.0…` may be `text_model.encoder.layers.0…` or `vision_model.encoder.layers.0…` of one
+checkpoint. What proves which: the class that PEFT writes into the config, and shapes. Never the order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from loudmerge.adapter import Adapter
+from loudmerge.checkpoint import Checkpoint
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.families import Family
+from loudmerge.names import INDEX
+from loudmerge.tensorfile import TensorEntry
+
+Sizes = Mapping[str, tuple[int, int] | None]
+"""By trained module: the two sizes of its LoRA, None where no LoRA tells them."""
+
+_SAME_WORD: Mapping[str, str] = {
+    **dict.fromkeys(("language", "llm", "lm"), "text"),
+    **dict.fromkeys(("visual", "image"), "vision"),
+    **dict.fromkeys(("speech", "sound"), "audio"),
+}
+_NO_KIND = frozenset({"", "model", "tower"})
+_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the checkpoint that the adapter's names may be in.
+
+    root: what precedes them on disk. family: that has this root, or none, for the part that is usually meant.
+    has: whether the part has such a list of layers. fits: whether it has every trained module, in its size.
+    disproved: whether a trained module has another size there.
+    """
+
+    root: str
+    family: Family
+    has: bool
+    fits: bool
+    disproved: bool
+
+    @property
+    def words(self) -> frozenset[str]:
+        """What kind of model a class has to be named by for this part: {"vision"} for `vision_model.`."""
+        return _words(re.split(r"[._]", self.root)) or frozenset({"text"})
+
+
+def in_its_part(base: Checkpoint, adapter: Adapter, family: Family) -> Family:
+    """The family, with the root of the part that was trained alone where the adapter is of such a part.
+
+    Raises MergeRefused `ambiguous-layout` when its names may be in two parts, and nothing proves in which.
+    """
+    trained = _trained(adapter)
+    if not trained or not trained.keys().isdisjoint(_modules(base.entries)):
+        return family
+    first = next(iter(trained))
+    others = _roots(base.entries, first, family)
+    if not others:
+        return family
+    parts = [_part(base, family, trained, _usual_root(base, family, first))]
+    parts += [_part(base, replace(family, root=root), trained, root) for root in others]
+    named = _named(adapter, parts)
+    if named is not None:
+        return named.family
+    usual, fitting = parts[0], [part for part in parts if part.fits]
+    if not fitting:
+        return family
+    if len(fitting) == 1 and (usual.fits or usual.disproved or not usual.has):
+        return fitting[0].family
+    raise MergeRefused(
+        _ambiguous(first, [part for part in parts if part.fits or (part is usual and part.has)])
+    )
+
+
+def _trained(adapter: Adapter) -> Sizes:
+    found: dict[str, tuple[int, int] | None] = {}
+    for pair in adapter.pairs:
+        found[pair.module] = (pair.a.shape[-1], pair.b.shape[0]) if not pair.depth else None
+    if not found:
+        found = {full.name.rpartition(".")[0]: None for full in adapter.full}
+    return {module: sizes for module, sizes in found.items() if module.rpartition(".")[2] != _HEAD}
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    """The modules around these tensors, at every level."""
+    return {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
+
+
+def _roots(keys: Iterable[str], module: str, family: Family) -> list[str]:
+    """What precedes the module's name on disk, but for what the usual names leave out. No layer is a part."""
+    usual, mark = family.canonical(module), f".{module}."
+    found = {key[: key.index(mark) + 1]: None for key in keys if mark in key}
+    return [root for root in found if not INDEX.search(root) and family.canonical(root + module) != usual]
+
+
+def _usual_root(base: Checkpoint, family: Family, module: str) -> str:
+    name = family.canonical(module)
+    key = next((key for key in base.entries if family.canonical(key).startswith(f"{name}.")), "")
+    return key.partition(name)[0] if name in key else ""
+
+
+def _part(base: Checkpoint, family: Family, trained: Sizes, root: str) -> _Part:
+    held = {family.canonical(key): entry for key, entry in base.entries.items()}
+    modules = _modules(held)
+    names = {family.canonical(module): sizes for module, sizes in trained.items()}
+    misfits = [name for name, sizes in names.items() if _misfits(held.get(f"{name}.weight"), sizes)]
+    lists = {name[: index.start() - 1] for name in names if (index := INDEX.search(name))}
+    complete = not misfits and names.keys() <= modules
+    return _Part(root, family, not lists.isdisjoint(modules), complete, bool(misfits))
+
+
+def _misfits(weight: TensorEntry | None, sizes: tuple[int, int] | None) -> bool:
+    """Whether the module has a matrix that no LoRA of these sizes is for, however its axes lie."""
+    if weight is None or sizes is None or len(weight.shape) != 2:
+        return False
+    return sorted(weight.shape) != sorted(sizes)
+
+
+def _named(adapter: Adapter, parts: Iterable[_Part]) -> _Part | None:
+    """The part whose kind is in the name of the class that was trained, if it is one part's.
+
+    Source: peft/peft_model.py, `save_pretrained`, which writes the class where there is no task_type.
+    """
+    mapping = adapter.config.raw.get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    said = _words(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", str(name or "")))
+    named = sorted((part for part in parts if part.words <= said), key=lambda part: -len(part.words))
+    if not named or (len(named) > 1 and len(named[0].words) == len(named[1].words)):
+        return None
+    return named[0]
+
+
+def _words(words: Iterable[str]) -> frozenset[str]:
+    lower = (word.lower() for word in words)
+    return frozenset(_SAME_WORD.get(word, word) for word in lower if word not in _NO_KIND)
+
+
+def _ambiguous(module: str, parts: Iterable[_Part]) -> Problem:
+    return Problem(
+        "ambiguous-layout",
+        module,
+        f"parts of the base that it could be in: {' and '.join(part.root + module for part in parts)}",
+        "one, told by the shapes or by the class that was trained",
+        "Write the class into adapter_config.json as PEFT does without a task_type:"
+        ' "auto_mapping": {"base_model_class": "SiglipVisionModel"}, if that is the class.',
+    )

@@ -1,0 +1,135 @@
+"""An adapter of one part of the checkpoint, whose names fit several: proof decides, or it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.builders import Tensors, World, full, lora, outputs, values
+
+Q = "encoder.layers.0.q_proj"
+V = "encoder.layers.1.q_proj"
+TWO = {f"{part}_model.{name}.weight": values(8, 6) for part in ("text", "vision") for name in (Q, V)}
+NARROW = {**TWO, f"text_model.{Q}.weight": values(4, 6)}
+BOTH = {**lora(Q, 8, 6), **lora(V, 8, 6)}
+AUDIO = {f"{part}.layers.0.q_proj.weight": values(8, 6) for part in ("model", "audio_tower")}
+TALKER = {
+    f"{part}.model.layers.0.q_proj.weight": values(8, 6)
+    for part in ("thinker", "talker", "talker.code_predictor")
+}
+BERT = {f"bert.{Q}.weight": values(8, 6), "cls.weight": values(3, 6)}
+
+
+def by_class(name: str) -> dict[str, Any]:
+    return {"auto_mapping": {"base_model_class": name}}
+
+
+def merged(path: Path, base: Tensors, adapter: Tensors, **fields: Any) -> set[str]:
+    """The names of the tensors that the plan changes."""
+    plan = World(path).plan(base, adapter, **fields)
+    return {key for key, output in outputs(plan).items() if output.terms or output.replaced}
+
+
+def test_a_name_of_two_parts_is_refused_where_nothing_tells_them_apart(tmp_path: Path) -> None:
+    error = World(tmp_path).refuse(TWO, BOTH)
+    assert error.code == "ambiguous-layout"
+    assert f"found parts of the base that it could be in: text_model.{Q} and vision_model.{Q}" in str(error)
+    assert "auto_mapping" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *(("SiglipVisionModel", "vision_model"), ("CLIPVisionModelWithProjection", "vision_model")),
+        *(("SiglipTextModel", "text_model"), ("CLIPTextModel", "text_model")),
+    ],
+)
+def test_the_class_that_was_trained_tells_the_part(name: str, part: str, tmp_path: Path) -> None:
+    found = merged(tmp_path, TWO, BOTH, **by_class(name))
+    assert found == {f"{part}.{Q}.weight", f"{part}.{V}.weight"}
+
+
+@pytest.mark.parametrize("name", ["SiglipModel", "", 3, "SiglipVisionTextModel"])
+def test_a_class_that_names_no_part_or_two_tells_nothing(name: Any, tmp_path: Path) -> None:
+    assert World(tmp_path).refuse(TWO, BOTH, **by_class(name)).code == "ambiguous-layout"
+
+
+def test_a_size_that_only_one_part_has_tells_it(tmp_path: Path) -> None:
+    assert merged(tmp_path, NARROW, BOTH) == {f"vision_model.{name}.weight" for name in (Q, V)}
+
+
+def test_a_size_that_only_the_usual_part_has_tells_it(tmp_path: Path) -> None:
+    held = {**lora(Q, 4, 6), **lora(V, 8, 6)}
+    assert merged(tmp_path, NARROW, held) == {f"text_model.{name}.weight" for name in (Q, V)}
+
+
+def test_a_class_that_the_sizes_contradict_is_refused(tmp_path: Path) -> None:
+    error = World(tmp_path).refuse(NARROW, BOTH, **by_class("SiglipTextModel"))
+    assert error.code == "shape-mismatch"
+
+
+def test_layers_that_only_another_part_has_do_not_tell_it(tmp_path: Path) -> None:
+    """What the usual part lacks may have another name or form on disk there."""
+    base = {key: value for key, value in TWO.items() if key != f"text_model.{V}.weight"}
+    assert World(tmp_path).refuse(base, BOTH).code == "ambiguous-layout"
+    assert World(tmp_path).refuse(base, BOTH, **by_class("CLIPTextModel")).code == "missing-base-tensor"
+
+
+def test_the_part_of_full_tensors_alone_is_told_by_the_class(tmp_path: Path) -> None:
+    held, fields = full(f"{Q}.weight", 8, 6), {"modules_to_save": ["encoder.layers.0.q_proj"]}
+    assert World(tmp_path).refuse(TWO, held, **fields).code == "ambiguous-layout"
+    found = merged(tmp_path, TWO, held, **fields, **by_class("CLIPVisionModel"))
+    assert found == {f"vision_model.{Q}.weight"}
+
+
+def test_patterns_of_the_config_match_the_names_that_were_trained(tmp_path: Path) -> None:
+    fields = {"alpha_pattern": {f"^{Q}": 6}, **by_class("CLIPVisionModel")}
+    plan = World(tmp_path).plan(TWO, BOTH, **fields)
+    assert {site.parameter: site.scaling for site in plan.sites} == {f"{Q}.weight": 3.0, f"{V}.weight": 2.0}
+
+
+def test_what_the_config_announces_is_missed_in_the_part_that_was_trained(tmp_path: Path) -> None:
+    fields = {"target_modules": ["q_proj"], **by_class("CLIPVisionModel")}
+    error = World(tmp_path).refuse(TWO, lora(Q, 8, 6), **fields)
+    assert (error.code, error.where, len(error.problems)) == ("missing-adapter-tensor", V, 1)
+    base = {f"text_model.{Q}.bias": values(8), "vision_model.encoder.layers.0.norm.bias": values(8), **TWO}
+    error = World(tmp_path).refuse(base, BOTH, bias="all", **fields)
+    assert (error.where, len(error.problems)) == ("encoder.layers.0.norm.bias", 1)
+
+
+def test_names_with_the_usual_part_before_them_are_the_usual_parts(tmp_path: Path) -> None:
+    """A text model trained alone has `model.` before its layers, an audio tower has nothing."""
+    assert merged(tmp_path, AUDIO, lora("model.layers.0.q_proj", 8, 6)) == {"model.layers.0.q_proj.weight"}
+    named = {"model.language_model.layers.0.q_proj.weight": values(8, 6), **AUDIO}
+    del named["model.layers.0.q_proj.weight"]
+    held = lora("model.layers.0.q_proj", 8, 6)
+    assert merged(tmp_path, named, held) == {"model.language_model.layers.0.q_proj.weight"}
+    assert World(tmp_path).refuse(named, lora("layers.0.q_proj", 8, 6)).code == "ambiguous-layout"
+    fields = by_class("Qwen2AudioEncoder")
+    found = merged(tmp_path, named, lora("layers.0.q_proj", 8, 6), **fields)
+    assert found == {"audio_tower.layers.0.q_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("Qwen3OmniMoeThinkerForConditionalGeneration", "thinker"),
+        ("Qwen3OmniMoeTalkerForConditionalGeneration", "talker"),
+        ("Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration", "talker.code_predictor"),
+    ],
+)
+def test_a_part_with_a_part_is_told_by_the_longest_name(name: str, part: str, tmp_path: Path) -> None:
+    held = lora("model.layers.0.q_proj", 8, 6)
+    assert World(tmp_path).refuse(TALKER, held).code == "ambiguous-layout"
+    assert merged(tmp_path, TALKER, held, **by_class(name)) == {f"{part}.model.layers.0.q_proj.weight"}
+
+
+def test_the_only_part_that_has_the_names_is_meant(tmp_path: Path) -> None:
+    assert merged(tmp_path, BERT, lora(Q, 8, 6)) == {f"bert.{Q}.weight"}
+
+
+def test_no_layer_is_a_part(tmp_path: Path) -> None:
+    base = {"model.layers.0.attention.q_proj.weight": values(8, 6)}
+    assert World(tmp_path).refuse(base, lora("attention.q_proj", 8, 6)).code == "missing-base-tensor"
