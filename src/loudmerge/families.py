@@ -88,6 +88,7 @@ class Family:
         Under a root it is the name in memory, and the checkpoint's other parts keep their whole names.
         """
         name = name.removeprefix(self.root) if self.root else _PREFIX.sub("", name)
+        name = _TOWER.sub(r"\1", name)
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
@@ -104,6 +105,9 @@ def major_minor(version: str) -> tuple[int, int]:
 # What a class or a version puts in front of the same names: text-only classes drop `language_model.`,
 # bare models drop `model.`, and transformers 5.5 wrote it three times.
 _PREFIX = re.compile(r"^(?:(?:model|language_model|text_model|thinker|llm|backbone)\.)+")
+# The vision models of CLIP and SigLIP have no `vision_model.` in transformers 5; as a tower of another model
+# they have it in older files (PrefixChange of conversion_mapping.py).
+_TOWER = re.compile(r"\b((?:vision|image|video)_(?:tower|model|encoder)\.)vision_model\.")
 
 GATE, UP, DOWN = "gate", "up", "down"
 

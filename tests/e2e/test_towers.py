@@ -112,6 +112,30 @@ def test_a_vision_model_whose_own_file_has_the_older_names(tmp_path: Path) -> No
     assert_same(tmp_path / "out", transformers.SiglipVisionModel, peft_model)
 
 
+@pytest.mark.parametrize(
+    "model_type", ["gemma3", "llava", "llava_onevision", "paligemma", "deepseek_vl", "lfm2_vl"]
+)
+def test_a_tower_in_a_file_with_the_older_names(model_type: str, tmp_path: Path) -> None:
+    """transformers 4 saves `vision_tower.vision_model.…`, which transformers 5 has without `vision_model.`"""
+    model = tiny.build(model_type)
+    model.save_pretrained(tmp_path / "base")
+    _rename(
+        tmp_path / "base",
+        [(r"\b(vision_tower|(?<=^model\.)vision_model)\.(?!vision_model\.)", r"\1.vision_model.")],
+    )
+    keys = load_file(tmp_path / "base" / "model.safetensors")
+    assert any(".vision_model.encoder." in key for key in keys)
+    live = tiny.load(tmp_path / "base", type(model))
+    towers = [name for name in tiny.tower_linears(live) if ".encoder." in name]
+    peft_model = tiny.attach_random_lora(live, target_modules=towers, save_to=tmp_path / "adapter")
+    loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert_same(tmp_path / "out", type(model), peft_model)
+    # The base as transformers 5 writes it, and as it was: the adapter goes with both.
+    model.save_pretrained(tmp_path / "newer")
+    loudmerge.merge(tmp_path / "newer", tmp_path / "adapter", tmp_path / "also", verify=True)
+    assert_same(tmp_path / "also", type(model), peft_model)
+
+
 def _rename(path: Path, renames: Iterable[tuple[str, str]]) -> None:
     """Renames the tensors of a checkpoint, as another release of transformers has them."""
     file = path / "model.safetensors"

@@ -133,3 +133,11 @@ def test_the_only_part_that_has_the_names_is_meant(tmp_path: Path) -> None:
 def test_no_layer_is_a_part(tmp_path: Path) -> None:
     base = {"model.layers.0.attention.q_proj.weight": values(8, 6)}
     assert World(tmp_path).refuse(base, lora("attention.q_proj", 8, 6)).code == "missing-base-tensor"
+
+
+def test_a_tower_has_the_same_name_with_and_without_vision_model(tmp_path: Path) -> None:
+    """transformers 4 has `vision_model.` in the tower's names, on disk and in memory."""
+    new, old = "model.vision_tower.encoder.0.q", "model.vision_tower.vision_model.encoder.0.q"
+    for held, name in ((new, old), (old, new)):
+        base = {f"{held}.weight": values(8, 6), "model.layers.0.q.weight": values(8, 6)}
+        assert merged(tmp_path, base, lora(name, 8, 6)) == {f"{held}.weight"}
