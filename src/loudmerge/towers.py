@@ -26,7 +26,8 @@ _SAME_WORD: Mapping[str, str] = {
     **dict.fromkeys(("visual", "image"), "vision"),
     **dict.fromkeys(("speech", "sound"), "audio"),
 }
-_NO_KIND = frozenset({"", "model", "tower"})
+_NO_WORD = frozenset({"", "model", "tower"})
+_KINDS = frozenset(_SAME_WORD.values())
 _HEAD = "lm_head"
 
 
@@ -35,7 +36,7 @@ class _Part:
     """A part of the checkpoint that the adapter's names may be in.
 
     root: what precedes them on disk. family: that has this root, or none, for the part that is usually meant.
-    has: whether the part has such a list of layers. fits: whether it has every trained module, in its size.
+    has: whether the part has such modules at all. fits: whether it has every trained one, in its size.
     disproved: whether a trained module has another size there.
     """
 
@@ -65,13 +66,15 @@ def in_its_part(base: Checkpoint, adapter: Adapter, family: Family) -> Family:
         return family
     parts = [_part(base, family, trained, _usual_root(base, family, first))]
     parts += [_part(base, replace(family, root=root), trained, root) for root in others]
-    named = _named(adapter, parts)
+    said = _class_words(adapter)
+    named = _named([part for part in parts if part.has], said)
     if named is not None:
         return named.family
     usual, fitting = parts[0], [part for part in parts if part.fits]
     if not fitting:
         return family
-    if len(fitting) == 1 and (usual.fits or usual.disproved or not usual.has):
+    proved = len(fitting) == 1 and (usual.fits or usual.disproved or not usual.has)
+    if proved and not _contradict(said, fitting[0].words):
         return fitting[0].family
     raise MergeRefused(
         _ambiguous(first, [part for part in parts if part.fits or (part is usual and part.has)])
@@ -111,8 +114,8 @@ def _part(base: Checkpoint, family: Family, trained: Sizes, root: str) -> _Part:
     names = {family.canonical(module): sizes for module, sizes in trained.items()}
     misfits = [name for name, sizes in names.items() if _misfits(held.get(f"{name}.weight"), sizes)]
     lists = {name[: index.start() - 1] for name in names if (index := INDEX.search(name))}
-    complete = not misfits and names.keys() <= modules
-    return _Part(root, family, not lists.isdisjoint(modules), complete, bool(misfits))
+    has = not modules.isdisjoint(lists | names.keys())
+    return _Part(root, family, has, not misfits and names.keys() <= modules, bool(misfits))
 
 
 def _misfits(weight: TensorEntry | None, sizes: tuple[int, int] | None) -> bool:
@@ -122,23 +125,32 @@ def _misfits(weight: TensorEntry | None, sizes: tuple[int, int] | None) -> bool:
     return sorted(weight.shape) != sorted(sizes)
 
 
-def _named(adapter: Adapter, parts: Iterable[_Part]) -> _Part | None:
-    """The part whose kind is in the name of the class that was trained, if it is one part's.
+def _class_words(adapter: Adapter) -> frozenset[str]:
+    """The words of the name of the class that was trained.
 
-    Source: peft/peft_model.py, `save_pretrained`, which writes the class where there is no task_type.
+    Source: peft/peft_model.py, `save_pretrained`, which writes it where there is no task_type.
     """
     mapping = adapter.config.raw.get("auto_mapping")
     name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    said = _words(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", str(name or "")))
+    return _words(re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", str(name or "")))
+
+
+def _named(parts: Iterable[_Part], said: frozenset[str]) -> _Part | None:
+    """The part whose words are all in the class's name; of a part and a part of that, the one with more."""
     named = sorted((part for part in parts if part.words <= said), key=lambda part: -len(part.words))
     if not named or (len(named) > 1 and len(named[0].words) == len(named[1].words)):
         return None
     return named[0]
 
 
+def _contradict(said: frozenset[str], words: frozenset[str]) -> bool:
+    """Whether both name a kind of model, and not the same."""
+    return bool(said & _KINDS and words & _KINDS and not said & words & _KINDS)
+
+
 def _words(words: Iterable[str]) -> frozenset[str]:
     lower = (word.lower() for word in words)
-    return frozenset(_SAME_WORD.get(word, word) for word in lower if word not in _NO_KIND)
+    return frozenset(_SAME_WORD.get(word, word) for word in lower if word not in _NO_WORD)
 
 
 def _ambiguous(module: str, parts: Iterable[_Part]) -> Problem:
@@ -146,7 +158,7 @@ def _ambiguous(module: str, parts: Iterable[_Part]) -> Problem:
         "ambiguous-layout",
         module,
         f"parts of the base that it could be in: {' and '.join(part.root + module for part in parts)}",
-        "one, told by the shapes or by the class that was trained",
+        "one that the shapes, or the class that was trained, prove",
         "Write the class into adapter_config.json as PEFT does without a task_type:"
         ' "auto_mapping": {"base_model_class": "SiglipVisionModel"}, if that is the class.',
     )

@@ -130,6 +130,22 @@ def test_the_only_part_that_has_the_names_is_meant(tmp_path: Path) -> None:
     assert merged(tmp_path, BERT, lora(Q, 8, 6)) == {f"bert.{Q}.weight"}
 
 
+def test_the_only_part_that_has_the_names_is_another_than_the_class_names(tmp_path: Path) -> None:
+    base = {key: value for key, value in TWO.items() if key.startswith("vision_model")}
+    assert merged(tmp_path, base, BOTH) == base.keys()
+    assert merged(tmp_path, base, BOTH, **by_class("CLIPVisionModel")) == base.keys()
+    error = World(tmp_path).refuse(base, BOTH, **by_class("CLIPTextModel"))
+    assert error.code == "ambiguous-layout"
+    assert f"could be in: vision_model.{Q}, expected one that" in str(error)
+
+
+def test_a_part_inside_another_model_is_found_whatever_its_class_is_called(tmp_path: Path) -> None:
+    base = {f"owlvit.{key}": value for key, value in TWO.items()}
+    held = lora(f"text_model.{Q}", 8, 6)
+    found = merged(tmp_path, base, held, **by_class("OwlViTTextModel"))
+    assert found == {f"owlvit.text_model.{Q}.weight"}
+
+
 def test_no_layer_is_a_part(tmp_path: Path) -> None:
     base = {"model.layers.0.attention.q_proj.weight": values(8, 6)}
     assert World(tmp_path).refuse(base, lora("attention.q_proj", 8, 6)).code == "missing-base-tensor"
