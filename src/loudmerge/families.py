@@ -260,6 +260,23 @@ _STEP3P7: tuple[Rename, ...] = (
     (r"\.share_expert\.", ".mlp.shared_experts."),
 )
 
+_QKV: tuple[Rename, ...] = tuple(
+    (rf"\battention\.(attention|self)\.{name}\b", f"attention.{name[0]}_proj")
+    for name in ("query", "key", "value")
+)
+_DINOV2: tuple[Rename, ...] = (*_QKV, (r"\battention\.output\.dense\b", "attention.o_proj"))
+_SWIN: tuple[Rename, ...] = (
+    *_DINOV2,
+    (r"\bintermediate\.dense\b", "mlp.fc1"),
+    (r"\boutput\.dense\b", "mlp.fc2"),
+)
+_VIT: tuple[Rename, ...] = ((r"encoder\.layer\b", "layers"), *_SWIN)
+_SEGFORMER: tuple[Rename, ...] = (
+    *_DINOV2,
+    (r"\bencoder\.block\.(\d+)\b", r"stages.\1.blocks"),
+    (r"\bmlp\.dense([12])\b", r"mlp.fc\1"),
+)
+
 _ARIA_ERAS = (
     Era("< 5.20", _TRANSPOSED, False, r"\.experts\.fc[12]\.weight$"),
     Era(">= 5.20", _TRANSPOSED, True, r"\.experts\.(gate_up|down)_proj$"),
@@ -350,6 +367,13 @@ FAMILIES: Mapping[str, Family] = {
         Family(known=False, conv1d=True), "gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp"
     ),
     **_rows(Family(known=False, shared=r"\.shared_transf(ormer)?\."), "zamba", "zamba2"),
+    **_rows(
+        Family(known=False, renames=_VIT),
+        *("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_mae", "vivit"),
+    ),
+    **_rows(Family(known=False, renames=_DINOV2), "dinov2", "dinov2_with_registers"),
+    "swin": Family(known=False, renames=_SWIN),
+    "segformer": Family(known=False, renames=_SEGFORMER),
     # No experts: here only because their Linears are known to be Linears.
     **_rows(
         Family(known=False),

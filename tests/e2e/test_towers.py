@@ -1,13 +1,13 @@
-"""Vision and text models that are parts of another one, against PEFT itself.
+"""Vision models, alone and as parts of others, against PEFT itself.
 
-Trained alone, their names are those of their own class; on disk they lie under a part of the whole model.
+A part trained alone has the names of its own class; on disk it lies under a part of the whole model.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,23 @@ pytestmark = pytest.mark.filterwarnings("default")
 LINEARS = ["q_proj", "v_proj", "fc1"]
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 NARROW = {**SMALL, "hidden_size": 16}
+IMAGES = {"image_size": 16, "patch_size": 8, **SMALL}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "window_size": 2, "num_heads": [2, 2]}
+SEGFORMER = {"hidden_sizes": [16, 32], "num_attention_heads": [1, 2], "sr_ratios": [2, 1]}
+HALVES = {"num_encoder_blocks": 2, "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2]}
+DECODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+ALONE: Mapping[str, dict[str, Any]] = {
+    **dict.fromkeys(("ViTForImageClassification", "DeiTForImageClassification"), IMAGES),
+    **dict.fromkeys(("BeitForImageClassification", "IJepaForImageClassification"), IMAGES),
+    **dict.fromkeys(("Dinov2ForImageClassification", "Dinov2WithRegistersForImageClassification"), IMAGES),
+    "ViTModel": IMAGES,
+    "ViTMAEForPreTraining": {**IMAGES, **{f"decoder_{name}": size for name, size in DECODER.items()}},
+    "VivitForVideoClassification": {**IMAGES, "num_frames": 4},
+    "ASTForAudioClassification": {**SMALL, "num_mel_bins": 16, "max_length": 32},
+    "SwinForImageClassification": {**SWIN, "depths": [2, 1]},
+    "SegformerForImageClassification": {**SEGFORMER, **HALVES, "depths": [2, 1]},
+}
+"""Vision models whose layers have other names on disk than in memory, from transformers 5 on."""
 BOUND = 1e-6
 """The largest difference of a float32 weight."""
 
@@ -134,6 +151,19 @@ def test_a_tower_in_a_file_with_the_older_names(model_type: str, tmp_path: Path)
     model.save_pretrained(tmp_path / "newer")
     loudmerge.merge(tmp_path / "newer", tmp_path / "adapter", tmp_path / "also", verify=True)
     assert_same(tmp_path / "also", type(model), peft_model)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_vision_model_with_other_names_on_disk(name: str, tmp_path: Path) -> None:
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**ALONE[name]))
+    tiny.fill(model, 0)
+    model.save_pretrained(tmp_path / "base")
+    live = tiny.load(tmp_path / "base", cls)
+    linears = [where for where, module in live.named_modules() if type(module) is torch.nn.Linear]
+    peft_model = tiny.attach_random_lora(live, target_modules=linears, save_to=tmp_path / "adapter")
+    loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert_same(tmp_path / "out", cls, peft_model)
 
 
 def _rename(path: Path, renames: Iterable[tuple[str, str]]) -> None:

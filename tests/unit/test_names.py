@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from loudmerge.families import family_of
 from tests.unit.builders import World, lora, outputs, values
 
 TWO = {"model.layers.0.a.weight": values(8, 6), "language_model.layers.0.a.weight": values(8, 6)}
@@ -22,3 +25,26 @@ def test_the_very_name_is_taken_before_others_that_could_be_meant(tmp_path: Path
         "model.layers.0.a.weight": 0,
         "language_model.layers.0.a.weight": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("model_type", "disk", "memory"),
+    [
+        ("vit", "vit.encoder.layer.3.attention.attention.query", "vit.layers.3.attention.q_proj"),
+        ("vit", "encoder.layer.3.attention.output.dense", "layers.3.attention.o_proj"),
+        ("beit", "beit.encoder.layer.3.output.dense.weight", "beit.layers.3.mlp.fc2.weight"),
+        ("dinov2", "encoder.layer.3.attention.attention.value", "encoder.layer.3.attention.v_proj"),
+        (
+            "swin",
+            "encoder.layers.1.blocks.0.attention.self.key",
+            "encoder.layers.1.blocks.0.attention.k_proj",
+        ),
+        ("segformer", "segformer.encoder.block.1.0.mlp.dense2", "segformer.stages.1.blocks.0.mlp.fc2"),
+        ("vit_mae", "decoder.decoder_encoder.layer.0.intermediate.dense", "decoder.decoder_layers.0.mlp.fc1"),
+    ],
+)
+def test_names_of_a_vision_model_on_disk_and_in_memory_are_one(
+    model_type: str, disk: str, memory: str
+) -> None:
+    family = family_of(model_type)
+    assert family.canonical(disk) == family.canonical(memory) == memory
