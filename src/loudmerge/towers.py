@@ -111,7 +111,7 @@ def _usual_root(base: Checkpoint, family: Family, module: str) -> str:
 def _part(base: Checkpoint, family: Family, trained: Sizes, root: str) -> _Part:
     held = {family.canonical(key): entry for key, entry in base.entries.items()}
     modules = _modules(held)
-    names = {family.canonical(module): sizes for module, sizes in trained.items()}
+    names = {family.canonical(family.root + module): sizes for module, sizes in trained.items()}
     misfits = [name for name, sizes in names.items() if _misfits(held.get(f"{name}.weight"), sizes)]
     lists = {name[: index.start() - 1] for name in names if (index := INDEX.search(name))}
     has = not modules.isdisjoint(lists | names.keys())

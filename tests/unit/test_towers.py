@@ -146,6 +146,14 @@ def test_a_part_inside_another_model_is_found_whatever_its_class_is_called(tmp_p
     assert found == {f"owlvit.text_model.{Q}.weight"}
 
 
+def test_a_part_called_as_its_own_first_module_counts_too(tmp_path: Path) -> None:
+    """Two BERTs as encoder and decoder: `encoder.encoder.layers.0…` and `decoder.bert.encoder.layers.0…`."""
+    base = {f"{part}.{Q}.weight": values(8, 6) for part in ("encoder", "decoder.bert")}
+    error = World(tmp_path).refuse(base, lora(Q, 8, 6))
+    assert error.code == "ambiguous-layout"
+    assert all(f"{part}.{Q}" in str(error) for part in ("encoder", "decoder.bert"))
+
+
 def test_no_layer_is_a_part(tmp_path: Path) -> None:
     base = {"model.layers.0.attention.q_proj.weight": values(8, 6)}
     assert World(tmp_path).refuse(base, lora("attention.q_proj", 8, 6)).code == "missing-base-tensor"
