@@ -18,6 +18,7 @@ import torch
 from loudmerge import behaviour, models
 from loudmerge.behaviour import Passages, Run
 from loudmerge.checkpoint import Checkpoint, open_checkpoint
+from loudmerge.device import found_device
 from loudmerge.errors import EnvironmentFailed, Mismatch
 from loudmerge.jsonfile import parse
 from loudmerge.merge import plan
@@ -236,7 +237,7 @@ def compare(
     merged_file = open_checkpoint(Path(out))
     merge_plan = plan(base, adapter, **_options(Path(out)))
     with models.quietly():
-        return _compare(merged_file, merge_plan, prompts, pick_device(device), tokens)
+        return _compare(merged_file, merge_plan, prompts, found_device(device), tokens)
 
 
 def _compare(
@@ -342,8 +343,3 @@ def _options(out: Path) -> dict[str, Any]:
         return {}
     options = parse(report.read_bytes()).get("options") or {}
     return {name: options[name] for name in OPTIONS if name in options}
-
-
-def pick_device(name: str) -> str:
-    """The device that "auto" means here."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

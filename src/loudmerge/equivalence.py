@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from loudmerge import behaviour, models, regroup
 from loudmerge.behaviour import Passages, Run
-from loudmerge.compare import ARITHMETIC, TIE_DEVIATIONS, pick_device
+from loudmerge.compare import ARITHMETIC, TIE_DEVIATIONS
+from loudmerge.device import found_device
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.merge import plan
 from loudmerge.plan import MergePlan
@@ -162,7 +163,7 @@ def compare_adapters(
     original = plan(base, adapter, orientation=orientation, lora_b_layout=lora_b_layout)
     other = plan(base, converted)
     with models.quietly():
-        return _compare(original, other, prompts, pick_device(device), tokens)
+        return _compare(original, other, prompts, found_device(device), tokens)
 
 
 def _compare(
