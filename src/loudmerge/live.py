@@ -30,7 +30,15 @@ from loudmerge.plan import Options, check_options
 from loudmerge.report import MergeReport
 from loudmerge.tensorfile import TensorEntry, TensorReader
 from loudmerge.threads import check_threads
-from loudmerge.wrappers import PREFIX, Wrapper, other_adapters, plain_attribute, settle_scalings, wrappers
+from loudmerge.wrappers import (
+    PREFIX,
+    Wrapper,
+    beyond_weight,
+    other_adapters,
+    plain_attribute,
+    settle_scalings,
+    wrappers,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,6 +73,8 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     base = model.get_base_model()
     tensors = base_state_dict(base)
     _refuse_base(model, base, tensors)
+    if problems := list(beyond_weight(found, name)):
+        raise MergeRefused(problems)
     target = Path(out).absolute()
     refuse_existing(target, overwrite=bool(options.get("overwrite", False)))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from loudmerge.errors import MergeRefused, Problem
 from loudmerge.evidence import Layout, decide
 from loudmerge.experts import Experts
 from loudmerge.families import family_of
+from loudmerge.forwards import beyond_weight
 from loudmerge.names import Names
 from loudmerge.plan import MergePlan, Options
 from loudmerge.siblings import missing_siblings
@@ -42,6 +43,7 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
     if not problems:
         # What is not there can be told once all that is there has its place.
         problems += Announced(base, adapter, names, family, placement).missing(experts)
+    problems += beyond_weight(base, adapter, placement)
     problems += missing_siblings(base, adapter, placement, names, family)
     draft = Draft(base, adapter, names, family, options)
     layout, fused = Layout({}, {}, ()), list[Problem]()

@@ -70,9 +70,27 @@ def orientation_written_by(
     return says.pop() if len(says) == 1 else None
 
 
+def knows_embed_scale(config: AdapterConfig) -> bool:
+    """Whether the config proves a PEFT that multiplies LoRA, and token rows, by an embedding's `embed_scale`.
+
+    Source: huggingface/peft#2825, released in 0.18.0, the release that also first wrote `peft_version`.
+    """
+    if config.peft_version is None:
+        return _newest_field(config) >= (0, 18)
+    match = re.match(r"^(\d+)\.(\d+)(.*)$", config.peft_version)
+    if match is None:
+        return False
+    release = (int(match[1]), int(match[2]))
+    return release > (0, 18) or (release == (0, 18) and re.match(r"\.\d+$|$", match[3]) is not None)
+
+
+def _newest_field(config: AdapterConfig) -> tuple[int, int]:
+    return max((FIELDS_SINCE[name] for name in FIELDS_SINCE if name in config.raw), default=(0, 0))
+
+
 def _written_by(config: AdapterConfig) -> tuple[tuple[int, int, int] | None, str]:
     """The PEFT release that trained the adapter, as far as its config proves it, and why."""
-    newest = max((FIELDS_SINCE[name] for name in FIELDS_SINCE if name in config.raw), default=(0, 0))
+    newest = _newest_field(config)
     named = config.peft_version
     if named is None:
         if newest == (0, 0) and config.raw.keys() >= _FIELDS_OF_017:

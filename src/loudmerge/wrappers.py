@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from loudmerge.adapter_config import CONFIG, AdapterConfig, read_config
 from loudmerge.errors import Problem
+from loudmerge.forwards import more_than_weight
 
 PREFIX = "base_model.model."
 """Before each name, of a PeftModel's module as of a tensor that it saves."""
@@ -27,12 +30,18 @@ _LEVELS = frozenset({"base_layer", "original_module", "token_adapter"})
 _HOLDERS = ("_adapters", "scaling", "trainable_tokens_delta")
 """What has the names of a wrapper's adapters: of modules and token rows to save, of LoRA, of token rows."""
 
+_PLAIN = (nn.Linear.forward, nn.Embedding.forward)
+
+_AS_PLAIN = frozenset({"FalconLinear", "IdeficsDecoupledLinear", "IdeficsDecoupledEmbedding"})
+"""Classes of transformers with a forward of their own, to which PEFT adds what their weight would."""
+
 
 @dataclass(frozen=True)
 class Wrapper:
     """One of PEFT's wrappers. name: of what it wraps, in memory. held: the adapters that it has.
 
-    ranks, scalings: by adapter; empty where it is no LoRA.
+    ranks, scalings: by adapter; empty where it is no LoRA. beyond: the class of a module whose output is more
+    than weight times input, else "".
     """
 
     name: str
@@ -41,6 +50,7 @@ class Wrapper:
     disabled: bool
     ranks: Mapping[str, int]
     scalings: Mapping[str, float]
+    beyond: str
 
     def is_set(self, adapter: str) -> bool:
         """Whether it computes with this adapter where it has it, and else with none."""
@@ -63,6 +73,7 @@ def wrappers(model: Any) -> Iterator[Wrapper]:
             bool(plain_attribute(module, "_disable_adapters")),
             {adapter: int(value) for adapter, value in _by_adapter(module, "r")},
             {adapter: float(value) for adapter, value in _by_adapter(module, "scaling")},
+            _beyond(module),
         )
 
 
@@ -78,6 +89,14 @@ def other_adapters(found: Collection[Wrapper], adapter: str) -> Iterator[Problem
                 f"{adapter!r} active, as in the model" if adapter in wrapper.held else "none of them active",
                 f"Call set_adapter({adapter!r}) and enable_adapter_layers on the model first.",
             )
+
+
+def beyond_weight(found: Collection[Wrapper], adapter: str) -> Iterator[Problem]:
+    """The modules that do more than multiply by their weight: no weight holds what was trained there."""
+    for wrapper in found:
+        if wrapper.beyond and adapter in wrapper.held:
+            does = f"is a {wrapper.beyond} with a forward of its own"
+            yield more_than_weight(f"{wrapper.name} of the live model", wrapper.name, does)
 
 
 def settle_scalings(directory: Path, found: Collection[Wrapper], adapter: str) -> None:
@@ -108,6 +127,21 @@ def plain_attribute(owner: object, name: str) -> object:
             return place[name]
     value = inspect.getattr_static(type(owner), name, None)
     return None if hasattr(type(value), "__get__") else value
+
+
+def _beyond(module: object) -> str:
+    """The class of a wrapped Linear or Embedding whose output is more than weight times input, else "".
+
+    The wrappers of target_parameters change the weight itself, whatever the module does with it. An
+    embedding's own scale PEFT applies to what it adds since 0.18 (huggingface/peft#2825).
+    """
+    layer = plain_attribute(module, "base_layer")
+    if not isinstance(layer, nn.Linear | nn.Embedding) or _parameter(module):
+        return ""
+    known = type(layer).forward in _PLAIN or type(layer).__name__ in _AS_PLAIN
+    scale = getattr(layer, "embed_scale", None)
+    follows = scale is not None and (hasattr(type(module), "_get_embed_scale") or float(scale) == 1)
+    return "" if known or follows else type(layer).__name__
 
 
 def _parameter(module: object) -> list[str]:

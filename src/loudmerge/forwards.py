@@ -1,0 +1,124 @@
+"""Modules whose output is more than weight times input: no weight holds what LoRA, or rows, trained there.
+
+PEFT adds a LoRA to the output of the module that it wraps, and computes an embedding's trained rows without
+the module. Where the module scales, norms or shifts, this is not what changed rows of its weight would do.
+Sources: the subclasses of nn.Linear and nn.Embedding with a `forward` of their own in transformers 4.57.6 and
+5.24.0; peft/tuners/lora/layer.py, `Embedding.forward`; peft/tuners/trainable_tokens/layer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from loudmerge.adapter import Adapter
+from loudmerge.checkpoint import Checkpoint
+from loudmerge.errors import Problem
+from loudmerge.provenance import knows_embed_scale
+from loudmerge.sites import Placement
+from loudmerge.tensorfile import TensorEntry
+
+SCALED = frozenset({"embed_tokens", "embed_tokens_per_layer", "shared"})
+"""Embeddings that multiply their rows by `embed_scale` in the models below."""
+
+SCALING = frozenset({"gemma3", "gemma3_text", "gemma3n", "gemma3n_text"})
+"""model_types with such embeddings in transformers 4, the only one in which PEFT before 0.18 runs."""
+
+SCALING_WHERE_SAID = frozenset(
+    {
+        *("bart", "bigbird_pegasus", "biogpt", "blenderbot", "m2m_100", "mbart", "nllb-moe", "pegasus_x"),
+        *("plbart", "seamless_m4t", "seamless_m4t_v2", "trocr", "xglm"),
+    }
+)
+"""The same, where `scale_embedding` of the config is true; the factor is 1 where it is false."""
+
+_NORMED = {"embed_tokens": "norms its rows"}
+_COMPUTED = "computes its indices from other inputs"
+_POSITIONS = {"embed_positions": _COMPUTED}
+
+BEYOND_WEIGHT: Mapping[str, Mapping[str, str]] = {
+    "inkling_text": _NORMED,
+    "inkling2_text": _NORMED,
+    "inkling2_loop_text": _NORMED,
+    "muse_glimmer_text": _NORMED,
+    "muse_spark_text": _NORMED,
+    "dory": {"lm_head": "multiplies its output by logit_scale"},
+    "autoformer": _POSITIONS,
+    "bart": _POSITIONS,
+    "bigbird_pegasus": _POSITIONS,
+    "biogpt": _POSITIONS,
+    "blenderbot": _POSITIONS,
+    "blenderbot-small": _POSITIONS,
+    "fsmt": _POSITIONS,
+    "informer": _POSITIONS,
+    "led": _POSITIONS,
+    "marian": _POSITIONS,
+    "mbart": _POSITIONS,
+    "mvp": _POSITIONS,
+    "opt": _POSITIONS,
+    "pegasus": _POSITIONS,
+    "plbart": _POSITIONS,
+    "pp_formulanet_text": _POSITIONS,
+    "prophetnet": {"position_embeddings": _COMPUTED},
+    "roformer": _POSITIONS,
+    "time_series_transformer": _POSITIONS,
+    "trocr": _POSITIONS,
+    "whisper": _POSITIONS,
+}
+"""model_type -> the last part of a module's name -> what the module does besides."""
+
+
+def beyond_weight(base: Checkpoint, adapter: Adapter, placement: Placement) -> list[Problem]:
+    """A problem for each LoRA, and each module's token rows, that no weight of the base can hold."""
+    modules = [(item.pair.module, item.pair.a) for item in placement.dense if not item.wrapped]
+    modules += [(pair.module, pair.a) for pair in placement.untied_head]
+    modules += [(rows.module, rows.entry) for rows in adapter.rows]
+    parts = list(_parts(base.config))
+    scales = not knows_embed_scale(adapter.config) and any(map(_scales, parts))
+    problems = []
+    for module, trained in modules:
+        leaf = module.rpartition(".")[2]
+        does = [why for part in parts if (why := BEYOND_WEIGHT.get(_model_type(part), {}).get(leaf))]
+        if does:
+            problems.append(more_than_weight(str(trained), module, does[0]))
+        elif scales and leaf in SCALED:
+            problems.append(_unscaled(trained, module))
+    return problems
+
+
+def more_than_weight(where: str, module: str, does: str) -> Problem:
+    """What was trained on a module that does more than multiply by its weight."""
+    return Problem(
+        "unsupported-adapter",
+        where,
+        f"something trained on {module}, which {does}: no weight of it computes the same",
+        "a module whose output is its weight times its input",
+        "Train LoRA on the other modules, or this one whole, in modules_to_save.",
+    )
+
+
+def _unscaled(trained: TensorEntry, module: str) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        str(trained),
+        f"something trained on {module}, which multiplies by its embed_scale, and no peft_version >= 0.18.0",
+        "an adapter of PEFT >= 0.18.0: before, it was trained without that factor",
+        "If it was trained with PEFT >= 0.18.0, write that peft_version in adapter_config.json.",
+    )
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The config, and the configs in it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
+
+
+def _scales(part: Mapping[str, Any]) -> bool:
+    said = part.get("scale_embedding") is not False
+    return _model_type(part) in SCALING or (_model_type(part) in SCALING_WHERE_SAID and said)
+
+
+def _model_type(part: Mapping[str, Any]) -> str:
+    return str(part.get("model_type", ""))
