@@ -15,7 +15,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from loudmerge.adapter import WEIGHTS, read_adapter
@@ -28,7 +27,7 @@ from loudmerge.merge import Pathish, merge
 from loudmerge.outpath import refuse_existing
 from loudmerge.plan import Options, check_options
 from loudmerge.report import MergeReport
-from loudmerge.tensorfile import TensorEntry, TensorReader
+from loudmerge.tensorfile import TensorReader
 from loudmerge.threads import check_threads
 from loudmerge.wrappers import (
     PREFIX,
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
 
 MAX_HOPS = 16
 """How many `base_layer` links are followed; PEFT nests one for each targeted parameter of a module."""
-
-COMPARED_BYTES = 16 << 20
-"""Bytes of a tensor that are compared at a time."""
 
 _TOKENIZER_FILE = re.compile(r"token|vocab|merges|chat_template|\.model$|\.jinja$")
 """Side files that a tokenizer given to `save_pretrained_merged` takes the place of."""
@@ -279,18 +275,7 @@ def _same_tensors(saved: Checkpoint, disk: Checkpoint) -> bool:
     if any(other is None or (other.dtype, other.shape) != (mine.dtype, mine.shape) for mine, other in pairs):
         return False
     with TensorReader() as reader:
-        return all(other is not None and _same_bytes(reader, mine, other) for mine, other in pairs)
-
-
-def _same_bytes(reader: TensorReader, first: TensorEntry, second: TensorEntry) -> bool:
-    for start in range(0, first.nbytes, COMPARED_BYTES):
-        count = min(COMPARED_BYTES, first.nbytes - start)
-        buffers = torch.empty((2, count), dtype=torch.uint8)
-        reader.read_bytes(first, start, buffers[0])
-        reader.read_bytes(second, start, buffers[1])
-        if not torch.equal(buffers[0], buffers[1]):
-            return False
-    return True
+        return all(other is not None and reader.same_bytes(mine, other) for mine, other in pairs)
 
 
 def _plain_name(key: str) -> str | None:

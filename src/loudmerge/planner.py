@@ -1,6 +1,7 @@
 """Makes a MergePlan: places the adapter, decides its layout, and accounts for every tensor of both sides.
 
-Every problem found is reported together. Of the weights, only what tells how lora_B is packed is read.
+Every problem found is reported together. Of the weights, only what tells how lora_B is packed is read, and
+whether an embedding that was trained lies there twice.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from loudmerge.adapter import Adapter
 from loudmerge.announced import Announced
 from loudmerge.checkpoint import Checkpoint
+from loudmerge.copies import settle_copies
 from loudmerge.draft import Draft
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.evidence import Layout, decide
@@ -58,6 +60,7 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
     draft.add_full(adapter.full)
     draft.add_rows(adapter.rows)
     settle(draft, placement.untied_head)
+    settle_copies(draft)
     # Linears first: where the config's rank is wrong they prove it, and experts only that something is.
     problems += [*draft.problems, *fused]
     if problems:

@@ -93,6 +93,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return entries, metadata
 
 
+COMPARED_BYTES = 16 << 20
+"""Bytes of a tensor that are compared at a time."""
+
+
 class TensorReader:
     """Reads tensors of any number of files; one open file descriptor each. Use as a context manager.
 
@@ -134,6 +138,17 @@ class TensorReader:
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         self.read_bytes(entry, 0, buffer)
         return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def same_bytes(self, first: TensorEntry, second: TensorEntry) -> bool:
+        """Whether two tensors of one size have the same bytes."""
+        for start in range(0, first.nbytes, COMPARED_BYTES):
+            count = min(COMPARED_BYTES, first.nbytes - start)
+            buffers = torch.empty((2, count), dtype=torch.uint8)
+            self.read_bytes(first, start, buffers[0])
+            self.read_bytes(second, start, buffers[1])
+            if not torch.equal(buffers[0], buffers[1]):
+                return False
+        return True
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._descriptors:

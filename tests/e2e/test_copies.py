@@ -1,0 +1,92 @@
+"""Encoders whose files hold the tied matrix twice, as many on the Hub do: rows trained on it are in OUT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import loudmerge
+from tests.support import kinds
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+IDS = torch.arange(5, 25)[None]
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def bert() -> PreTrainedModel:
+    return BertForMaskedLM(BertConfig(**SIZES))
+
+
+def roberta() -> PreTrainedModel:
+    return RobertaForMaskedLM(RobertaConfig(**SIZES))
+
+
+def t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_decoder_layers=1, num_heads=4)
+    )
+
+
+CASES = [
+    (bert, "query", "bert.embeddings.word_embeddings.weight", ["cls.predictions.decoder.weight"]),
+    (roberta, "query", "roberta.embeddings.word_embeddings.weight", ["lm_head.decoder.weight"]),
+    (t5, "q", "shared.weight", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]),
+]
+
+
+def logits(model: PreTrainedModel | PeftModel) -> Tensor:
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS, **more).logits
+    return found
+
+
+@pytest.mark.parametrize(("build", "target", "embedding", "copies"), CASES)
+def test_rows_of_a_tied_embedding_are_in_all_its_copies(
+    build: Callable[[], PreTrainedModel], target: str, embedding: str, copies: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = build()
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    held = load_file(file)
+    save_file({**held, **{copy: held[embedding].clone() for copy in copies}}, file, {"format": "pt"})
+    live = get_peft_model(
+        type(model).from_pretrained(tmp_path / "base").eval(),
+        LoraConfig(r=3, target_modules=[target], trainable_token_indices={embedding.split(".")[-2]: [6, 7]}),
+    ).eval()
+    kinds.train(live)
+    live.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    out, folders = tmp_path / "out", (tmp_path / "base", tmp_path / "adapter")
+    loudmerge.merge(*folders, out)
+    merged = load_file(out / "model.safetensors")
+    assert all(torch.equal(merged[embedding], merged[copy]) for copy in copies)
+    assert loudmerge.verify(out, *folders).ok
+    wanted = type(model).from_pretrained(tmp_path / "base").eval()
+    assert (logits(live) - logits(wanted)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(type(model).from_pretrained(out).eval()), logits(live))
