@@ -23,6 +23,9 @@ _HEAD_BESIDE: Mapping[str, str] = {
 }
 """Where transformers keeps the head of a model whose embedding has this key."""
 
+_TIED_SINCE_5 = frozenset({"longt5", "mt5", "pop2piano", "t5", "udop", "umt5"})
+"""model_types whose config says true in memory where config.json says false (configuration_t5.py, 5.24.0)."""
+
 SAVE_BOTH = (
     "Save the adapter with save_embedding_layers=True, or merge the live model with save_pretrained_merged."
 )
@@ -62,6 +65,8 @@ def _refuse_unknown_embedding(draft: Draft, head: TensorEntry | None) -> None:
     Token rows are for both, and PEFT trains them so: they need no head of their own.
     """
     if not _tied(draft):
+        if head is not None and draft.base.model_type in _TIED_SINCE_5:
+            draft.problems += [_tied_or_not(rows.entry, head) for rows in draft.adapter.rows]
         return
     for name in dict.fromkeys([*draft.terms, *draft.changes]):
         entry, changes = draft.base.entries[name], draft.changes.get(name, {})
@@ -118,6 +123,16 @@ def _unsaid(rows: TensorEntry, head: TensorEntry) -> Problem:
         "trained token rows of the embedding, and a config.json that does not say if the head is tied to it",
         "tie_word_embeddings in the base's config.json: a tied head has these rows, too",
         "Write it there: true, or false where embedding and head were trained apart.",
+    )
+
+
+def _tied_or_not(rows: TensorEntry, head: TensorEntry) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        str(rows),
+        f"trained token rows, and a {head} that PEFT gives the same rows under transformers 5, not under 4",
+        "an adapter without token rows: it does not say under which transformers it was trained",
+        "Train LoRA on the other modules.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ def logits(model: PreTrainedModel | PeftModel) -> Tensor:
     return found
 
 
+def with_rows(cls: type[PreTrainedModel], base: Path, target: str, embedding: str) -> PeftModel:
+    config = LoraConfig(r=3, target_modules=[target], trainable_token_indices={embedding: [6, 7]})
+    live = get_peft_model(cls.from_pretrained(base).eval(), config)
+    assert isinstance(live, PeftModel)
+    kinds.train(live)
+    return live.eval()
+
+
 @pytest.mark.parametrize(("build", "target", "embedding", "copies"), CASES)
 def test_rows_of_a_tied_embedding_are_in_all_its_copies(
     build: Callable[[], PreTrainedModel], target: str, embedding: str, copies: list[str], tmp_path: Path
@@ -76,11 +85,7 @@ def test_rows_of_a_tied_embedding_are_in_all_its_copies(
     file = tmp_path / "base" / "model.safetensors"
     held = load_file(file)
     save_file({**held, **{copy: held[embedding].clone() for copy in copies}}, file, {"format": "pt"})
-    live = get_peft_model(
-        type(model).from_pretrained(tmp_path / "base").eval(),
-        LoraConfig(r=3, target_modules=[target], trainable_token_indices={embedding.split(".")[-2]: [6, 7]}),
-    ).eval()
-    kinds.train(live)
+    live = with_rows(type(model), tmp_path / "base", target, embedding.split(".")[-2])
     live.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     out, folders = tmp_path / "out", (tmp_path / "base", tmp_path / "adapter")
     loudmerge.merge(*folders, out)
@@ -90,3 +95,19 @@ def test_rows_of_a_tied_embedding_are_in_all_its_copies(
     wanted = type(model).from_pretrained(tmp_path / "base").eval()
     assert (logits(live) - logits(wanted)).abs().max() > 1e-3
     torch.testing.assert_close(logits(type(model).from_pretrained(out).eval()), logits(live))
+
+
+def test_rows_of_t5_that_stores_its_head_apart_are_refused(tmp_path: Path) -> None:
+    """As T5 1.1 and FLAN-T5 do: whether PEFT gave the head the rows, the release of transformers decided."""
+    torch.manual_seed(0)
+    t5().save_pretrained(tmp_path / "base")
+    file, config = (tmp_path / "base" / name for name in ("model.safetensors", "config.json"))
+    head = {"lm_head.weight": torch.randn(99, 32)}
+    save_file({**load_file(file), **head}, file, {"format": "pt"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+    live = with_rows(T5ForConditionalGeneration, tmp_path / "base", "q", "shared")
+    live.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(loudmerge.MergeRefused, match="the same rows under transformers 5, not under 4"):
+        loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = live.merge_and_unload().lm_head.weight
+    assert torch.equal(merged[6:8], head["lm_head.weight"][6:8]) is kinds.TRANSFORMERS_4

@@ -101,3 +101,16 @@ def test_rows_of_two_copies_are_refused(world: World) -> None:
     base = {"a.embed.weight": MATRIX, "b.weight": MATRIX.clone()}
     spec = {"trainable_token_indices": {"embed": [1, 2], "b": [1, 2]}}
     assert world.refuse(base, two, TIED, **spec).code == "unsupported-base"
+
+
+def test_rows_of_t5_with_a_head_of_its_own_are_refused(world: World) -> None:
+    """config.json says the head is apart; transformers 5 says in memory that it is tied, which PEFT asks."""
+    base = {"shared.weight": MATRIX, "lm_head.weight": values(V, H, seed=8)}
+    rows = {f"{PREFIX}shared.token_adapter.trainable_tokens_delta": values(2, H)}
+    spec = {"trainable_token_indices": {"shared": [1, 2]}}
+    refused = world.refuse(base, rows, {**APART, "model_type": "mt5"}, **spec)
+    assert refused.code == "unsupported-adapter"
+    assert "that PEFT gives the same rows under transformers 5, not under 4" in str(refused)
+    assert world.plan(base, rows, {**APART, "model_type": "switch_transformers"}, **spec).counts.replaced == 1
+    del base["lm_head.weight"]
+    assert world.plan(base, rows, {**APART, "model_type": "mt5"}, **spec).counts.replaced == 1
