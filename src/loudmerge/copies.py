@@ -45,13 +45,13 @@ def settle_copies(draft: Draft) -> None:
 def _is_embedding(draft: Draft, entry: TensorEntry) -> bool:
     """Whether something trained is for an embedding of tokens, of which it has a row for each."""
     terms, changes = draft.terms.get(entry.name, ()), draft.changes.get(entry.name, {})
-    sizes = draft.base.config_values("vocab_size")
     if "token_rows" in changes:
         return True
     if any(draft.sites[term.site].pair.embedding for term in terms):
-        return entry.shape[0] >= min(sizes, default=0)
-    embeds = _EMBEDS.search(entry.name) is not None
-    return bool(changes) and embeds and len(entry.shape) == 2 and entry.shape[0] in sizes
+        return entry.shape[0] >= min(draft.base.config_values("vocab_size"), default=0)
+    if not changes or len(entry.shape) != 2 or _EMBEDS.search(entry.name) is None:
+        return False
+    return entry.shape[0] in draft.base.config_values("vocab_size")
 
 
 def _copies(draft: Draft, entry: TensorEntry) -> Iterator[TensorEntry]:

@@ -8,7 +8,7 @@ checkpoint. What proves which: the class that PEFT writes into the config, and s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from loudmerge.adapter import Adapter
@@ -58,7 +58,7 @@ def in_its_part(base: Checkpoint, adapter: Adapter, family: Family) -> Family:
     Raises MergeRefused `ambiguous-layout` when its names may be in two parts, and nothing proves in which.
     """
     trained = _trained(adapter)
-    if not trained or not trained.keys().isdisjoint(_modules(base.entries)):
+    if not trained or any(module in trained for key in base.entries for module in _around(key)):
         return family
     first = next(iter(trained))
     others = _roots(base.entries, first, family)
@@ -90,9 +90,9 @@ def _trained(adapter: Adapter) -> Sizes:
     return {module: sizes for module, sizes in found.items() if module.rpartition(".")[2] != _HEAD}
 
 
-def _modules(names: Iterable[str]) -> set[str]:
-    """The modules around these tensors, at every level."""
-    return {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
+def _around(name: str) -> Iterator[str]:
+    """The modules around a tensor, at every level."""
+    return (name[: dot.start()] for dot in re.finditer(r"\.", name))
 
 
 def _roots(keys: Iterable[str], module: str, family: Family) -> list[str]:
@@ -110,7 +110,7 @@ def _usual_root(base: Checkpoint, family: Family, module: str) -> str:
 
 def _part(base: Checkpoint, family: Family, trained: Sizes, root: str) -> _Part:
     held = {family.canonical(key): entry for key, entry in base.entries.items()}
-    modules = _modules(held)
+    modules = {module for name in held for module in _around(name)}
     names = {family.canonical(family.root + module): sizes for module, sizes in trained.items()}
     misfits = [name for name, sizes in names.items() if _misfits(held.get(f"{name}.weight"), sizes)]
     lists = {name[: index.start() - 1] for name in names if (index := INDEX.search(name))}
