@@ -64,6 +64,11 @@ class Checkpoint:
             found = parts[0]
         return found
 
+    @property
+    def vocabulary_sizes(self) -> list[int]:
+        """Every `vocab_size` of the config that is a number; parts may leave theirs open."""
+        return [size for size in self.config_values("vocab_size") if type(size) is int]
+
     def config_values(self, *names: str) -> list[Any]:
         """The values of these config fields, at any depth: multimodal configs nest the text model's."""
         return list(_values(self.config, frozenset(names)))

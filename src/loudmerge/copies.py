@@ -48,10 +48,10 @@ def _is_embedding(draft: Draft, entry: TensorEntry) -> bool:
     if "token_rows" in changes:
         return True
     if any(draft.sites[term.site].pair.embedding for term in terms):
-        return entry.shape[0] >= min(draft.base.config_values("vocab_size"), default=0)
+        return entry.shape[0] >= min(draft.base.vocabulary_sizes, default=0)
     if not changes or len(entry.shape) != 2 or _EMBEDS.search(entry.name) is None:
         return False
-    return entry.shape[0] in draft.base.config_values("vocab_size")
+    return entry.shape[0] in draft.base.vocabulary_sizes
 
 
 def _copies(draft: Draft, entry: TensorEntry) -> Iterator[TensorEntry]:

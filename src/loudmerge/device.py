@@ -9,9 +9,9 @@ from loudmerge.errors import EnvironmentFailed
 _DEVICE = re.compile(r"cpu|auto|cuda(:\d+)?")
 
 
-def check_device(name: str) -> None:
+def check_device(name: object) -> None:
     """Raises ValueError for what names no device, whether there is one or not."""
-    if not _DEVICE.fullmatch(name):
+    if not isinstance(name, str) or not _DEVICE.fullmatch(name):
         raise ValueError(f"device is {name!r}, expected one of cpu, cuda, cuda:N, auto")
 
 

@@ -33,6 +33,7 @@ SCALING_WHERE_SAID = frozenset(
 """The same, where `scale_embedding` of the config is true; the factor is 1 where it is false."""
 
 _NORMED = {"embed_tokens": "norms its rows"}
+_END_OF_IMAGE = {"embed_tokens": "has a row of its own for the end of an image"}
 _COMPUTED = "computes its indices from other inputs"
 _POSITIONS = {"embed_positions": _COMPUTED}
 
@@ -61,6 +62,8 @@ BEYOND_WEIGHT: Mapping[str, Mapping[str, str]] = {
     "pp_formulanet_text": _POSITIONS,
     "prophetnet": {"position_embeddings": _COMPUTED},
     "roformer": _POSITIONS,
+    "t5gemma2_decoder": _END_OF_IMAGE,
+    "t5gemma2_text": _END_OF_IMAGE,
     "time_series_transformer": _POSITIONS,
     "trocr": _POSITIONS,
     "whisper": _POSITIONS,
@@ -70,11 +73,13 @@ BEYOND_WEIGHT: Mapping[str, Mapping[str, str]] = {
 
 def beyond_weight(base: Checkpoint, adapter: Adapter, placement: Placement) -> list[Problem]:
     """A problem for each LoRA, and each module's token rows, that no weight of the base can hold."""
+    parts = list(_parts(base.config))
+    scales = not knows_embed_scale(adapter.config) and any(map(_scales, parts))
+    if not scales and BEYOND_WEIGHT.keys().isdisjoint(map(_model_type, parts)):
+        return []
     modules = [(item.pair.module, item.pair.a) for item in placement.dense if not item.wrapped]
     modules += [(pair.module, pair.a) for pair in placement.untied_head]
     modules += [(rows.module, rows.entry) for rows in adapter.rows]
-    parts = list(_parts(base.config))
-    scales = not knows_embed_scale(adapter.config) and any(map(_scales, parts))
     problems = []
     for module, trained in modules:
         leaf = module.rpartition(".")[2]

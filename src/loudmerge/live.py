@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from loudmerge.device import check_device
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
 from loudmerge.merge import Pathish, merge
-from loudmerge.outpath import refuse_existing
+from loudmerge.outpath import make_parents, refuse_existing, remove_parents
 from loudmerge.plan import Options, check_options
 from loudmerge.report import MergeReport
 from loudmerge.tensorfile import TensorReader
@@ -73,8 +73,11 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
         raise MergeRefused(problems)
     target = Path(out).absolute()
     refuse_existing(target, overwrite=bool(options.get("overwrite", False)))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.live-", dir=target.parent) as scratch:
+    with ExitStack() as left:
+        left.callback(remove_parents, make_parents(target))
+        scratch = left.enter_context(
+            tempfile.TemporaryDirectory(prefix=f".{target.name}.live-", dir=target.parent)
+        )
         weights, saved = Path(scratch, "base"), Path(scratch, "adapter")
         adapter = saved if name == "default" else saved / name
         memory = {adapter: f"the live model's adapter {name!r}", weights: "the live model's base"}

@@ -66,11 +66,11 @@ def plan(
 
 
 def _directory(name: Pathish) -> Path:
-    """A local directory; of what is none and spells a Hub id, its snapshot."""
+    """A local directory; of a text that names none and spells a Hub id, its snapshot."""
     path = Path(name)
-    if path.exists() or HubId.parse(str(name)) is None:
+    if not isinstance(name, str) or path.exists() or HubId.parse(name) is None:
         return path
-    return resolve(path.as_posix())
+    return resolve(name)
 
 
 def planned(base: Pathish, adapter: Pathish, out: Pathish, **options: Any) -> MergeReport:

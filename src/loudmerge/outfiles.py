@@ -231,8 +231,9 @@ def _check_config(plan: MergePlan, out: Path) -> Iterator[TensorMismatch]:
 def _check_content(file: Path, expected: bytes) -> Iterator[TensorMismatch]:
     found = file.read_bytes()
     if found != expected:
-        detail = f"differs from what the merge wrote from byte {_first_difference(found, expected)} on"
-        yield TensorMismatch(file.name, file.name, "bytes", f"{detail}; it says the same")
+        place = f"from byte {_first_difference(found, expected)} on"
+        detail = f"says what a merge of this base writes, but not in the same bytes, {place}"
+        yield TensorMismatch(file.name, file.name, "bytes", detail)
 
 
 def _first_difference(a: bytes, b: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from loudmerge.errors import MergeRefused, Problem
@@ -28,6 +29,20 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
             "Give another OUT, or --overwrite to replace it once the new one is complete.",
         )
     )
+
+
+def make_parents(out: Path) -> list[Path]:
+    """Makes the directories that OUT will lie in; gives those that were not there, the innermost first."""
+    missing = [parent for parent in out.parents if not parent.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_parents(made: Sequence[Path]) -> None:
+    """Removes what `make_parents` made, unless OUT, or something of somebody else, is in it."""
+    with suppress(OSError):
+        for directory in made:
+            directory.rmdir()
 
 
 def _refuse_ground(out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from loudmerge.checkpoint import CONFIG, INDEX
@@ -44,22 +45,39 @@ def check_status(report: Mapping[str, Any]) -> Iterator[TensorMismatch]:
             yield _mismatch(name, report.get(name), value)
 
 
-def check_counts(plan: MergePlan, report: Mapping[str, Any]) -> Iterator[TensorMismatch]:
-    """Yields what a report says of counts and files, and the plan says otherwise."""
+def check_counts(plan: MergePlan, report: Mapping[str, Any], out: Path) -> Iterator[TensorMismatch]:
+    """Yields what a report says of counts and files, and the plan, or OUT's directory, says otherwise.
+
+    Another way of saving the same adapter has another number of tensors, and a base may have lost a file
+    that no loader reads since: of these the report need only be of one mind.
+    """
     counts = {name: getattr(plan.counts, name) for name in ("expert", "dense", "replaced")}
-    files = [*plan.side_files, CONFIG, REPORT, *(shard.name for shard in plan.base.shards)]
-    expected = {
+    expected: dict[str, Any] = {
         "num_experts": plan.num_experts,
         "counts": {
             **{name: {"attempted": count, "applied": count} for name, count in counts.items()},
             "copied": plan.counts.copied,
         },
         "adapter_tensors": {"total": len(plan.adapter.entries), "consumed": len(plan.consumed)},
-        "files": sorted([*files, INDEX] if plan.base.index is not None else files),
     }
+    said = _mapping(report.get("counts"))
+    replaced = said.get("replaced")
+    if _agree(replaced, "attempted", "applied") and replaced != expected["counts"]["replaced"]:
+        expected["counts"].update(replaced=replaced, copied=said.get("copied"))
+    if _agree(report.get("adapter_tensors"), "total", "consumed"):
+        expected["adapter_tensors"] = report["adapter_tensors"]
     for name, value in expected.items():
         if report.get(name) != value:
             yield _mismatch(name, report.get(name), value)
+    named = report.get("files")
+    files = named if isinstance(named, list) else []
+    needed = [CONFIG, REPORT, *(shard.name for shard in plan.base.shards), *plan.side_files]
+    if plan.base.index is not None:
+        needed.append(INDEX)
+    unnamed = sorted(set(needed).difference(map(str, files)))
+    gone = [name for name in files if not isinstance(name, str) or not (out / name).is_file()]
+    if unnamed or gone:
+        yield _mismatch("files", files, f"those of OUT; not named: {unnamed}, not there: {gone}")
 
 
 def check_measured(
@@ -101,23 +119,35 @@ def _may_be(recorded: Any, expected: Mapping[str, int], rounding: str) -> bool:
 
 
 def _check_kept(recorded: Any, merged: Sequence[Recomputed]) -> Iterator[TensorMismatch]:
-    said: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    said = _mapping(recorded)
     total = sum(one.total for one in merged)
     overall = sum(one.along for one in merged) / total if total else 1.0
     if (total >= NO_UPDATE or not merged) and not _close(said.get("overall"), overall):
         yield _mismatch("delta_kept.overall", said.get("overall"), overall)
     least = min((one for one in merged if one.total >= NO_UPDATE), key=lambda one: one.kept, default=None)
-    found: dict[str, Any] = said["least"] if isinstance(said.get("least"), dict) else {}
+    found = _mapping(said.get("least"))
     named = next((one for one in merged if one.output.key == found.get("tensor")), None)
     if named is None:
         if merged or said.get("least") is not None:
             yield _mismatch("delta_kept.least", said.get("least"), least and least.output.key)
         return
+    if named.total < NO_UPDATE:
+        return  # What the merge found of it may be anything, also less than what the others keep.
     for one in (named, least):
-        if one is not None and one.total >= NO_UPDATE and not _close(found.get("kept"), one.kept):
+        if one is not None and not _close(found.get("kept"), one.kept):
             expected = {"tensor": one.output.key, "kept": one.kept}
             yield _mismatch("delta_kept.least", said.get("least"), expected)
             return
+
+
+def _agree(said: Any, *names: str) -> bool:
+    """Whether all of these have one number, and there is nothing else."""
+    held = _mapping(said)
+    return held.keys() == set(names) and len({*held.values()}) == 1 and type(held[names[0]]) is int
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _close(recorded: Any, expected: float) -> bool:

@@ -48,6 +48,10 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
     problems += beyond_weight(base, adapter, placement)
     problems += missing_siblings(base, adapter, placement, names, family)
     draft = Draft(base, adapter, names, family, options)
+    if family.root:
+        draft.notes.append(
+            f"the adapter is read as one of {family.root.removesuffix('.')}, a part of the base"
+        )
     layout, fused = Layout({}, {}, ()), list[Problem]()
     try:
         layout = decide(

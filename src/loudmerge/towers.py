@@ -87,6 +87,7 @@ def _trained(adapter: Adapter) -> Sizes:
         found[pair.module] = (pair.a.shape[-1], pair.b.shape[0]) if not pair.depth else None
     if not found:
         found = {full.name.rpartition(".")[0]: None for full in adapter.full}
+        found.update((rows.module, None) for rows in adapter.rows)
     return {module: sizes for module, sizes in found.items() if module.rpartition(".")[2] != _HEAD}
 
 

@@ -150,7 +150,7 @@ def verify_plan(
     if report is not None:
         mismatches += check_status(report)
     if report is not None and ours:
-        mismatches += check_counts(plan, report)
+        mismatches += check_counts(plan, report, out)
         if not wrong and len(outputs) == len(plan.outputs):
             mismatches += check_measured(plan, report, comparison.merged())
     return Verification(

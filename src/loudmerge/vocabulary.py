@@ -89,7 +89,7 @@ def _may_be_tied(draft: Draft, entry: TensorEntry, head: TensorEntry | None) -> 
 
     Other embeddings are of positions or kinds, which are fewer.
     """
-    sizes = draft.base.config_values("vocab_size")
+    sizes = draft.base.vocabulary_sizes
     terms = draft.terms.get(entry.name, ())
     if any(draft.sites[term.site].pair.embedding for term in terms):
         return entry.shape[0] >= min(sizes, default=0)

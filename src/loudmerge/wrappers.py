@@ -141,7 +141,7 @@ def _beyond(module: object) -> str:
     known = type(layer).forward in _PLAIN or type(layer).__name__ in _AS_PLAIN
     scale = getattr(layer, "embed_scale", None)
     follows = scale is not None and (hasattr(type(module), "_get_embed_scale") or float(scale) == 1)
-    return "" if known or follows else type(layer).__name__
+    return "" if known or (follows and not hasattr(layer, "eoi_embedding")) else type(layer).__name__
 
 
 def _parameter(module: object) -> list[str]:

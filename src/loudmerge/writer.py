@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 from loudmerge import jsonfile
 from loudmerge.checkpoint import INDEX
 from loudmerge.errors import EnvironmentFailed, MergeRefused, is_out_of_memory
-from loudmerge.outpath import refuse_existing
+from loudmerge.outpath import make_parents, refuse_existing, remove_parents
 from loudmerge.plan import OutputTensor
 
 _PAGE = 4096
@@ -54,11 +53,11 @@ class Staging:
         self.files = self.root / "files"
         self.done = self.root / "done"
         self._replaced = self.root / "replaced"
-        self._parents = [parent for parent in self.out.parents if not parent.exists()]
+        self._parents: list[Path] = []
         self._lock = -1
 
     def __enter__(self) -> Staging:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._parents = make_parents(self.out)
         self.root.mkdir(exist_ok=True)
         self._lock = self._take_lock()
         try:
@@ -85,9 +84,7 @@ class Staging:
     def _leave(self, *, keep: bool) -> None:
         if not keep:
             shutil.rmtree(self.root, ignore_errors=True)
-            with suppress(OSError):  # not empty: OUT is in it, or something of somebody else
-                for made in self._parents:
-                    made.rmdir()
+            remove_parents(self._parents)
         os.close(self._lock)
 
     def _take_lock(self) -> int:

@@ -302,6 +302,19 @@ def test_merged_adapters_are_refused(tmp_path: Path) -> None:
     assert_logits(tmp_path / "out", wanted)
 
 
+def test_a_refusal_leaves_no_parents_of_out(tmp_path: Path) -> None:
+    model = live_model()
+    model.merge_adapter()
+    with pytest.raises(loudmerge.MergeRefused):
+        loudmerge.save_pretrained_merged(model, tmp_path / "a" / "b" / "out")
+    model.unmerge_adapter()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(torch.nan)
+    with pytest.raises(loudmerge.MergeRefused, match="non-finite"):
+        loudmerge.save_pretrained_merged(model, tmp_path / "a" / "b" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
     model = live_model()
     model.get_base_model().lm_head.to("meta")

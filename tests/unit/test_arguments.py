@@ -17,6 +17,7 @@ WRONG = [
     ({"device": "tpu"}, "device is 'tpu', expected one of cpu, cuda, cuda:N, auto"),
     ({"device": "cuda:x"}, "device is 'cuda:x', expected one of cpu, cuda, cuda:N, auto"),
     ({"device": "cpu "}, "device is 'cpu ', expected one of"),
+    ({"device": None}, "device is None, expected one of"),
     ({"rounding": "up"}, "rounding is 'up', expected one of auto, nearest"),
     ({"dtype": "int4"}, "dtype is 'int4', expected one of keep, bfloat16"),
 ]

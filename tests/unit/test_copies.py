@@ -96,6 +96,12 @@ def test_what_peft_trains_on_one_of_the_copies_is_refused(trained: str, world: W
     assert "as encoder.embed_tokens.weight [9, 6] F32" in str(refused)
 
 
+def test_a_part_whose_vocabulary_is_open_is_no_size(world: World) -> None:
+    fields = {**APART, "audio_config": {"vocab_size": None}}
+    plan = world.plan({f"{WORDS}.weight": MATRIX, "a.weight": values(8, H)}, LORA, fields)
+    assert plan.counts.dense == 1
+
+
 def test_rows_of_two_copies_are_refused(world: World) -> None:
     two = {f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": values(2, H) for name in ("a.embed", "b")}
     base = {"a.embed.weight": MATRIX, "b.weight": MATRIX.clone()}

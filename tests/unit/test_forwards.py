@@ -101,6 +101,7 @@ def test_other_modules_and_whole_embeddings_of_a_model_that_scales_are_merged(wo
     ("model", "module", "trained", "does"),
     [
         ("inkling_text", EMBED, embedding_lora(), "norms its rows"),
+        ("t5gemma2_text", EMBED, embedding_lora(), "has a row of its own for the end of an image"),
         ("dory", "lm_head", lora("lm_head", V, H), "multiplies its output by logit_scale"),
         (
             "opt",

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from loudmerge import hub
+from loudmerge.convert import convert
 from loudmerge.merge import merge
 from loudmerge.outfiles import TensorMismatch
 from loudmerge.verify import Verification, verify
+from tests.unit.builders import lora, values, write_adapter, write_base
 from tests.unit.reference import build
 from tests.unit.test_verify_merged import MERGED, dense
 
@@ -118,7 +121,15 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "files": (
         lambda report: report.update(files=["nothing"]),
-        r'files: found \["nothing"\], expected \["LICENSE"',
+        r'files: found \["nothing"\], expected "those of OUT; not named: .*LICENSE.*, not there: .*nothing',
+    ),
+    "a file that is not there": (
+        lambda report: report["files"].append("nothing"),
+        r'files: found .*, expected "those of OUT; not named: \[\], not there: .*nothing',
+    ),
+    "a file that is not named": (
+        lambda report: report["files"].remove("config.json"),
+        r'files: found .*, expected "those of OUT; not named: .*config.json.*, not there: \[\]',
     ),
     "rounding": (
         lambda report: report.update(rounding={"nearest": 1}),
@@ -196,7 +207,8 @@ def test_every_byte_of_json_counts(tmp_path: Path, name: str, dtype: str, more: 
     (made.out / name).write_bytes(content + more.encode())
     found = made.only()
     assert (found.key, found.what) == (name, "bytes")
-    assert found.detail == f"differs from what the merge wrote from byte {len(content)} on; it says the same"
+    says = "says what a merge of this base writes, but not in the same bytes"
+    assert found.detail == f"{says}, from byte {len(content)} on"
 
 
 def reformat(file: Path) -> None:
@@ -223,6 +235,36 @@ def test_the_out_of_another_loudmerge_is_compared_by_what_it_says(tmp_path: Path
     assert found.notes[0].startswith(f"{REPORT} is that of loudmerge 0.0.9, this is ")
     made.say(report | {"status": "planned"})
     assert made.only().detail == 'status: found "planned", expected "merged"'
+
+
+def test_a_base_that_lost_a_file_which_no_loader_reads_is_no_mismatch(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    built = build(MERGED["per-expert"], tmp_path / "base")
+    (built.base / "notes.md").write_text("Notes.\n")
+    made = Place(tmp_path, built.base, built.adapter)
+    (built.base / "notes.md").unlink()
+    found = made.verify()
+    assert found.ok, found.summary()
+
+
+def test_the_same_adapter_saved_in_another_way_has_another_number_of_tensors(tmp_path: Path) -> None:
+    built = build(MERGED["grouped"], tmp_path)
+    made = Place(tmp_path, built.base, built.adapter)
+    convert(built.adapter, tmp_path / "apart", to="per-expert", base=built.base)
+    found = verify(made.out, built.base, tmp_path / "apart")
+    assert found.ok, found.summary()
+
+
+def test_an_update_that_is_as_good_as_none_has_no_part_of_it_to_compare(tmp_path: Path) -> None:
+    matrices = {f"model.layers.{n}.self_attn.q_proj": 1 - n * (1 - 1e-16) for n in (0, 1)}
+    held = {
+        key: (value * (scale if "lora_B" in key else 1)).contiguous()
+        for module, scale in matrices.items()
+        for key, value in lora(module, 64, 48).items()
+    }
+    weights = {f"{module}.weight": values(64, 48, dtype=torch.bfloat16) for module in matrices}
+    found = Place(tmp_path, write_base(tmp_path / "b", weights), write_adapter(tmp_path / "a", held)).verify()
+    assert found.ok, found.summary()
 
 
 def test_a_card_that_is_added_and_the_names_that_a_push_gives_are_no_mismatch(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.builders import Tensors, World, full, lora, outputs, values
+from tests.unit.builders import PREFIX, Tensors, World, full, lora, outputs, values
 
 Q = "encoder.layers.0.q_proj"
 V = "encoder.layers.1.q_proj"
@@ -82,6 +82,14 @@ def test_the_part_of_full_tensors_alone_is_told_by_the_class(tmp_path: Path) -> 
     assert World(tmp_path).refuse(TWO, held, **fields).code == "ambiguous-layout"
     found = merged(tmp_path, TWO, held, **fields, **by_class("CLIPVisionModel"))
     assert found == {f"vision_model.{Q}.weight"}
+
+
+def test_the_part_of_token_rows_alone_is_found(tmp_path: Path) -> None:
+    base = {**BERT, "bert.embeddings.word_embeddings.weight": values(9, 6)}
+    rows = {f"{PREFIX}embeddings.word_embeddings.token_adapter.trainable_tokens_delta": values(2, 6)}
+    plan = World(tmp_path).plan(base, rows, trainable_token_indices={"word_embeddings": [1, 2]})
+    assert plan.counts.replaced == 1
+    assert plan.notes == ("the adapter is read as one of bert, a part of the base",)
 
 
 def test_patterns_of_the_config_match_the_names_that_were_trained(tmp_path: Path) -> None:
