@@ -261,6 +261,8 @@ ROUNDINGS |= {
     "threshold256": by_threshold(256),
     "threshold_all": by_threshold(0),
     "threshold64_random": by_threshold(64, width=0.5),
+    "threshold64_octave": by_threshold(64, octaves=1.0),
+    "threshold64_octaves": by_threshold(64, octaves=2.0),
     "threshold64_root": by_threshold(64, power=0.5),
     "systematic_out": systematic(0),
     "systematic_in": systematic(1),

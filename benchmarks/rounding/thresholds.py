@@ -36,10 +36,11 @@ def steps(weight: Tensor, delta: Tensor) -> Steps:
     return Steps(near, unit, torch.where(unit == 0, 0.0, (value - near) / unit))
 
 
-def by_threshold(group: int, width: float = 0.0, power: float = 1.0) -> Rounding:
+def by_threshold(group: int, width: float = 0.0, power: float = 1.0, octaves: float = 0.0) -> Rounding:
     """Steps what has the largest share, in each column of `group` rows (0: all), until dW is kept.
 
-    width: of the random part that is added to the shares. power: of the unit, in what orders the elements.
+    width: of the random part that is added to the shares. octaves: by how many, at random, each is more or
+    less than it is. power: of the unit, in what orders the elements.
     The last step is taken by chance, so that the expectation is exact.
     """
 
@@ -54,6 +55,8 @@ def by_threshold(group: int, width: float = 0.0, power: float = 1.0) -> Rounding
             score = share * unit.abs().clamp(min=1e-38) ** (1 - power)
             if width:
                 score = score + (torch.rand(w.shape, generator=draw) - 0.5) * width
+            if octaves:
+                score = score * torch.exp2((torch.rand(w.shape, generator=draw) - 0.5) * octaves)
             order = score.masked_fill(gain <= 0, -torch.inf).argsort(dim=0, descending=True)
             kept = gain.gather(0, order).cumsum(0)
             before = kept - gain.gather(0, order)
