@@ -1,7 +1,7 @@
 """`python -m loudmerge.compat [CELL…]` in the project's root: runs cells and renders the table.
 
 0  every cell asked for shows what matrix.toml expects, or is optional and was not reached
-1  a cell falls short, or has regressed
+1  a cell asked for falls short, or compares badly with the older results: against.fails
 2  usage: the arguments, or matrix.toml, are wrong
 """
 
@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loudmerge.compat import table
-from loudmerge.compat.against import REGRESSED
+from loudmerge.compat.against import fails
 from loudmerge.compat.cell import PARTS
 from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.environment import Installer
+from loudmerge.compat.overview import Overview
 from loudmerge.compat.result import CellResult
 from loudmerge.compat.runner import Options, failures, run
 
@@ -56,11 +57,18 @@ def _run(matrix: Matrix, given: argparse.Namespace, older: tuple[CellResult, ...
         _tell(f"{row.cell}: {row.status}: {row.detail}" if row.detail else f"{row.cell}: {row.status}")
         for each in row.shortfalls:
             _tell(f"  {each.check}: found {each.found}, expected {each.expected}")
-    regressed = [cell for cell, change in overview.changes.items() if change.word == REGRESSED]
-    for cell in regressed:
-        _tell(f"{cell}: regressed: {overview.changes[cell].detail}")
+    worse = _worse(matrix, given.cells, overview)
+    for cell in worse:
+        _tell(f"{cell}: {overview.changes[cell].word}: {overview.changes[cell].detail}")
     _say(overview.counts)
-    return SHORT if short or regressed else DONE
+    return SHORT if short or worse else DONE
+
+
+def _worse(matrix: Matrix, names: Sequence[str], overview: Overview) -> list[str]:
+    """The cells for which the comparison fails: of those asked for, or of all and those that are gone."""
+    optional = {cell.name for cell in matrix.cells if cell.optional}
+    rows = [row for row in overview.rows if row.cell in overview.changes and (not names or row.cell in names)]
+    return [row.cell for row in rows if fails(overview.changes[row.cell], row, optional=row.cell in optional)]
 
 
 def _parser() -> argparse.ArgumentParser:

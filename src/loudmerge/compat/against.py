@@ -9,7 +9,8 @@
 | no row | new | new | new | new |
 
 What was not shown before cannot have regressed: `new`, which passes only where it is ok. A cell that was ok
-and shows nothing now has regressed. `losses` says what counts as lost.
+and shows nothing now has regressed. An optional cell that is unreachable now fails no comparison, whatever
+its word. `losses` says what counts as lost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from loudmerge.compat.cells import RELEASED
+from loudmerge.compat.cells import PACKAGES, RELEASED
 from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult, Tests
 
 SAME, REGRESSED, FIXED, NEW = "same", "regressed", "fixed", "new"
@@ -80,9 +81,9 @@ def fails(change: Change, row: CellResult, *, optional: bool) -> bool:
 
     optional: the cell may be unreachable.
     """
-    if change.word == NEW:
-        return row.status != OK and not (optional and row.status == UNREACHABLE)
-    return change.word == REGRESSED
+    if optional and row.status == UNREACHABLE:
+        return False
+    return change.word == REGRESSED or (change.word == NEW and row.status != OK)
 
 
 def losses(head: CellResult, base: CellResult, without: Collection[str] = ()) -> tuple[str, ...]:
@@ -155,10 +156,17 @@ def rows_and_changes(
 
 def adapterless(rows: Sequence[CellResult]) -> frozenset[str]:
     """The cells that trained none: not to its end, or a released one of the same versions ran for both."""
-    released = [row.versions for row in rows if row.lane == RELEASED]
+    released = [_packages(row) for row in rows if row.lane == RELEASED]
     return frozenset(
-        row.cell for row in rows if row.figures is None or (row.lane != RELEASED and row.versions in released)
+        row.cell
+        for row in rows
+        if row.figures is None or (row.lane != RELEASED and _packages(row) in released)
     )
+
+
+def _packages(row: CellResult) -> list[str | None]:
+    """The versions that make a cell what it is; two of the same may have run on different Pythons."""
+    return [row.versions.get(name) for name in PACKAGES]
 
 
 def _gone(row: CellResult) -> CellResult:

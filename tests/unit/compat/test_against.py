@@ -14,6 +14,7 @@ from loudmerge.compat.against import (
     REGRESSED,
     SAME,
     SYMBOLS,
+    adapterless,
     compare,
     fails,
     rows_and_changes,
@@ -192,6 +193,14 @@ def test_a_regressed_cell_fails_and_one_that_is_as_before_or_fixed_does_not() ->
         assert fails(compare(bare(head), bare(base)), bare(head), optional=False) == expected
 
 
+@pytest.mark.parametrize("base", [*STATUSES, None])
+def test_an_optional_cell_that_is_unreachable_now_fails_no_comparison(base: str | None) -> None:
+    row = bare(UNREACHABLE)
+    change = compare(row, None if base is None else bare(base))
+    assert not fails(change, row, optional=True)
+    assert fails(change, row, optional=False) == (base in (None, OK))
+
+
 def changed(*head: CellResult, base: tuple[CellResult, ...]) -> str:
     """What the first row changed."""
     return rows_and_changes(head, base)[1][head[0].cell].detail
@@ -216,6 +225,14 @@ def test_the_newest_release_that_has_become_a_cell_is_no_longer_merged_as_two() 
     head = replace(rows.SWAPPED, crossed={rows.STANDARD.cell: OK})
     assert changed(head, rows.STANDARD, latest, base=(base, older)) == "ok → ok"
     assert changed(head, rows.STANDARD, older, base=(base, older)) == "ok → ok: adapter of latest"
+
+
+def test_two_pythons_make_no_two_cells_of_one() -> None:
+    """A runner's image has a newer patch of Python, and torch may come from elsewhere."""
+    latest = replace(rows.STANDARD, cell="latest", lane="latest")
+    latest = replace(latest, versions={**latest.versions, "python": "3.11.14", "torch": "2.13.0+cpu"})
+    assert latest.versions != rows.STANDARD.versions
+    assert adapterless((rows.STANDARD, latest)) == {"latest"}
 
 
 def test_many_losses_are_counted() -> None:

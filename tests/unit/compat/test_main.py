@@ -11,6 +11,7 @@ import pytest
 
 from loudmerge.compat.__main__ import main
 from loudmerge.compat.cells import load
+from loudmerge.compat.result import CellResult
 from tests.unit.compat import checkout
 from tests.unit.compat.made import EXPECT, VERSIONS, cell, result
 
@@ -97,6 +98,37 @@ def test_a_cell_that_was_ok_and_is_not_has_regressed(root: Path, capsys: pytest.
     assert main(["one", "--parts", "tests", "--against", "older"]) == 1
     assert "one: regressed: " in capsys.readouterr().err
     assert "regressed" in (root / ".compat" / "COMPAT.md").read_text("utf-8")
+
+
+def older(root: Path, *found: CellResult) -> None:
+    (root / "older").mkdir()
+    for row in found:
+        (root / "older" / f"{row.cell}.json").write_text(json.dumps(row.to_json()), "utf-8")
+
+
+def test_an_optional_cell_that_was_ok_and_is_not_reached_now_exits_0(root: Path) -> None:
+    older(root, result(cell="dev", lane="dev"))
+    assert main(["dev", "--against", "older"]) == 0
+    assert "▼ regressed" in (root / ".compat" / "COMPAT.md").read_text("utf-8")
+
+
+def test_a_cell_that_was_not_asked_for_is_not_compared(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older(root, result(), result(cell="gone"))
+    assert main(["dev", "--against", "older"]) == 0
+    assert "one: " not in capsys.readouterr().err
+
+
+def test_a_new_cell_that_is_not_ok_fails_as_in_the_table(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And, where all cells are asked for, one that only the older results have."""
+    older(root, result(cell="gone"))
+    assert main(["--parts", "tests", "--against", "older"]) == 1
+    said = capsys.readouterr().err
+    assert "one: new: now failed; no older result\n" in said
+    assert "gone: regressed: ok → not-run\n" in said
 
 
 def test_the_matrix_is_run_without_torch_or_any_package() -> None:
