@@ -149,8 +149,8 @@ class Environment:
         return found if whole else {}
 
     def versions(self) -> dict[str, str]:
-        """Of transformers, peft, trl, torch and python, as they were installed."""
-        return {str(name): str(version) for name, version in self.stamped()["versions"].items()}
+        """Of transformers, peft, trl, torch and python, as they were installed; none without a stamp."""
+        return {str(name): str(version) for name, version in self.stamped().get("versions", {}).items()}
 
     def make(self, root: Path, requirements: Sequence[str], installer: Installer, log: Path) -> bool:
         """Makes it, unless it is there with the same stamp; says whether it did.
@@ -169,7 +169,7 @@ class Environment:
         seeded = self._seed(stamp)
         logged(installer.install(self.python, wanted), log)
         _share(self.directory, log)
-        versions = json.loads(answer([str(self.python), "-c", _VERSIONS]))
+        versions = json.loads(answer([str(self.python), "-I", "-c", _VERSIONS]))
         others = differing(versions, _pinned(stamp.requirements))
         if others:
             raise NotInstalled(f"the installer left {others}: see the log")
@@ -251,6 +251,12 @@ def _pinned(requirements: Sequence[str]) -> dict[str, str]:
 def requirements(pinned: Mapping[str, str]) -> tuple[str, ...]:
     """What an installer takes for `pins`."""
     return tuple(f"{name} @ {pin}" if "://" in pin else f"{name}=={pin}" for name, pin in pinned.items())
+
+
+def pins_of(wanted: Sequence[str]) -> dict[str, str]:
+    """The pins that these `requirements` were made of."""
+    found = (re.fullmatch(r"([\w.-]+)(?:==| @ )(\S+)", one) for one in wanted)
+    return {pin[1]: pin[2] for pin in found if pin}
 
 
 def newest(installer: Installer) -> dict[str, str]:

@@ -73,11 +73,22 @@ def of_parts(
 def _others(cell: Cell, versions: Mapping[str, str], ran: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Part -> what it ran on that is not the cell's pins, or where there are none its environment's.
 
-    An environment may have been changed after it was made.
+    An environment may have been changed after it was made. Two jobs of one run may have different patches
+    of one Python.
     """
     wanted = {**versions, **(cell.versions if cell.is_pinned else {})}
-    said = {part: differing({**wanted, **found}, wanted) for part, found in ran.items()}
+    said = {
+        part: differing(_unpatched({**wanted, **found}), _unpatched(wanted)) for part, found in ran.items()
+    }
     return {part: others for part, others in said.items() if others}
+
+
+def _unpatched(versions: Mapping[str, str]) -> dict[str, str]:
+    """With `3.11` for Python's `3.11.14`."""
+    return {
+        name: ".".join(version.split(".")[:2]) if name == "python" else version
+        for name, version in versions.items()
+    }
 
 
 def _figures(found: Mapping[str, Any] | None) -> Figures | None:
@@ -117,9 +128,14 @@ def of_earlier(cell: Cell, file: Path, torch: str, source: str) -> CellResult:
     other = _other(cell, found, torch, source)
     if other:
         return replace(empty, detail=f"not asked for, and its earlier result is of {other}")
-    if found.detail.startswith(KEPT):
-        return found
-    return replace(found, detail=f"{KEPT}; {found.detail}" if found.detail else KEPT)
+    return kept(found)
+
+
+def kept(row: CellResult) -> CellResult:
+    """The row of an earlier run, which says so."""
+    if row.detail.startswith(KEPT):
+        return row
+    return replace(row, detail=f"{KEPT}; {row.detail}" if row.detail else KEPT)
 
 
 def _other(cell: Cell, found: CellResult, torch: str, source: str) -> str:
@@ -132,9 +148,8 @@ def _other(cell: Cell, found: CellResult, torch: str, source: str) -> str:
 
 
 def _other_versions(cell: Cell, found: CellResult, torch: str) -> str:
-    """`torch 2.12.0` where the row is of that and the cell of another; empty where all are the same."""
+    """`torch 2.12.0, expected 2.13.0` where the row is of that; empty where all are the same."""
     wanted = dict(cell.versions) if cell.is_pinned else {}
     if torch.startswith("torch==") and found.status in RAN:
         wanted["torch"] = torch.removeprefix("torch==")
-    had = {name: found.versions.get(name, "none").partition("+")[0] for name in wanted}
-    return ", ".join(f"{name} {had[name]}" for name in wanted if had[name] != wanted[name].partition("+")[0])
+    return differing(found.versions, wanted)

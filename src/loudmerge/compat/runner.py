@@ -28,7 +28,7 @@ from loudmerge.compat.cell import CROSS, FAMILIES, JOURNEY, PARTS, TESTS, Job, s
 from loudmerge.compat.cells import Cell, Matrix
 from loudmerge.compat.children import Children
 from loudmerge.compat.commands import NotInstalled, Unreachable
-from loudmerge.compat.environment import Environment, Installer, pins, requirements, sealed
+from loudmerge.compat.environment import Environment, Installer, pins, pins_of, requirements, sealed
 from loudmerge.compat.result import NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult
 from loudmerge.compat.verdict import judged
 
@@ -155,11 +155,14 @@ def failures(asked: Sequence[Cell], rows: Sequence[CellResult]) -> tuple[CellRes
 
 
 def _resolve(matrix: Matrix, asked: Sequence[Cell], options: Options, tell: Tell) -> list[Prepared]:
-    """What each cell asked for consists of today. One whose pins are a released cell's has it as its twin."""
+    """What each cell asked for consists of: today, or where its own parts do not run now, when they did.
+
+    One whose pins are a released cell's has it as its twin.
+    """
     found: dict[str, Prepared] = {}
     for cell in asked:
         try:
-            wanted = pins(cell, options.installer, options.environ)
+            wanted = _left_pins(cell, options) or pins(cell, options.installer, options.environ)
         except (NotInstalled, Unreachable) as error:
             status = _status(error)
             tell(f"{cell.name}: {status}: {error}")
@@ -175,6 +178,25 @@ def _resolve(matrix: Matrix, asked: Sequence[Cell], options: Options, tell: Tell
             tell(f"{cell.name}: the versions of {twin.name}, which runs for both")
             found.setdefault(twin.name, Prepared(twin, wanted))
     return list(found.values())
+
+
+def _left_pins(cell: Cell, options: Options) -> dict[str, str]:
+    """What a cell that pins nothing consisted of when its own parts ran, where they do not run now.
+
+    A head may have moved since, and the last stage is to be of the same versions. Empty where no part left
+    any with this torch and this source.
+    """
+    if cell.is_pinned or set(OWN_PARTS) & set(options.parts):
+        return {}
+    for part in OWN_PARTS:
+        try:
+            of = document.read(options.directory(cell.name) / f"{part}.json").get("of")
+        except ValueError:
+            continue
+        versions = of["versions"] if isinstance(of, dict) and of.get("source") == options.source else []
+        if versions[:1] == [options.installer.torch]:
+            return pins_of(versions[1:])
+    return {}
 
 
 def _prepare(one: Prepared, options: Options, tell: Tell) -> Prepared:
@@ -294,7 +316,8 @@ def _rows(matrix: Matrix, prepared: Sequence[Prepared], options: Options) -> tup
     for cell in matrix.cells:
         if cell.name not in found:
             file = options.results / f"{cell.name}.json"
-            found[cell.name] = rows.of_earlier(cell, file, options.installer.torch, options.source)
+            earlier = rows.of_earlier(cell, file, options.installer.torch, options.source)
+            found[cell.name] = (_left_row(cell, options) if earlier.status == NOT_RUN else None) or earlier
     judgements = tuple(judged(cell.expects, found[cell.name]) for cell in matrix.cells)
     for row in judgements:
         _keep(row, options)
@@ -311,6 +334,19 @@ def _row(one: Prepared, options: Options) -> CellResult:
     versions = options.environment(cell.name).versions()
     row = rows.of_parts(cell, versions, shown, one.seconds, options.source)
     return judged(cell.expects, row)
+
+
+def _left_row(cell: Cell, options: Options) -> CellResult | None:
+    """A pinned cell's row by what its parts left, if all of them did, of its versions, this torch and source.
+
+    A run of another source in between has written over the row, and not over the parts.
+    """
+    one = Prepared(cell, cell.versions)
+    stamp = options.environment(cell.name).stamped().get("stamp", {})
+    if not cell.is_pinned or stamp.get("requirements") != one.of_these(options)["versions"]:
+        return None
+    whole = all("of" in _shown(one, part, options) for part in PARTS)
+    return rows.kept(_row(one, options)) if whole else None
 
 
 def _keep(row: CellResult, options: Options) -> None:

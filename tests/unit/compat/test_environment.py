@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loudmerge.compat import environment, links
+from loudmerge.compat import commands, environment, links
 from loudmerge.compat.commands import NotInstalled, Unreachable
 from loudmerge.compat.environment import STAMP, Environment, Installer, Stamp
 from tests.unit.compat import checkout
@@ -98,6 +98,23 @@ def test_a_stamp_that_was_not_written_to_its_end_is_none(root: Path, text: str) 
         (made.directory / STAMP).write_text(broken, "utf-8")
         assert not made.is_of(stamp)
         assert environment._complete(made.directory.parent) == {}
+        assert made.versions() == {}
+
+
+def test_an_environment_is_not_asked_what_the_caller_s_python_path_has(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = root / "outside" / "peft-9.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9\n", "utf-8")
+
+    def logged(command: Sequence[str], log: Path) -> None:
+        commands.logged(command, log)
+        if "install" in command:
+            monkeypatch.setenv("PYTHONPATH", str(root / "outside"))
+
+    monkeypatch.setattr(environment, "logged", logged)
+    assert make(root, VERSIONS)[0].versions()["peft"] == "0.19.1"
 
 
 def test_no_variable_chooses_what_runs_inside() -> None:

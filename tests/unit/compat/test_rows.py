@@ -78,6 +78,17 @@ def test_a_lane_s_part_ran_on_what_its_environment_was_made_with() -> None:
     assert row.errors == {"versions": "tests: transformers 5.6.0, expected 5.5.0"}
 
 
+def test_another_patch_of_python_is_no_other_version() -> None:
+    """Two jobs of a run may have two images of the runner. Another Python is one."""
+    made = {**VERSIONS, "python": "3.11.14"}
+    for python, says in (
+        ("3.11.13", {}),
+        ("3.12.1", {"versions": "tests: python 3.12, expected 3.11"}),
+    ):
+        ran = {**PARTS["tests"], "versions": {**VERSIONS, "python": python}}
+        assert rows.of_parts(cell(), made, {**PARTS, "tests": ran}, 1.0).errors == says
+
+
 def test_an_environment_of_other_versions_than_the_cell_pins_is_no_reason_to_expect_them() -> None:
     older = {**VERSIONS, "peft": "0.18.1"}
     row = rows.of_parts(cell(), older, {**PARTS, "tests": {**PARTS["tests"], "versions": older}}, 1.0)
@@ -108,6 +119,11 @@ def test_an_earlier_row_is_kept_and_says_so(tmp_path: Path) -> None:
     assert earlier(tmp_path, row) == row
 
 
+@pytest.mark.parametrize("torch", ["torch==2.13", "torch==2.13.0+cu130", "torch"])
+def test_zeros_and_a_build_make_no_other_torch(tmp_path: Path, torch: str) -> None:
+    assert earlier(tmp_path, result(), torch).status == "ok"
+
+
 @pytest.mark.parametrize(
     ("row", "torch", "says"),
     [
@@ -120,7 +136,7 @@ def test_an_earlier_row_is_kept_and_says_so(tmp_path: Path) -> None:
             TORCH,
             "its earlier result is of torch 2.12.0",
         ),
-        (result(), "torch==2.12.0", "its earlier result is of torch 2.13.0"),
+        (result(), "torch==2.12.0", "is of torch 2.13.0+cpu, expected 2.12.0"),
         (result(source="edited"), TORCH, "its earlier result is of another source of loudmerge"),
         (result(source=""), TORCH, "its earlier result is of another source of loudmerge"),
         (result(cell="two"), TORCH, "its earlier result is of the cell two"),

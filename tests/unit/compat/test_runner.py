@@ -15,6 +15,7 @@ import loudmerge
 from loudmerge.compat import runner
 from loudmerge.compat.cell import digest, source
 from loudmerge.compat.cells import Matrix, MatrixError
+from loudmerge.compat.environment import Installer, requirements
 from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult
 from loudmerge.compat.runner import failures, run
 from tests.unit import reference
@@ -322,6 +323,60 @@ def test_a_row_that_is_kept_is_judged_by_today_s_expectations(root: Path, run_ce
     assert [each.check for each in row.shortfalls] == ["orientation"]
     strict = Matrix((ONE, replace(TWO, expects=replace(TWO.expects, orientation="swapped"))))
     assert run_cells("one", matrix=strict)["two"].status == OK
+
+
+def test_a_row_that_another_source_wrote_over_comes_back_with_its_own(root: Path, run_cells: Run) -> None:
+    """From what its parts left. Not where one of them ran on something else since, or its environment is."""
+    for each in (ONE, TWO):
+        checkout.in_place(root, each)
+    trained(root, "one", 1)
+    before = run_cells(parts=("tests", "cross"))["two"]
+    directory = checkout.options(root, ()).directory("two")
+    of = {"versions": ["torch==2.13.0", *requirements(TWO.versions)], "source": source()}
+    for part, shown in {"families": {"families": {"mixtral": "ok"}}, "journey": {"path": "fused"}}.items():
+        (directory / f"{part}.json").write_text(json.dumps({**shown, "of": of}), "utf-8")
+    edited = run_cells("one", source="edited")["two"]
+    assert (edited.status, edited.tests) == (NOT_RUN, None)
+    found = run_cells("one")["two"]
+    assert found.detail == "of an earlier run"
+    assert (found.status, found.tests, found.crossed) == (FAILED, before.tests, before.crossed)
+    assert (found.families, found.versions) == ({"mixtral": "ok"}, before.versions)
+
+    run_cells("one", source="edited")
+    other = Installer("torch==2.12.0")
+    assert run_cells("one", installer=other)["two"].status == NOT_RUN
+    (directory / "families.json").unlink()
+    assert run_cells("one")["two"].status == NOT_RUN
+
+
+@pytest.mark.parametrize(
+    ("by", "torch", "asks"),
+    [
+        (source(), "torch==2.13.0", False),
+        ("edited", "torch==2.13.0", True),
+        (source(), "torch==2.12.0", True),
+    ],
+    ids=["same", "edited", "torch"],
+)
+def test_the_last_stage_is_of_the_heads_that_the_others_were_of(
+    root: Path, run_cells: Run, by: str, torch: str, asks: bool
+) -> None:
+    """One may have moved since: here no host is asked, which none would answer."""
+    heads = {name: f"git+https://h.invalid/{name}@{'a' * 40}" for name in VERSIONS}
+    dev = cell("dev", lane="dev", versions={name: f"h/{name}" for name in VERSIONS})
+    checkout.in_place(root, replace(dev, versions=heads))
+    left = checkout.options(root, ()).directory("dev")
+    left.mkdir(parents=True)
+    of = {"versions": [torch, *requirements(heads)], "source": by}
+    families = {"families": {"mixtral": "ok"}, "failures": [], "seconds": 2.0, "of": of}
+    (left / "families.json").write_text(json.dumps(families), "utf-8")
+    (left / "journey.json").write_text("{", "utf-8")
+    environ = {"LOUDMERGE_GITHUB": "http://127.0.0.1:9"}
+    row = run_cells("dev", matrix=Matrix((ONE, dev)), parts=("cross",), environ=environ)["dev"]
+    assert (row.status == UNREACHABLE) == asks
+    assert row.families == ({} if asks else {"mixtral": "ok"})
+    again = run_cells("dev", matrix=Matrix((ONE, dev)), parts=("tests", "cross"), environ=environ)["dev"]
+    assert again.status == UNREACHABLE
 
 
 def test_only_the_cells_asked_for_fail_a_run() -> None:
