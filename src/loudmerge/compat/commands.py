@@ -19,9 +19,11 @@ _ERROR = re.compile(r"\s*((ERROR|error|fatal)\b|×)")
 
 _UNREACHABLE = re.compile(
     r"ConnectionError|ConnectTimeout|NameResolutionError|ProxyError|ReadTimeout|Read timed out|SSLError"
-    r"|Max retries exceeded|5\d\d Server Error|status server error|returned error: 5\d\d"
+    r"|Max retries exceeded|5\d\d Server Error|status server error|returned error: (429|5\d\d)"
     r"|Could not resolve|[Ff]ailed to connect|Couldn't connect|Connection (refused|reset|timed out)"
-    r"|Operation timed out|error sending request|dns error"
+    r"|(Operation|Resolving) timed out|error sending request|dns error|Network is unreachable"
+    r"|CONNECT tunnel failed|from proxy after CONNECT|Empty reply from server|GnuTLS recv error"
+    r"|SSL certificate problem|certificate verification failed"
 )
 """How pip, uv and git say that a host did not answer."""
 
@@ -58,7 +60,8 @@ def answer(command: Sequence[str], asked: str = "") -> str:
         except subprocess.TimeoutExpired as error:
             raise Unreachable(f"{command[0]} had no answer after {ASK_SECONDS} s") from error
         if done.returncode:
-            raise _failure(done.stderr, details)
+            error = done.stderr if command[0] == "git" else _last_error(done.stderr)
+            raise _failure(done.stderr, error, details)
         return done.stdout
 
 
@@ -86,24 +89,26 @@ def logged(command: Sequence[str], log: Path) -> None:
                 raise NotInstalled(f"{command[0]} was not done after {INSTALL_SECONDS} s") from error
         if code:
             words = log.read_bytes()[start:].decode("utf-8", "replace")
-            raise _failure(words.removeprefix(heading), details)
+            words = words.removeprefix(heading)
+            raise _failure(words, _last_error(words), details)
 
 
-def _failure(words: str, details: Path) -> NotInstalled | Unreachable:
+def _failure(words: str, error: str, details: Path) -> NotInstalled | Unreachable:
     """What a command that failed with these words raises. details: pip's own log, if it wrote one.
 
-    The last error decides. A retry that is in the log may have been answered the next time.
+    error: what decides of the words. An installer's are its last error: a retry that it told of before may
+    have been answered the next time. git does not try again, and its ssh says why before git's own line.
     """
     more = details.read_text("utf-8", "replace") if details.is_file() else ""
-    return (Unreachable if _unreached(_last_error(words), more) else NotInstalled)(said(words))
+    return (Unreachable if _unreached(error, more) else NotInstalled)(said(words))
 
 
 def _last_error(words: str) -> str:
-    """From the last line that says `error` to the end; where a git of pip's failed, what that git said."""
+    """From the last line that says `error` to the end; where a git of pip's failed, all that it said."""
     lines = words.splitlines()
     starts = [number for number, line in enumerate(lines) if _ERROR.match(line)]
     if starts and "× git " in lines[starts[-1]]:
-        return next((line for line in reversed(lines) if line.lstrip().startswith("fatal:")), "")
+        starts = [number for number, line in enumerate(lines) if "Running command git " in line] or starts
     return "\n".join(lines[starts[-1] :] if starts else lines[-1:])
 
 

@@ -16,6 +16,19 @@ PIP = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-input", "--dis
 RETRY = "WARNING: Retrying (Retry(total=4)) after connection broken by 'ReadTimeoutError(...)': /simple/peft/"
 
 
+NO_ANSWER = (
+    "CONNECT tunnel failed, response 403",
+    "Received HTTP code 403 from proxy after CONNECT",
+    "SSL certificate problem: unable to get local issuer certificate",
+    "server certificate verification failed. CAfile: none CRLfile: none",
+    "Empty reply from server",
+    "GnuTLS recv error (-110): The TLS connection was non-properly terminated.",
+    "Resolving timed out after 300000 milliseconds",
+    "The requested URL returned error: 429",
+)
+"""What git says of a host or a proxy that let nobody through, as curl worded it."""
+
+
 def runs(words: str) -> list[str]:
     """A command that says this and fails."""
     return [sys.executable, "-c", f"import sys; sys.stderr.write({words!r}); sys.exit(1)"]
@@ -32,6 +45,11 @@ def runs(words: str) -> list[str]:
         ("fatal: unable to access 'https://h/o/peft/': The requested URL returned error: 403", NotInstalled),
         ("fatal: unable to access 'https://h/o/peft/': The requested URL returned error: 503", Unreachable),
         ("fatal: unable to access 'https://h/o/peft/': Could not resolve host: h", Unreachable),
+        *((f"fatal: unable to access 'https://h/o/peft/': {why}", Unreachable) for why in NO_ANSWER),
+        (
+            "fatal: unable to connect to h:\nh[0: 140.82.121.4]: errno=Network is unreachable",
+            Unreachable,
+        ),
         (
             "ERROR: Exception:\nTraceback (most recent …):\nReadTimeoutError: Read timed out.",
             Unreachable,
@@ -82,6 +100,26 @@ def test_a_head_that_pip_s_git_cannot_fetch_is_unreachable_only_where_its_host_i
         commands.answer([*PIP, f"peft @ git+http://127.0.0.1:9/h/peft@{commit}"])
     with pytest.raises(NotInstalled):
         commands.answer([*PIP, f"peft @ git+{tmp_path.as_uri()}/h/peft@{commit}"])
+
+
+@pytest.mark.parametrize(
+    ("ssh", "raised"),
+    [
+        ("ssh: connect to host h port 22: Connection timed out", Unreachable),
+        ("git@h: Permission denied (publickey).", NotInstalled),
+    ],
+)
+def test_git_s_ssh_says_why_before_git_says_that_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ssh: str, raised: type[Exception]
+) -> None:
+    script = tmp_path / "ssh"
+    script.write_text(f"#!/bin/sh\necho '{ssh}' >&2\nexit 255\n", "utf-8")
+    script.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH", str(script))
+    with pytest.raises(raised, match=r"^fatal: Could not read from remote repository"):
+        commands.answer(["git", "ls-remote", "ssh://git@h/o/peft", "HEAD"])
+    with pytest.raises(raised):
+        commands.answer([*PIP, f"peft @ git+ssh://git@h/o/peft@{'0' * 40}"])
 
 
 @pytest.mark.parametrize(
