@@ -18,6 +18,7 @@ from loudmerge.compat import table
 from loudmerge.compat.against import fails
 from loudmerge.compat.cell import PARTS
 from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
+from loudmerge.compat.children import exit_on_signals
 from loudmerge.compat.environment import Installer
 from loudmerge.compat.overview import Overview
 from loudmerge.compat.result import CellResult
@@ -111,4 +112,5 @@ def _tell(line: str) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(main())

@@ -25,7 +25,7 @@ from packaging.version import Version
 
 from loudmerge.compat import cells, environment
 from loudmerge.compat.cells import PACKAGES, Cell, Matrix
-from loudmerge.compat.children import Children
+from loudmerge.compat.children import Children, exit_on_signals
 from loudmerge.compat.commands import NotInstalled, Unreachable
 from loudmerge.compat.environment import Environment, Installer
 from loudmerge.compat.questions import CHECKS, Check, Checks, Expected, Node, Question
@@ -342,4 +342,5 @@ def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> 
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(main())

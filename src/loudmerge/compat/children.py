@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,21 @@ class Children:
         if self._ended:
             raise Interrupted("the run was interrupted")
         return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
+def exit_on_signals() -> None:
+    """Has SIGTERM and SIGHUP end this process as Ctrl-C does, with what it started; a second one at once.
+
+    One that is ignored stays so: nohup's SIGHUP.
+    """
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, _exit)
+
+
+def _exit(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
 
 
 def _kill(child: subprocess.Popen[str]) -> None:

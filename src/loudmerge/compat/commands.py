@@ -60,8 +60,8 @@ def answer(command: Sequence[str], asked: str = "") -> str:
         except subprocess.TimeoutExpired as error:
             raise Unreachable(f"{command[0]} had no answer after {ASK_SECONDS} s") from error
         if done.returncode:
-            error = done.stderr if command[0] == "git" else _last_error(done.stderr)
-            raise _failure(done.stderr, error, details)
+            decisive = done.stderr if command[0] == "git" else _last_error(done.stderr)
+            raise _failure(done.stderr, decisive, details)
         return done.stdout
 
 

@@ -22,6 +22,18 @@ time.sleep({seconds})
 """
 
 
+MAIN = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGHUP, {hangup})
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_module({module!r}, run_name="__main__")
+finally:
+    taken = [callable(signal.getsignal(each)) for each in (signal.SIGTERM, signal.SIGHUP)]
+    print(taken, file=sys.stderr)
+"""
+
+
 def command(seconds: float) -> list[str]:
     """Starts a process that sleeps on, and is done after so many seconds."""
     return [sys.executable, "-c", GRANDCHILD.format(seconds=seconds)]
@@ -80,3 +92,14 @@ def test_what_runs_when_the_block_ends_is_killed_and_no_more_is_started(tmp_path
     assert ends(tmp_path)
     with pytest.raises(Interrupted):
         children.run(command(0), seconds=60, cwd=tmp_path, env=os.environ)
+
+
+@pytest.mark.parametrize("module", ["loudmerge.compat.__main__", "loudmerge.compat.bisect"])
+@pytest.mark.parametrize(("hangup", "taken"), [("signal.SIG_DFL", True), ("signal.SIG_IGN", False)])
+def test_the_commands_end_with_what_they_started_when_they_are_told_to(
+    module: str, hangup: str, taken: bool
+) -> None:
+    """By SIGTERM, and SIGHUP but where nohup has it ignored."""
+    code = MAIN.format(module=module, hangup=hangup)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == str([True, taken])

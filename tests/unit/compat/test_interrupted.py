@@ -19,6 +19,7 @@ from loudmerge.compat.cells import Matrix
 from loudmerge.compat.result import FAILED, NOT_RUN, CellResult, Tests
 from tests.unit.compat import checkout
 from tests.unit.compat.made import EXPECT, VERSIONS, cell, result
+from tests.unit.compat.test_children import is_alive
 
 ONE, TWO = cell("one"), cell("two", versions={**VERSIONS, "peft": "0.18.1"})
 
@@ -36,10 +37,22 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return checkout.make(tmp_path, monkeypatch)
 
 
-def test_a_row_is_written_when_its_last_part_has_run(root: Path) -> None:
-    """And not before: what an earlier run left says nothing of this one, whoever ends it in between."""
-    slow = "import os, time\ndef test_slow(): time.sleep(600 if 'two' in os.environ['CELL'] else 0)\n"
-    (root / "tests" / "unit" / "test_tiny.py").write_text(slow, "utf-8")
+SLOW = """
+import os, pathlib, time
+
+def test_slow():
+    pathlib.Path(os.environ["CELL"]).write_text(str(os.getpid()))
+    time.sleep(60 if os.environ["CELL"] == "two" else 0)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_row_is_written_when_its_last_part_has_run(root: Path, sent: signal.Signals) -> None:
+    """And not before: what an earlier run left says nothing of this one, whoever ends it in between.
+
+    A part that runs is ended.
+    """
+    (root / "tests" / "unit" / "test_tiny.py").write_text(SLOW, "utf-8")
     (root / "matrix.toml").write_text(TOML, "utf-8")
     results = checkout.options(root, ()).results
     results.mkdir(parents=True)
@@ -57,11 +70,14 @@ def test_a_row_is_written_when_its_last_part_has_run(root: Path) -> None:
             if line.startswith("one: tests done"):
                 break
         until = time.monotonic() + 30
-        while rows_of(results)["one"].status == NOT_RUN and time.monotonic() < until:
+        while time.monotonic() < until and (
+            rows_of(results)["one"].status == NOT_RUN or not (root / "two").is_file()
+        ):
             time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(sent)
         running.stderr.read()
         assert running.wait(60) != 0
+    assert not is_alive(int((root / "two").read_text("utf-8")))
     found = rows_of(results)
     assert (found["one"].status, found["one"].tests) == (FAILED, Tests(1, 0, 0))
     assert (found["two"].status, found["two"].detail) == (

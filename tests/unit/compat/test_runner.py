@@ -333,8 +333,9 @@ def test_a_row_that_another_source_wrote_over_comes_back_with_its_own(root: Path
     before = run_cells(parts=("tests", "cross"))["two"]
     directory = checkout.options(root, ()).directory("two")
     of = {"versions": ["torch==2.13.0", *requirements(TWO.versions)], "source": source()}
-    for part, shown in {"families": {"families": {"mixtral": "ok"}}, "journey": {"path": "fused"}}.items():
-        (directory / f"{part}.json").write_text(json.dumps({**shown, "of": of}), "utf-8")
+    families, journey = {"families": {"mixtral": "ok"}, "of": of}, {"path": "fused", "of": of}
+    (directory / "families.json").write_text(json.dumps(families), "utf-8")
+    (directory / "journey.json").write_text(json.dumps(journey), "utf-8")
     edited = run_cells("one", source="edited")["two"]
     assert (edited.status, edited.tests) == (NOT_RUN, None)
     found = run_cells("one")["two"]

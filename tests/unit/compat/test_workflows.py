@@ -366,6 +366,18 @@ def test_the_table_has_the_rows_of_cross_jobs_that_ran_and_no_others() -> None:
     assert [download.get("pattern") or download["name"] for download in downloads] == ["row-*", "base"]
 
 
+def test_on_a_pull_request_the_comparison_with_its_base_decides() -> None:
+    """What is red there, too, is so in the README's check: it fails no pull request that has a base."""
+    given = jobs(ROOT / ".github" / "workflows" / "matrix.yml")
+    lets = "${{ github.event_name == 'pull_request' && needs.plan.outputs.base == 'true' }}"
+    assert given["cell"]["continue-on-error"] == given["cross"]["continue-on-error"] == lets
+    steps = {step.get("run", "").strip(): step for step in given["table"]["steps"]}
+    (check,) = [step for command, step in steps.items() if "--readme README.md --check" in command]
+    assert check["continue-on-error"] == lets
+    (compare,) = [step for command, step in steps.items() if "--against .compat/base" in command]
+    assert "continue-on-error" not in compare
+
+
 def test_ci_runs_what_the_script_runs_but_for_the_matrix_which_has_a_workflow() -> None:
     ci, matrix = (workflow(ROOT / ".github" / "workflows" / f"{name}.yml") for name in ("ci", "matrix"))
     commands = "\n".join(step.get("run", "") for step in ci["jobs"]["test"]["steps"])
