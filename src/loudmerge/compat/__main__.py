@@ -16,6 +16,7 @@ from pathlib import Path
 
 from loudmerge.compat import table
 from loudmerge.compat.against import fails
+from loudmerge.compat.arguments import at_least_one
 from loudmerge.compat.cell import PARTS
 from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.children import exit_on_signals
@@ -78,20 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the cells' names and stop")
     parser.add_argument("--github", action="store_true", help="print the JSON of a strategy.matrix and stop")
     parser.add_argument(
-        "-j", "--jobs", type=_at_least_one, default=os.cpu_count() or 1, metavar="N", help="parts at a time"
+        "-j", "--jobs", type=at_least_one, default=os.cpu_count() or 1, metavar="N", help="parts at a time"
     )
     parser.add_argument("--against", type=Path, metavar="DIR", help="older results: same, regressed or fixed")
     parser.add_argument("--results", type=Path, default=Path(HOME, "results"), metavar="DIR")
     parser.add_argument("--parts", type=_parts, default=PARTS, metavar="PART,…", help=f"of {','.join(PARTS)}")
     parser.add_argument("--uv", action="store_true", help="install with uv (LOUDMERGE_UV=1)")
     return parser
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
-    return number
 
 
 def _parts(text: str) -> tuple[str, ...]:

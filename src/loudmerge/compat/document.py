@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,9 @@ def write(file: Path, document: Mapping[str, Any]) -> None:
     """Writes the object beside the file and renames it: whoever is killed leaves no half of one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    unnamed = Path(name)
+    unnamed = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        unnamed.chmod(0o644)
+        unnamed.write_text(text, "utf-8")
         unnamed.replace(file)
     finally:
         unnamed.unlink(missing_ok=True)

@@ -31,7 +31,8 @@ import torch
 
 from loudmerge import hub, training
 from loudmerge.checkpoint import CONFIG
-from loudmerge.compat import journey, weights
+from loudmerge.compat import document, journey, weights
+from loudmerge.compat.arguments import at_least_one
 from loudmerge.compat.journey import Journey
 from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
 from loudmerge.errors import EnvironmentFailed
@@ -269,10 +270,9 @@ def _today() -> str:
 
 def _leave(results: Path, row: CellResult) -> str:
     """Writes the row; returns what the file holds."""
-    content = json.dumps(row.to_json(), indent=2, ensure_ascii=False) + "\n"
-    results.mkdir(parents=True, exist_ok=True)
-    (results / f"{row.cell}.json").write_text(content, "utf-8")
-    return content
+    file = results / f"{row.cell}.json"
+    document.write(file, row.to_json())
+    return file.read_text("utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -289,20 +289,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nox -s e2e_gpu --", description="Qwen3-30B-A3B, end to end.")
     parser.add_argument("--weights", default=RANDOM, help="a directory, a Hub id, or random (the default)")
-    parser.add_argument("--layers", type=_at_least_one, metavar="N", help="only the first N")
+    parser.add_argument("--layers", type=at_least_one, metavar="N", help="only the first N")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate, metavar="X")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="for 61 GB of base and as much of OUT")
     parser.add_argument("--results", type=Path, default=Path(".compat", "results"), metavar="DIR")
     parser.add_argument("--require", action="store_true", help="fail where torch finds no GPU")
     return parser
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
-    return number
 
 
 if __name__ == "__main__":

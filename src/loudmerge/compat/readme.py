@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from loudmerge.compat.cells import RELEASED
 from loudmerge.compat.markdown import table
 from loudmerge.compat.overview import COLUMNS, Column, Overview
 
 START, END = "<!-- matrix:start -->", "<!-- matrix:end -->"
-RELEASED = "released"
 
 FACTOR = 10.0
 """The KL of two runs may differ by less than this."""

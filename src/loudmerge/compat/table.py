@@ -9,7 +9,6 @@ README is not current. Exit 2: the arguments, or a file that is read, are wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from loudmerge import __version__
-from loudmerge.compat import markdown, page, readme
+from loudmerge.compat import document, markdown, page, readme
 from loudmerge.compat.against import fails, rows_and_changes
 from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.overview import Overview
@@ -90,10 +89,7 @@ def read_older(directory: Path) -> tuple[CellResult, ...]:
 
 def _read(file: Path) -> CellResult:
     try:
-        document = json.loads(file.read_bytes())
-        if not isinstance(document, dict):
-            raise ResultError(f"found a JSON {type(document).__name__}, expected an object")
-        result = CellResult.from_json(document)
+        result = CellResult.from_json(document.read(file))
         if result.cell != file.stem:
             raise ResultError(f"found the result of {result.cell!r}, expected that of {file.stem!r}")
     except ValueError as error:

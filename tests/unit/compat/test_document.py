@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     document.write(file, {"é": 2})
     assert document.read(file) == {"é": 2}
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_it_is_as_the_umask_has_it(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        document.write(tmp_path / "one.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "one.json").stat().st_mode & 0o777 == mode
 
 
 def test_what_cannot_be_written_leaves_what_was_there(

@@ -203,8 +203,9 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         ("{}", "schema: missing"),
         (json.dumps(rows.LATEST.to_json()), "found the result of 'latest', expected that of 'a'"),
         ("\udcff", "can't decode"),
+        ("[" * 100_000, "nest"),
     ],
-    ids=["no-json", "list", "empty", "name", "no-utf8"],
+    ids=["no-json", "list", "empty", "name", "no-utf8", "deep"],
 )
 def test_a_result_that_cannot_be_read_is_a_failed_row_that_says_why(
     tmp_path: Path, content: str, said: str
