@@ -62,7 +62,7 @@ class Place(NamedTuple):
     scope: Scope
     conditions: tuple[Condition, ...] = ()
     tries: tuple[tuple[ast.Try, Scope], ...] = ()
-    managers: tuple[ast.expr, ...] = ()
+    managers: tuple[tuple[ast.expr, Scope], ...] = ()
     loops: tuple[ast.stmt, ...] = ()
     handles: tuple[ast.Try, ...] = ()
 
@@ -322,7 +322,7 @@ def _within(frame: Frame, scope: Scope, start: Place) -> Place:
         scope,
         start.conditions + tuple(Condition(one.test, one.wanted, scope, one.how) for one in frame.tests),
         start.tries + tuple((one, scope) for one in frame.tries),
-        start.managers + frame.managers,
+        start.managers + tuple((one, scope) for one in frame.managers),
         start.loops + frame.loops,
         start.handles + frame.handles,
     )

@@ -208,7 +208,7 @@ def _raises(rule: Rule, module: Module) -> Finding:
         name = exception_of(place)
         unwritten = name == "NotImplementedError" != rule["exception"]
         if name and not unwritten and module.is_a(name, rule["exception"]):
-            kept = swallowed(place, name) or doubtful(place)
+            kept = swallowed(place, name) or doubtful(place, rule.get("managers", ()))
             found.append((place, _fits(rule, scope, place) or _unhandled(rule, place) or kept))
     return _first(rule, f"raises {rule['exception']}", found, scope)
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from loudmerge.canary.exits import OUTSIDE
 from loudmerge.canary.flow import Flow, Place, Scope, alias, known_constants, places
-from loudmerge.canary.syntax import FUNCTIONS, Module, dotted, imported
+from loudmerge.canary.syntax import (
+    FUNCTIONS,
+    Module,
+    dotted,
+    imported,
+    local_assignments,
+    parameters,
+)
 from loudmerge.canary.wrapping import yields
 
 CATCHING = frozenset({"suppress", "raises", "assertRaises"})
@@ -17,10 +24,13 @@ LETTING = frozenset(
     {
         *("open", "no_grad", "inference_mode", "enable_grad", "catch_warnings", "nullcontext", "closing"),
         *("TemporaryDirectory", "NamedTemporaryFile", "redirect_stdout", "redirect_stderr", "safe_open"),
-        *("Lock", "RLock", "ThreadPoolExecutor", "ProcessPoolExecutor"),
+        *("Lock", "RLock", "Condition", "Semaphore", "ThreadPoolExecutor", "ProcessPoolExecutor"),
+        *("autocast", "record_function", "tqdm", "trange", "FileLock", "SoftFileLock"),
+        *("init_empty_weights", "main_process_first", "local_main_process_first"),
     }
 )
-"""Managers of Python, torch and safetensors, by their last name, that let every exception pass."""
+"""Managers that let every exception pass, by their last name: of Python, torch, safetensors, tqdm, filelock
+and accelerate. What is written `torch....` does, too."""
 DEPTH = 4
 """How many names in a row are followed to what they stand for."""
 
@@ -33,18 +43,25 @@ def swallowed(place: Place, exception: str) -> str:
         handler = next((one for one in node.handlers if _catches(one.type, exception, scope)), None)
         if handler is not None and not _always_raises(handler.body, scope):
             return f"the except at line {handler.lineno} swallows it"
-    for manager in place.managers:
-        if _ends(manager, exception, place.scope):
+    for manager, scope in place.managers:
+        if _ends(manager, exception, scope):
             return f"{ast.unparse(manager)} at line {manager.lineno} swallows it"
     return ""
 
 
-def doubtful(place: Place) -> str:
-    """The manager around a place of which nothing says whether it lets an exception pass; empty for none."""
-    for manager in place.managers:
-        name = _name(manager, place.scope)
-        if not _own(name, place.scope.module) and name not in LETTING | CATCHING:
-            return f"`with {ast.unparse(manager)}` at line {manager.lineno} may swallow it"
+def doubtful(place: Place, known: Collection[str] = ()) -> str:
+    """The manager around a place of which nothing says whether it lets an exception pass; empty for none.
+
+    known: names of managers that the rule says let it pass.
+    """
+    for manager, scope in place.managers:
+        name = _entered(manager, scope)[0]
+        last = name.rpartition(".")[2] or ast.unparse(manager)
+        if _own(name, scope.module) or last in LETTING | CATCHING | set(known):
+            continue
+        if not name.startswith("torch.") or scope.module.defines("torch"):
+            said = f"`with {ast.unparse(manager)}` at line {manager.lineno} may swallow it"
+            return f"{said}: name {last!r} in the rule's `managers` if it does not"
     return ""
 
 
@@ -84,22 +101,36 @@ def _class(name: str, node: ast.stmt | None) -> str:
 
 
 def _origin(name: str, scope: Scope) -> str:
-    """The name that a name was imported as; itself where it was not, or under its own."""
-    return next(
-        (found[name] for found in map(imported, (scope.function, scope.module.tree)) if name in found), name
-    )
+    """A name with its first part as it was imported; itself where it was not, or under its own."""
+    head, dot, rest = name.partition(".")
+    origins = (imported(scope.function), imported(scope.module.tree))
+    return next((found[head] for found in origins if head in found), head) + dot + rest
 
 
-def _name(manager: ast.expr, scope: Scope) -> str:
-    """What a `with` enters: the name of the file's own function or class, else the last part of a name."""
-    name = dotted(manager.func if isinstance(manager, ast.Call) else manager)
-    for _ in range(DEPTH):
-        name = _origin(alias(name, scope), scope)
-        value = scope.module.value(name)
+def _entered(manager: ast.expr, scope: Scope) -> tuple[str, list[ast.expr]]:
+    """What a `with` enters: its name where it comes from, and what that was called with."""
+    name = ""
+    call: ast.Call | None = None
+    value: ast.expr | None = manager
+    for _ in range(DEPTH + 1):
+        if isinstance(value, ast.Call) and call is None:
+            call, value = value, value.func
         if not isinstance(value, (ast.Name, ast.Attribute)):
             break
-        name = dotted(value)
-    return name if _own(name, scope.module) else name.rpartition(".")[2]
+        name = _origin(alias(dotted(value), scope), scope)
+        value = _bound(name, scope)
+    return name, [] if call is None else call.args
+
+
+def _bound(name: str, scope: Scope) -> ast.expr | None:
+    """The expression that a name stands for, where nothing else binds it."""
+    local = local_assignments(scope.function, name)
+    if name in parameters(scope.function) or name in scope.module.shared or len(local) > 1:
+        return None
+    if not local:
+        return scope.module.value(name)
+    node, place = local[0]
+    return node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) and place is None else None
 
 
 def _own(name: str, module: Module) -> bool:
@@ -108,14 +139,14 @@ def _own(name: str, module: Module) -> bool:
 
 def _ends(manager: ast.expr, exception: str, scope: Scope) -> bool:
     """Whether a context manager is known to end the exception."""
-    name = _name(manager, scope)
+    name, args = _entered(manager, scope)
     node = scope.module.define(name) if _own(name, scope.module) else None
     if isinstance(node, ast.ClassDef):
         return _exit_swallows(scope.module, node.name)
     if isinstance(node, FUNCTIONS):
         inside = [one for one in places(Scope(scope.module, node), 0) if _is_yield(one)]
         return not inside or any(swallowed(one, exception) for one in inside)
-    kinds = manager.args if isinstance(manager, ast.Call) and name in CATCHING else []
+    kinds = args if name.rpartition(".")[2] in CATCHING else []
     return any(_catches(kind, exception, scope) for kind in kinds)
 
 

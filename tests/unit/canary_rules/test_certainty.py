@@ -97,6 +97,10 @@ def test_an_error_before_a_raise_is_no_success_either() -> None:
         ("class Quiet:\n    def __exit__(self, *_):\n        return True", "with Quiet():", ""),
         ("", "with contextlib.ExitStack() as stack:", ""),
         ("from zoo import quiet", "with quiet():", ""),
+        ("S = contextlib.suppress(Exception)", "with S:", ""),
+        ("class Quiet:\n    def __exit__(self, *_):\n        return True\nQ = Quiet()", "with Q:", ""),
+        ("import zoo as torch", "with torch.quiet():", ""),
+        ("L = Lock()\ndef other():\n    global L\n    L = suppress(Exception)", "with L:", ""),
     ],
 )
 def test_a_raise_is_swallowed_under_whatever_name(before: str, head: str, tail: str) -> None:
@@ -117,10 +121,49 @@ def test_a_raise_is_swallowed_under_whatever_name(before: str, head: str, tail: 
             "",
         ),
         ("class Timed:\n    def __exit__(self, *_):\n        log()", "with Timed():", ""),
+        ("class Timed:\n    def __exit__(self, *_):\n        log()\nT = Timed()", "with T:", ""),
+        ("L = threading.Lock()", "with L:", ""),
+        ("S = contextlib.suppress(KeyError)", "with S:", ""),
+        ("", "with tqdm(total=3) as bar:", ""),
+        ("", "with torch.device('meta'):", ""),
+        ("import torch as th", "with th.device('meta'), th.autocast('cuda'):", ""),
+        ("from torch.profiler import record_function", "with record_function('x'):", ""),
+        ("", "with accelerator.main_process_first():", ""),
     ],
 )
 def test_a_raise_passes_what_does_not_catch_it(before: str, head: str, tail: str) -> None:
     assert holds(merge(inside(head, tail), before), **RAISES)
+
+
+@pytest.mark.parametrize(
+    ("before", "head", "named"),
+    [
+        ("from zoo import timer", "with timer():", "timer"),
+        ("from zoo import timer as t", "with t():", "timer"),
+        ("", "with model.lock:", "lock"),
+        ("", "with LOCKS[0]:", "LOCKS[0]"),
+        ("", "with contextlib.ExitStack() as stack:", "ExitStack"),
+    ],
+)
+def test_a_manager_can_be_allowed_by_the_name_in_the_message(before: str, head: str, named: str) -> None:
+    source = merge(inside(head), before)
+    advice = f"may swallow it: name {named!r} in the rule's `managers` if it does not"
+    assert advice in found(source, **RAISES).detail
+    assert holds(source, **RAISES, managers=[named])
+    assert not holds(source, **RAISES, managers=["merge"])
+
+
+def test_a_manager_that_is_seen_to_swallow_cannot_be_allowed() -> None:
+    quiet = "@contextmanager\ndef quiet():\n    try:\n        yield\n    except RuntimeError:\n        log()"
+    for head in ("with suppress(RuntimeError):", "with quiet():"):
+        assert not holds(merge(inside(head), quiet), **RAISES, managers=["suppress", "quiet"])
+
+
+def test_a_manager_means_what_it_does_where_it_is_entered() -> None:
+    helper = f"def check():\n    bar = suppress(RuntimeError)\n{indent(CHECK, '    ')}"
+    assert holds(merge("bar = tqdm(total=3)\nwith bar:\n    check()", helper), **RAISES)
+    helper = helper.replace("suppress(RuntimeError)", "tqdm(total=3)")
+    assert not holds(merge("bar = suppress(RuntimeError)\nwith bar:\n    check()", helper), **RAISES)
 
 
 @pytest.mark.parametrize(
