@@ -35,12 +35,16 @@ HELPER_DEPTH = 2
 
 @dataclass(frozen=True)
 class Scope:
-    """A function, the class it is a method of, and what the caller looked at gives its parameters."""
+    """A function, the class it is a method of, and what the caller looked at gives its parameters.
+
+    known: names of decorators under which the body of a helper runs, too.
+    """
 
     module: Module
     function: Function
     owner: str = ""
     given: tuple[tuple[str, ast.expr, Scope], ...] = ()
+    known: tuple[str, ...] = ()
 
 
 class Condition(NamedTuple):
@@ -331,12 +335,27 @@ def _within(frame: Frame, scope: Scope, start: Place) -> Place:
 def _helper(call: ast.Call, scope: Scope, nested: Mapping[str, Function]) -> Scope | None:
     """The function of the same file that a call runs, with its parameters bound to the call's arguments."""
     function, owner, skip = callee(call, scope, nested)
-    if function is None or (wrapped(scope.module, function) and not _awaited(function, scope)):
+    if function is None or _unread(function, scope):
         return None
     names = parameters(function)[skip:]
     bound = [(name, value, scope) for name, value in zip(names, call.args, strict=False)]
     bound += [(word.arg, word.value, scope) for word in call.keywords if word.arg]
-    return Scope(scope.module, function, owner, tuple(bound))
+    return Scope(scope.module, function, owner, tuple(bound), scope.known)
+
+
+def unread(scope: Scope, depth: int = HELPER_DEPTH) -> str:
+    """The first helper that is not read as part of a function, and why; empty where each is."""
+    for place in places(scope, depth - 1) if depth > 0 else ():
+        if isinstance(place.node, ast.Call):
+            function = callee(place.node, place.scope, walked(place.scope).nested)[0]
+            if function is not None and (problem := _unread(function, place.scope)):
+                return f"{function.name}, called at line {place.line}, is not seen to run: {problem}"
+    return ""
+
+
+def _unread(function: Function, scope: Scope) -> str:
+    """Why a call may not run a helper's body, or may keep its errors; empty where neither is so."""
+    return "" if _awaited(function, scope) else wrapped(scope.module, function, scope.known)
 
 
 def _awaited(function: Function, scope: Scope) -> bool:

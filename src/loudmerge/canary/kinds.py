@@ -29,10 +29,12 @@ from loudmerge.canary.values import evaluate, possible
 SPOKEN = frozenset({"print", "warning", "warn", "info", "debug", "error", "log", "warning_once"})
 
 
-def scope_of(module: Module, qualified: str) -> Scope | None:
-    """The scope of `function` or `Class.method`; None where the file does not define it."""
-    function = module.function(qualified)
-    return None if function is None else Scope(module, function, qualified.rpartition(".")[0])
+def scope_of(module: Module, rule: Mapping[str, Any]) -> Scope | None:
+    """The scope of a rule's `function` or `Class.method`; None where the file does not define it."""
+    function = module.function(rule["function"])
+    owner = rule["function"].rpartition(".")[0]
+    known = tuple(rule.get("decorators", ()))
+    return None if function is None else Scope(module, function, owner, known=known)
 
 
 def call_matches(call: ast.Call, callee: str, scope: Scope) -> bool:

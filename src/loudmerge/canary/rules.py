@@ -26,7 +26,7 @@ from loudmerge.canary import testing
 from loudmerge.canary.exits import LOOPS, RAISES
 from loudmerge.canary.extract import Gone
 from loudmerge.canary.fingerprint import difference, digest, normal_form
-from loudmerge.canary.flow import Place, Scope, places
+from loudmerge.canary.flow import Place, Scope, places, unread
 from loudmerge.canary.kinds import (
     call_matches,
     does_something,
@@ -92,8 +92,8 @@ def _check(rule: Rule, module: Module, text: str, path: str) -> Finding:
 
 def _unseen(rule: Rule, module: Module) -> Finding | None:
     """That what a function does says nothing, as a call of it need not do it; None where it does."""
-    scope = scope_of(module, rule["function"]) if "function" in rule else None
-    problem = wrapped(module, scope.function, tuple(rule.get("decorators", ()))) if scope else ""
+    scope = scope_of(module, rule) if "function" in rule else None
+    problem = wrapped(module, scope.function, scope.known) if scope else ""
     line = scope.function.lineno if scope else 0
     return Finding(False, f"{rule['function']} is not seen to run: {problem}", line) if problem else None
 
@@ -118,7 +118,7 @@ def _symbol(rule: Rule, module: Module) -> Finding:
 
 
 def _returns(rule: Rule, module: Module) -> Finding:
-    scope = scope_of(module, rule["function"])
+    scope = scope_of(module, rule)
     if scope is None:
         return _gone(rule)
     values, line = returned_values(scope, rule.get("position"))
@@ -173,16 +173,21 @@ def _first(rule: Rule, what: str, found: list[tuple[Place, str]], scope: Scope) 
     if good is not None:
         return Finding(True, f"{rule['function']} {what}", good.line)
     if not found:
-        return Finding(
-            False, f"{rule['function']} never {what} on a path that is reached", scope.function.lineno
-        )
+        return _never(rule, f"never {what} on a path that is reached", scope)
     near = [one for one in found if not one[1].startswith(UNRELATED)] or found
     place, problem = near[-1]
     return Finding(False, f"{rule['function']} {what} at line {place.line}, but {problem}", place.line)
 
 
+def _never(rule: Rule, what: str, scope: Scope) -> Finding:
+    """That nothing of the kind is found, with the helper that may have it where one is not read."""
+    helper = unread(scope, rule.get("depth", 2))
+    unseen = f"; but its helper {helper}" if helper else ""
+    return Finding(False, f"{rule['function']} {what}{unseen}", scope.function.lineno)
+
+
 def _calls(rule: Rule, module: Module) -> Finding:
-    scope = scope_of(module, rule["function"])
+    scope = scope_of(module, rule)
     if scope is None:
         return _gone(rule)
     found = [
@@ -200,7 +205,7 @@ def _excepted(rule: Rule, place: Place) -> str:
 
 
 def _raises(rule: Rule, module: Module) -> Finding:
-    scope = scope_of(module, rule["function"])
+    scope = scope_of(module, rule)
     if scope is None:
         return _gone(rule)
     found = []
@@ -225,7 +230,7 @@ def _unhandled(rule: Rule, place: Place) -> str:
 
 
 def _branch(rule: Rule, module: Module) -> Finding:
-    scope = scope_of(module, rule["function"])
+    scope = scope_of(module, rule)
     if scope is None:
         return _gone(rule)
     found = []
@@ -237,11 +242,7 @@ def _branch(rule: Rule, module: Module) -> Finding:
     if good is not None:
         return Finding(True, f"{rule['function']} acts on {', '.join(rule['mentions'])}", good.line)
     does = f" that does {', '.join(rule['does'])}" if rule.get("does") else ""
-    return Finding(
-        False,
-        f"{rule['function']} has no reached branch on {', '.join(rule['mentions'])}{does}",
-        scope.function.lineno,
-    )
+    return _never(rule, f"has no reached branch on {', '.join(rule['mentions'])}{does}", scope)
 
 
 def _governed(place: Place) -> bool:
@@ -250,14 +251,12 @@ def _governed(place: Place) -> bool:
 
 
 def _bounded_walk(rule: Rule, module: Module) -> Finding:
-    scope = scope_of(module, rule["function"])
+    scope = scope_of(module, rule)
     if scope is None:
         return _gone(rule)
     loops = list(walks(scope, rule["follows"]))
     if not loops:
-        return Finding(
-            False, f"{rule['function']} no longer follows {rule['follows']} in a loop", scope.function.lineno
-        )
+        return _never(rule, f"no longer follows {rule['follows']} in a loop", scope)
     for place in loops:
         if not bound(place, rule.get("limit", 10_000)):
             return Finding(
@@ -284,7 +283,7 @@ def _tests(rule: Rule, module: Module) -> Finding:
 
 
 def _fingerprint(rule: Rule, module: Module) -> Finding:
-    scope = scope_of(module, rule["function"])
+    scope = scope_of(module, rule)
     if scope is None:
         return _gone(rule)
     form = normal_form(scope.function, rule.get("focus", ()))

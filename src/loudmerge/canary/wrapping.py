@@ -30,7 +30,10 @@ def wrapped(module: Module, function: Function, known: tuple[str, ...] = ()) -> 
     for node, names in zip(function.decorator_list, marks, strict=True):
         own = module.defines(names[0].partition(".")[0])
         if not set(names) & set(known) and (own or names[-1] not in TRANSPARENT):
-            return f"it stands under the decorator `{ast.unparse(node)}` at line {node.lineno}"
+            return (
+                f"it stands under the decorator `{ast.unparse(node)}` at line {node.lineno}: "
+                f"name {names[0]!r} in the rule's `decorators` if the body still runs"
+            )
     return ""
 
 

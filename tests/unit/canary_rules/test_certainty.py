@@ -218,11 +218,25 @@ def test_what_stands_around_a_function_may_keep_it_from_running(head: str, seen:
 def test_a_decorator_can_be_allowed_by_its_name() -> None:
     source = merge(CHECK, DECORATED).replace("def merge", "@quiet\ndef merge")
     assert found(source, **RAISES).detail == (
-        "merge is not seen to run: it stands under the decorator `quiet` at line 5"
+        "merge is not seen to run: it stands under the decorator `quiet` at line 5: "
+        "name 'quiet' in the rule's `decorators` if the body still runs"
     )
     assert holds(source, **RAISES, decorators=["quiet"])
     own = source.replace("def quiet(f)", "def no_grad(f)").replace("@quiet", "@no_grad")
     assert not holds(own, **RAISES)
+
+
+def test_a_decorator_of_a_helper_is_named_and_can_be_allowed() -> None:
+    helper = f"{DECORATED}@quiet\ndef check():\n{indent(CHECK, '    ')}\ndef outer():\n    check()"
+    for body, line in (("check()", 11), ("outer()", 8)):
+        source = merge(body, helper)
+        assert found(source, **RAISES).detail == (
+            "merge never raises RuntimeError on a path that is reached; but its helper check, called at line "
+            f"{line}, is not seen to run: it stands under the decorator `quiet` at line 3: "
+            "name 'quiet' in the rule's `decorators` if the body still runs"
+        )
+        assert holds(source, **RAISES, decorators=["quiet"])
+        assert not holds(source, **RAISES, decorators=["loud"])
 
 
 def test_a_generator_runs_nothing_when_it_is_called() -> None:
@@ -230,6 +244,10 @@ def test_a_generator_runs_nothing_when_it_is_called() -> None:
     assert holds(merge(f"{CHECK}\ndef inner():\n    yield model"), **RAISES)
     helper = "def check():\n" + indent(CHECK, "    ")
     assert holds(merge("check()", helper), **RAISES)
+    unread = found(merge("check()", f"{helper}\n    yield"), **RAISES).detail
+    assert (
+        "but its helper check, called at line 7, is not seen to run: check is a generator at line 1" in unread
+    )
     assert not holds(merge("check()", f"{helper}\n    yield"), **RAISES)
     assert not holds(merge("check()", f"async {helper}"), **RAISES)
     assert not holds(merge("check()", f"{DECORATED}@quiet\n{helper}"), **RAISES)
