@@ -94,7 +94,7 @@ class GithubSource:
             raise Unreachable(
                 f"{commit}, with which it landed, and {self.version} are {status!r}, expected one "
                 f"to hold the other: is the history of {self.upstream} written anew, or {self.ref} a branch "
-                "without it?"
+                "without it? For a branch that is never to have it, take the ref out of the guard's `refs`"
             )
         return HOLDS[status]
 

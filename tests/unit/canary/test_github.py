@@ -108,6 +108,7 @@ def test_a_bad_archive_of_the_tree(
         ("/pulls/", b"[]", "expected a document with 'merged_at'"),
         ("/compare/", b'{"message": "maintenance"}', "expected a document with 'status'"),
         ("/compare/", b'{"status": "diverged"}', "are 'diverged', expected one to hold the other"),
+        ("/compare/", b'{"status": "diverged"}', "take the ref out of the guard's `refs`"),
         ("/compare/", b'{"status": ["behind"]}', "expected one to hold the other"),
     ],
 )
