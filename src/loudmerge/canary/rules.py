@@ -37,6 +37,7 @@ from loudmerge.canary.kinds import (
     symbol_problem,
 )
 from loudmerge.canary.probe import Probe, mismatches, probe
+from loudmerge.canary.rebinding import rebinding
 from loudmerge.canary.schema import validate
 from loudmerge.canary.swallow import doubtful, swallowed
 from loudmerge.canary.syntax import Module, RuleError, parse
@@ -120,7 +121,7 @@ def _symbol(rule: Rule, module: Module) -> Finding:
 def _returns(rule: Rule, module: Module) -> Finding:
     scope = scope_of(module, rule)
     if scope is None:
-        return _gone(rule)
+        return _gone(rule, module)
     values, line = returned_values(scope, rule.get("position"))
     absent = [value for value in rule["values"] if not any(_equal(value, one) for one in values)]
     if absent:
@@ -137,8 +138,9 @@ def _equal(left: Any, right: Any) -> bool:
     return type(left) is type(right) and bool(left == right)
 
 
-def _gone(rule: Rule) -> Finding:
-    return Finding(False, f"there is no function {rule['function']} that is reached")
+def _gone(rule: Rule, module: Module) -> Finding:
+    problem, line = rebinding(module, rule["function"])
+    return Finding(False, problem or f"there is no function {rule['function']} that is reached", line)
 
 
 def _fits(rule: Rule, scope: Scope, place: Place) -> str:
@@ -163,7 +165,8 @@ def _unproven(rule: Rule, scope: Scope, place: Place) -> str:
     """Why the given facts need not hold at a place, or need not lead to it; empty where they must."""
     against = unsettled(place, rule["given"], rule.get("mentions", ()))
     if against:
-        return f"{against} is not settled where {dict(rule['given'])!r}"
+        advice = "add to the rule's `given` what decides it, if that may be taken for granted"
+        return f"{against} is not settled where {dict(rule['given'])!r}: {advice}"
     return overwritten(rule, scope, place)
 
 
@@ -189,7 +192,7 @@ def _never(rule: Rule, what: str, scope: Scope) -> Finding:
 def _calls(rule: Rule, module: Module) -> Finding:
     scope = scope_of(module, rule)
     if scope is None:
-        return _gone(rule)
+        return _gone(rule, module)
     found = [
         (place, keyword_problem(rule, place) or _fits(rule, scope, place) or _excepted(rule, place))
         for place in places(scope, rule.get("depth", 2))
@@ -207,7 +210,7 @@ def _excepted(rule: Rule, place: Place) -> str:
 def _raises(rule: Rule, module: Module) -> Finding:
     scope = scope_of(module, rule)
     if scope is None:
-        return _gone(rule)
+        return _gone(rule, module)
     found = []
     for place in places(scope, rule.get("depth", 2)):
         name = exception_of(place)
@@ -232,7 +235,7 @@ def _unhandled(rule: Rule, place: Place) -> str:
 def _branch(rule: Rule, module: Module) -> Finding:
     scope = scope_of(module, rule)
     if scope is None:
-        return _gone(rule)
+        return _gone(rule, module)
     found = []
     for place in places(scope, rule.get("depth", 2)):
         if not isinstance(place.node, (ast.If, ast.While, ast.Assert)) and not _governed(place):
@@ -253,7 +256,7 @@ def _governed(place: Place) -> bool:
 def _bounded_walk(rule: Rule, module: Module) -> Finding:
     scope = scope_of(module, rule)
     if scope is None:
-        return _gone(rule)
+        return _gone(rule, module)
     loops = list(walks(scope, rule["follows"]))
     if not loops:
         return _never(rule, f"no longer follows {rule['follows']} in a loop", scope)
@@ -275,7 +278,8 @@ def _signature(rule: Rule, module: Module) -> Finding:
 def _tests(rule: Rule, module: Module) -> Finding:
     line = 0
     for name in rule["names"]:
-        problem, at = testing.problem(module, name, list(rule.get("uses", ())))
+        awaited = bool(rule.get("awaited"))
+        problem, at = testing.problem(module, name, list(rule.get("uses", ())), awaited=awaited)
         if problem:
             return Finding(False, problem, at)
         line = line or at
@@ -285,7 +289,7 @@ def _tests(rule: Rule, module: Module) -> Finding:
 def _fingerprint(rule: Rule, module: Module) -> Finding:
     scope = scope_of(module, rule)
     if scope is None:
-        return _gone(rule)
+        return _gone(rule, module)
     form = normal_form(scope.function, rule.get("focus", ()))
     known = [str(one).strip("\n") for one in rule["known"]]
     if form in known or digest(form) in known:

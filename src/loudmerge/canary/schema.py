@@ -43,7 +43,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
     "branch": {**_BODY, "does": (list, False), **_PLACE, "mentions": (list, True)},
     "bounded-walk": {**_BODY, "follows": (str, True), "limit": (int, False)},
     "signature": {"name": (str, True), "accepts": (list, False), "call": (str, False)},
-    "tests": {"names": (list, True), "uses": (list, False)},
+    "tests": {"names": (list, True), "uses": (list, False), "awaited": (bool, False)},
     "fingerprint": {**_BODY, "known": (list, True), "focus": (list, False)},
     "probe": {
         "extract": (list, True),

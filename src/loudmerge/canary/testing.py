@@ -7,6 +7,7 @@ import ast
 from loudmerge.canary.constants import UNKNOWN, constant
 from loudmerge.canary.flow import Place, Scope, alias, places
 from loudmerge.canary.pieces import parsed
+from loudmerge.canary.rebinding import rebinding
 from loudmerge.canary.swallow import swallowed
 from loudmerge.canary.syntax import (
     FUNCTIONS,
@@ -43,14 +44,18 @@ def find_test(module: Module, name: str) -> tuple[Function | None, str]:
     return None, ""
 
 
-def problem(module: Module, name: str, uses: list[str]) -> tuple[str, int]:
-    """(why a test does not guard anything, line), or ("", line of the test)."""
+def problem(module: Module, name: str, uses: list[str], *, awaited: bool = False) -> tuple[str, int]:
+    """(why a test does not guard anything, line), or ("", line of the test).
+
+    awaited: whether async tests are run without a mark that says so.
+    """
     function, owner = find_test(module, name)
     if function is None:
-        return f"there is no test {name}", 0
+        why, line = rebinding(module, name)
+        return why or f"there is no test {name}", line
     if not function.name.startswith("test"):
         return f"{name} is defined as {function.name}, which pytest does not collect", function.lineno
-    stopped = _uncollected(module, function, owner) or _stopped(module, function, owner)
+    stopped = _uncollected(module, function, owner, awaited=awaited) or _stopped(module, function, owner)
     if stopped:
         return f"{name} {stopped}", function.lineno
     reached = places(Scope(module, function, owner), 2)
@@ -73,13 +78,14 @@ def _imports(place: Place, used: set[str]) -> set[str]:
     return {one.name for one in names if (one.asname or one.name) in used}
 
 
-def _uncollected(module: Module, function: Function, owner: str) -> str:
+def _uncollected(module: Module, function: Function, owner: str, *, awaited: bool) -> str:
     """Why pytest runs nothing of a function that is called like a test; empty where it does."""
     marks = {dotted(one.func if isinstance(one, ast.Call) else one) for one in function.decorator_list}
     if any(yields(function.body)):
         return "is a generator, of which pytest runs nothing"
-    if isinstance(function, ast.AsyncFunctionDef) and not AWAITS & {one.rpartition(".")[2] for one in marks}:
-        return "is async, and no mark says what awaits it"
+    marked = awaited or AWAITS & {one.rpartition(".")[2] for one in marks}
+    if isinstance(function, ast.AsyncFunctionDef) and not marked:
+        return "is async, and no mark says what awaits it: say `awaited = true` in the rule if pytest does"
     classes = module.lineage(owner) if owner else []
     bases = {dotted(base).rpartition(".")[2] for node in classes for base in node.bases}
     if classes and not owner.startswith("Test") and not any(one.endswith("TestCase") for one in bases):

@@ -244,7 +244,8 @@ def unsettled(place: Place, given: Mapping[str, Any], mentioned: Iterable[str] =
             continue
         if met is None and open_to & _sources(one.test, one.scope, 4, set()) and not _told(one, given):
             continue
-        return f"`{_said(one.test)}`" if one.wanted else f"`not ({_said(one.test)})`"
+        said = f"`{_said(one.test)}`" if one.wanted else f"`not ({_said(one.test)})`"
+        return f"the loop over {said}, which may run over nothing," if one.how == LOOPS else said
     return ""
 
 

@@ -1,0 +1,40 @@
+"""What binds a function's name to something that is not the function."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from loudmerge.canary.syntax import FUNCTIONS, Module, binds_anything
+
+
+def rebinding(module: Module, qualified: str) -> tuple[str, int]:
+    """(what stands in the way of reading `f` or `Class.f` as a function, line), or ("", 0) for nothing."""
+    for node in _binders(module, qualified):
+        if node is None or isinstance(node, FUNCTIONS):
+            continue
+        taken = isinstance(node, (ast.Import, ast.ImportFrom)) and not binds_anything(node)
+        how = "is imported" if taken else "may be bound anew"
+        text = ast.unparse(node).splitlines()[0]
+        return f"{qualified} {how} at line {node.lineno}: {text}", node.lineno
+    return "", 0
+
+
+def _binders(module: Module, qualified: str) -> Iterator[ast.stmt | None]:
+    """The statements that say last what a name stands for, in the file, in its class and in functions."""
+    owner, _, name = qualified.rpartition(".")
+    classes = module.lineage(owner) if owner else []
+    for node in classes:
+        yield module.last(f"{node.name}.{name}")
+        yield module.member(node, name)
+    if not classes:
+        yield module.define(owner or name)
+        yield module.last(f"{name}.__code__")
+        yield from _declared(module, owner or name)
+
+
+def _declared(module: Module, name: str) -> Iterator[ast.stmt]:
+    """Each `global name` of a function."""
+    if name in module.shared:
+        found = (node for node in ast.walk(module.tree) if isinstance(node, ast.Global))
+        yield from (node for node in found if name in node.names)
