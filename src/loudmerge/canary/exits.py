@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import NamedTuple
 
-from loudmerge.canary.syntax import FUNCTIONS, dotted
+from loudmerge.canary.syntax import EXITS, FUNCTIONS, dotted
 
 TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
 BARE = ast.Name("BaseException", ast.Load())
@@ -16,19 +16,10 @@ LEAVES = "leaves"
 """The other way out is a return, break or continue in a block before the place."""
 LOOPS = "loops"
 """The test is what a loop around the place runs over: an empty one never comes to it."""
-ENDS = frozenset(
-    {
-        "sys.exit",
-        "os._exit",
-        "os.abort",
-        "exit",
-        "quit",
-        "pytest.skip",
-        "pytest.fail",
-        "pytest.xfail",
-        "self.skipTest",
-    }
-)
+ENDS = EXITS | {"pytest.skip", "pytest.fail", "pytest.xfail", "self.skipTest"}
+"""The calls that do not come back."""
+CATCHING = frozenset({"suppress", "raises", "assertRaises"})
+"""Managers of Python, pytest and unittest, by their last name, that end the exceptions they are given."""
 
 
 class Test(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from loudmerge.canary.constants import UNKNOWN, constant
 from loudmerge.canary.exits import (
     BARE,
+    CATCHING,
     ENDS,
     LOOPS,
     OUTSIDE,
@@ -239,7 +240,7 @@ class Flow:
 
 def swallowing(manager: ast.expr) -> bool:
     """Whether a context manager ends an exception: `suppress(...)`, `pytest.raises(...)`."""
-    return isinstance(manager, ast.Call) and dotted(manager.func).rpartition(".")[2] in {"suppress", "raises"}
+    return isinstance(manager, ast.Call) and dotted(manager.func).rpartition(".")[2] in CATCHING
 
 
 def known_constants(scope: Scope) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import ast
 import builtins
 from collections.abc import Collection, Iterator
 
-from loudmerge.canary.exits import OUTSIDE
+from loudmerge.canary.exits import CATCHING, OUTSIDE
 from loudmerge.canary.flow import Flow, Place, Scope, alias, known_constants, places
 from loudmerge.canary.syntax import (
     FUNCTIONS,
@@ -18,8 +18,6 @@ from loudmerge.canary.syntax import (
 )
 from loudmerge.canary.wrapping import yields
 
-CATCHING = frozenset({"suppress", "raises", "assertRaises"})
-"""Managers of Python, pytest and unittest that end the exceptions they are given."""
 LETTING = frozenset(
     {
         *("open", "no_grad", "inference_mode", "enable_grad", "catch_warnings", "nullcontext", "closing"),

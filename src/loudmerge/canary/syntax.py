@@ -15,6 +15,8 @@ from loudmerge.canary.pieces import pieces
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]  # noqa: UP007 (a runtime alias on Python 3.10)
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+EXITS = frozenset({"sys.exit", "os._exit", "os.abort", "exit", "quit"})
+"""The calls that end the process."""
 MAX_ALIASES = 8
 """How many `a = b` in a row are followed."""
 
@@ -211,7 +213,7 @@ def _stops(node: ast.stmt, constants: dict[str, Any]) -> bool:
         truth = constant(node.test, constants)
         return truth is not UNKNOWN and not truth
     call = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(call, ast.Call) and dotted(call.func) in {"sys.exit", "exit", "quit", "os._exit"}
+    return isinstance(call, ast.Call) and dotted(call.func) in EXITS
 
 
 @lru_cache(maxsize=16)

@@ -123,9 +123,18 @@ def _steps(name: str, loop: ast.While, op: type[ast.operator]) -> bool:
     """Whether every round moves a counter the same way: nothing else in the loop binds it."""
     bound = [node for node in ast.walk(loop) if isinstance(node, ast.Name) and node.id == name]
     stored = [node for node in bound if not isinstance(node.ctx, ast.Load)]
-    steps = [node for node in loop.body if isinstance(node, ast.AugAssign) and dotted(node.target) == name]
+    steps = [step for node in loop.body if (step := _step(node, name))]
     moves = all(
-        isinstance(node.op, op) and isinstance(by := constant(node.value, {}), int) and by > 0
-        for node in steps
+        isinstance(how, op) and isinstance(by := constant(value, {}), int) and by > 0 for how, value in steps
     )
     return bool(steps) and moves and len(stored) == len(steps)
+
+
+def _step(node: ast.stmt, name: str) -> tuple[ast.operator, ast.expr] | None:
+    """How `n += 1` or `n = n + 1` moves `n`; None for any other statement."""
+    if isinstance(node, ast.AugAssign) and dotted(node.target) == name:
+        return node.op, node.value
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.BinOp):
+        return None
+    names = [one.id if isinstance(one, ast.Name) else "" for one in (*node.targets, node.value.left)]
+    return (node.value.op, node.value.right) if names == [name, name] else None

@@ -271,6 +271,7 @@ def test_a_generator_runs_nothing_when_it_is_called() -> None:
         ("", "merge.__code__ = work.__code__"),
         ("assert False", ""),
         ("sys.exit()", ""),
+        ("os.abort()", ""),
     ],
 )
 def test_a_name_that_is_bound_anew_is_another(before: str, behind: str) -> None:
@@ -279,6 +280,14 @@ def test_a_name_that_is_bound_anew_is_another(before: str, behind: str) -> None:
 
 def test_a_star_import_before_a_definition_changes_nothing() -> None:
     assert holds(merge(CHECK, "from zoo import *\nglobals().get('merge')"), **RAISES)
+
+
+@pytest.mark.parametrize(
+    "manager", ["suppress(ValueError)", "pytest.raises(ValueError)", "self.assertRaises(E)"]
+)
+def test_what_stands_behind_an_error_that_a_manager_ends_is_reached(manager: str) -> None:
+    assert holds(merge(f"with {manager}:\n    raise ValueError\n{CHECK}"), **RAISES)
+    assert not holds(merge(f"with torch.no_grad():\n    raise ValueError\n{CHECK}"), **RAISES)
 
 
 def test_a_parameter_hides_the_exception() -> None:
