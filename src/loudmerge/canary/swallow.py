@@ -29,6 +29,7 @@ LETTING = frozenset(
 )
 """Managers that let every exception pass, by their last name: of Python, torch, safetensors, tqdm, filelock
 and accelerate. What is written `torch....` does, too."""
+IMPORTS = (ast.Import, ast.ImportFrom)
 DEPTH = 4
 """How many names in a row are followed to what they stand for."""
 
@@ -55,9 +56,7 @@ def doubtful(place: Place, known: Collection[str] = ()) -> str:
     for manager, scope in place.managers:
         name = _entered(manager, scope)[0]
         last = name.rpartition(".")[2] or ast.unparse(manager)
-        if _own(name, scope.module) or last in LETTING | CATCHING | set(known):
-            continue
-        if not name.startswith("torch.") or scope.module.defines("torch"):
+        if last not in known and not _own(name, scope.module) and not _letting(name, last, scope):
             said = f"`with {ast.unparse(manager)}` at line {manager.lineno} may swallow it"
             return f"{said}: name {last!r} in the rule's `managers` if it does not"
     return ""
@@ -131,8 +130,22 @@ def _bound(name: str, scope: Scope) -> ast.expr | None:
     return node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) and place is None else None
 
 
+def _letting(name: str, last: str, scope: Scope) -> bool:
+    """Whether a name is that of a manager of Python's or a package's, which nothing here defines."""
+    local = [node for node, _ in local_assignments(scope.function, name)]
+    hidden = name in parameters(scope.function) or any(not isinstance(node, IMPORTS) for node in local)
+    if hidden or isinstance(scope.module.define(name), (*FUNCTIONS, ast.ClassDef)):
+        return False
+    of_torch = name.startswith("torch.") and not scope.module.defines("torch")
+    return of_torch or last in LETTING | CATCHING
+
+
 def _own(name: str, module: Module) -> bool:
-    return isinstance(module.define(name), (*FUNCTIONS, ast.ClassDef))
+    """Whether the file says what a manager does with an exception: by a generator, or an `__exit__`."""
+    node = module.define(name)
+    if isinstance(node, ast.ClassDef):
+        return module.method(node.name, "__exit__") is not None
+    return isinstance(node, FUNCTIONS) and any(yields(node.body))
 
 
 def _ends(manager: ast.expr, exception: str, scope: Scope) -> bool:
@@ -154,7 +167,7 @@ def _is_yield(place: Place) -> bool:
 
 
 def _exit_swallows(module: Module, owner: str) -> bool:
-    """Whether `__exit__` can return anything but None or False, or is not in the file."""
+    """Whether `__exit__` can return anything but None or False."""
     method = module.method(owner, "__exit__")
     if method is None:
         return True

@@ -38,8 +38,8 @@ def wrapped(module: Module, function: Function, known: tuple[str, ...] = ()) -> 
 
 
 def _names(decorator: ast.expr, module: Module) -> tuple[str, str]:
-    """The name of a decorator as it is written, and its last part where it comes from."""
-    name = dotted(decorator.func if isinstance(decorator, ast.Call) else decorator)
+    """The name of a decorator as it is written (its text for none), and its last part where it comes from."""
+    name = dotted(decorator.func if isinstance(decorator, ast.Call) else decorator) or ast.unparse(decorator)
     return name, imported(module.tree).get(name, name).rpartition(".")[2]
 
 

@@ -143,6 +143,11 @@ def test_a_raise_passes_what_does_not_catch_it(before: str, head: str, tail: str
         ("", "with model.lock:", "lock"),
         ("", "with LOCKS[0]:", "LOCKS[0]"),
         ("", "with contextlib.ExitStack() as stack:", "ExitStack"),
+        ("def timed():\n    return zoo.timer()", "with timed():", "timed"),
+        ("def no_grad():\n    return zoo.timer()", "with no_grad():", "no_grad"),
+        ("class Timed(zoo.Timer):\n    pass", "with Timed():", "Timed"),
+        ("class torch:\n    pass", "with torch.device('meta'):", "device"),
+        ("", "no_grad = zoo.timer if model else zoo.clock\nwith no_grad():", "no_grad"),
     ],
 )
 def test_a_manager_can_be_allowed_by_the_name_in_the_message(before: str, head: str, named: str) -> None:
@@ -222,6 +227,9 @@ def test_a_decorator_can_be_allowed_by_its_name() -> None:
         "name 'quiet' in the rule's `decorators` if the body still runs"
     )
     assert holds(source, **RAISES, decorators=["quiet"])
+    unnamed = source.replace("@quiet", "@QUIET[0]")
+    assert "name 'QUIET[0]' in the rule's `decorators`" in found(unnamed, **RAISES).detail
+    assert holds(unnamed, **RAISES, decorators=["QUIET[0]"])
     own = source.replace("def quiet(f)", "def no_grad(f)").replace("@quiet", "@no_grad")
     assert not holds(own, **RAISES)
 
