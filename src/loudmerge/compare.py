@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,8 @@ from loudmerge.behaviour import Passages, Run
 from loudmerge.checkpoint import Checkpoint, open_checkpoint
 from loudmerge.device import found_device
 from loudmerge.errors import EnvironmentFailed, Mismatch
-from loudmerge.jsonfile import parse
 from loudmerge.merge import plan
+from loudmerge.outreport import REPORT, read_report, recorded_options
 from loudmerge.plan import MergePlan
 from loudmerge.relay import MemoryAxes, read_sites, relay
 from loudmerge.tensorfile import DTYPES
@@ -41,7 +41,6 @@ ARITHMETIC = 1e-6
 TIE_DEVIATIONS = 8.0
 """A sample may part where the trained model prefers its own token by less than this times the square root of
 the allowance. A divergence k moves the difference of two logits by about 2 * sqrt(k): four times that."""
-OPTIONS = ("orientation", "lora_b_layout", "dtype", "rounding")
 
 
 @dataclass(frozen=True)
@@ -338,8 +337,5 @@ def _samples(passages: Passages, trained: Run, merged: Run, rounded: Run) -> tup
 
 def _options(out: Path) -> dict[str, Any]:
     """The options that OUT was merged with, by its report; none for a merge by another tool."""
-    report = out / "merge_report.json"
-    if not report.is_file():
-        return {}
-    options = parse(report.read_bytes()).get("options") or {}
-    return {name: options[name] for name in OPTIONS if name in options}
+    report = read_report(out / REPORT)
+    return {} if report is None else asdict(recorded_options(report, out / REPORT))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loudmerge.checkpoint import CONFIG, INDEX
+from loudmerge.errors import Mismatch
+from loudmerge.jsonfile import parse
 from loudmerge.outfiles import TensorMismatch
-from loudmerge.plan import MergePlan, OutputTensor
+from loudmerge.plan import MergePlan, Options, OutputTensor, check_options
 
 REPORT = "merge_report.json"
 
@@ -36,6 +39,35 @@ class Recomputed(NamedTuple):
     @property
     def kept(self) -> float:
         return self.along / self.total if self.total else 1.0
+
+
+def read_report(file: Path) -> Mapping[str, Any] | None:
+    """OUT's report, None where it has none. Raises Mismatch for what is no report."""
+    if not file.is_file():
+        return None
+    try:
+        report = parse(file.read_bytes())
+    except ValueError as error:
+        raise Mismatch(f"{file} is no report of a merge: {error}") from error
+    if not isinstance(report, dict):
+        raise Mismatch(f"{file} is no report of a merge: a JSON {type(report).__name__}")
+    return report
+
+
+def recorded_options(report: Mapping[str, Any] | None, file: Path) -> Options:
+    """Those that OUT was merged with, by its report; another tool rounds to the nearest. Raises Mismatch."""
+    if report is None:
+        return Options(rounding="nearest")
+    recorded = report.get("options", {})
+    if not isinstance(recorded, dict):
+        raise Mismatch(f"{file} is no report of a merge: its options are {recorded!r}")
+    names = {field.name for field in fields(Options)}
+    options = Options(**{name: str(value) for name, value in recorded.items() if name in names})
+    try:
+        check_options(options)
+    except ValueError as error:
+        raise Mismatch(f"{file} is no report of a merge: {error}") from error
+    return options
 
 
 def check_status(report: Mapping[str, Any]) -> Iterator[TensorMismatch]:

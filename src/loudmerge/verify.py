@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,18 @@ from typing import Any
 import torch
 
 from loudmerge import __version__
-from loudmerge.errors import Mismatch
-from loudmerge.jsonfile import parse
 from loudmerge.judge import MatrixResult, check_matrix
 from loudmerge.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
-from loudmerge.outreport import REPORT, Recomputed, check_counts, check_measured, check_status
-from loudmerge.plan import MergePlan, Options, OutputTensor, check_options
+from loudmerge.outreport import (
+    REPORT,
+    Recomputed,
+    check_counts,
+    check_measured,
+    check_status,
+    read_report,
+    recorded_options,
+)
+from loudmerge.plan import MergePlan, OutputTensor
 from loudmerge.recompute import FactorCache, Matrix, RawFiles, Workspace, matrices
 from loudmerge.report import TensorKept, one_rounding
 from loudmerge.threads import one_torch_thread
@@ -102,8 +108,8 @@ def verify(
     from loudmerge.merge import plan
 
     out = Path(out)
-    report = _read_report(out / REPORT)
-    options = _recorded_options(report, out / REPORT)
+    report = read_report(out / REPORT)
+    options = recorded_options(report, out / REPORT)
     made = plan(
         base,
         adapter,
@@ -161,33 +167,6 @@ def verify_plan(
         time.monotonic() - started,
         details=comparison.details(),
     )
-
-
-def _read_report(file: Path) -> Mapping[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        report = parse(file.read_bytes())
-    except ValueError as error:
-        raise Mismatch(f"{file} is no report of a merge: {error}") from error
-    if not isinstance(report, dict):
-        raise Mismatch(f"{file} is no report of a merge: a JSON {type(report).__name__}")
-    return report
-
-
-def _recorded_options(report: Mapping[str, Any] | None, file: Path) -> Options:
-    if report is None:
-        return Options(rounding="nearest")
-    recorded = report.get("options", {})
-    if not isinstance(recorded, dict):
-        raise Mismatch(f"{file} is no report of a merge: its options are {recorded!r}")
-    names = {field.name for field in fields(Options)}
-    options = Options(**{name: str(value) for name, value in recorded.items() if name in names})
-    try:
-        check_options(options)
-    except ValueError as error:
-        raise Mismatch(f"{file} is no report of a merge: {error}") from error
-    return options
 
 
 def _assumed(report: Mapping[str, Any] | None) -> Iterator[str]:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loudmerge import hub
+from loudmerge.compare import compare
 from loudmerge.convert import convert
+from loudmerge.errors import Mismatch
 from loudmerge.merge import merge
 from loudmerge.outfiles import TensorMismatch
 from loudmerge.verify import Verification, verify
@@ -265,6 +267,25 @@ def test_an_update_that_is_as_good_as_none_has_no_part_of_it_to_compare(tmp_path
     weights = {f"{module}.weight": values(64, 48, dtype=torch.bfloat16) for module in matrices}
     found = Place(tmp_path, write_base(tmp_path / "b", weights), write_adapter(tmp_path / "a", held)).verify()
     assert found.ok, found.summary()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[]", "a JSON list"),
+        (b"{", "is no report of a merge: "),
+        (b'{"options": 3}', "its options are 3"),
+        (b'{"options": {"rounding": "up"}}', "rounding is 'up'"),
+    ],
+)
+def test_a_report_that_is_none_is_a_mismatch_for_every_reader(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
+    made = place(tmp_path)
+    (made.out / REPORT).write_bytes(content)
+    for call in (verify, compare):
+        with pytest.raises(Mismatch, match=says):
+            call(made.out, made.base, made.adapter)
 
 
 def test_a_card_that_is_added_and_the_names_that_a_push_gives_are_no_mismatch(tmp_path: Path) -> None:
