@@ -17,7 +17,6 @@ WRONG = [
     ({"device": "tpu"}, "device is 'tpu', expected one of cpu, cuda, cuda:N, auto"),
     ({"device": "cuda:x"}, "device is 'cuda:x', expected one of cpu, cuda, cuda:N, auto"),
     ({"device": "cpu "}, "device is 'cpu ', expected one of"),
-    ({"device": None}, "device is None, expected one of"),
     ({"rounding": "up"}, "rounding is 'up', expected one of auto, nearest"),
     ({"dtype": "int4"}, "dtype is 'int4', expected one of keep, bfloat16"),
 ]
@@ -44,3 +43,8 @@ def test_a_value_that_does_not_exist_names_its_argument_before_anything_is_read(
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:12", "auto"])
 def test_what_names_a_device_passes_whether_there_is_one_or_not(name: str) -> None:
     check_device(name)
+
+
+def test_what_is_no_text_names_no_device() -> None:
+    with pytest.raises(ValueError, match="device is None, expected one of cpu"):
+        check_device(None)

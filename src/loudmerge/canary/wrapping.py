@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from loudmerge.canary.syntax import FUNCTIONS, Function, Module, dotted, imported
 
@@ -43,7 +43,7 @@ def _names(decorator: ast.expr, module: Module) -> tuple[str, str]:
     return name, imported(module.tree).get(name, name).rpartition(".")[2]
 
 
-def yields(body: list[ast.stmt]) -> Iterator[ast.AST]:
+def yields(body: Sequence[ast.AST]) -> Iterator[ast.AST]:
     """The `yield` of a function itself, not of those inside it."""
     todo: list[ast.AST] = list(body)
     while todo:

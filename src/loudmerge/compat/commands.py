@@ -17,6 +17,9 @@ INSTALL_SECONDS, ASK_SECONDS = 1800, 300
 
 _ERROR = re.compile(r"\s*((ERROR|error|fatal)\b|×)")
 
+_PIPS_GIT = re.compile(r"× git |Failed to build .* when git ")
+"""How pip 23 and 26 end where a git of theirs failed."""
+
 _UNREACHABLE = re.compile(
     r"ConnectionError|ConnectTimeout|NameResolutionError|ProxyError|ReadTimeout|Read timed out|SSLError"
     r"|Max retries exceeded|5\d\d Server Error|status server error|returned error: (429|5\d\d)"
@@ -107,7 +110,7 @@ def _last_error(words: str) -> str:
     """From the last line that says `error` to the end; where a git of pip's failed, all that it said."""
     lines = words.splitlines()
     starts = [number for number, line in enumerate(lines) if _ERROR.match(line)]
-    if starts and "× git " in lines[starts[-1]]:
+    if starts and _PIPS_GIT.search(lines[starts[-1]]):
         starts = [number for number, line in enumerate(lines) if "Running command git " in line] or starts
     return "\n".join(lines[starts[-1] :] if starts else lines[-1:])
 
