@@ -115,7 +115,7 @@ def test_git_s_ssh_says_why_before_git_says_that_it_failed(
     script = tmp_path / "ssh"
     script.write_text(f"#!/bin/sh\necho '{ssh}' >&2\nexit 255\n", "utf-8")
     script.chmod(0o755)
-    monkeypatch.setenv("GIT_SSH", str(script))
+    monkeypatch.setenv("GIT_SSH_COMMAND", str(script))
     with pytest.raises(raised, match=r"^fatal: Could not read from remote repository"):
         commands.answer(["git", "ls-remote", "ssh://git@h/o/peft", "HEAD"])
     with pytest.raises(raised):
