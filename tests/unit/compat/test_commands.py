@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -115,7 +116,8 @@ def test_git_s_ssh_says_why_before_git_says_that_it_failed(
     script = tmp_path / "ssh"
     script.write_text(f"#!/bin/sh\necho '{ssh}' >&2\nexit 255\n", "utf-8")
     script.chmod(0o755)
-    monkeypatch.setenv("GIT_SSH_COMMAND", str(script))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")  # pip sets GIT_SSH_COMMAND
+    monkeypatch.delenv("GIT_SSH_COMMAND", raising=False)
     with pytest.raises(raised, match=r"^fatal: Could not read from remote repository"):
         commands.answer(["git", "ls-remote", "ssh://git@h/o/peft", "HEAD"])
     with pytest.raises(raised):
