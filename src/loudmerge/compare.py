@@ -21,9 +21,10 @@ from loudmerge.checkpoint import Checkpoint, open_checkpoint
 from loudmerge.device import found_device
 from loudmerge.errors import EnvironmentFailed, Mismatch
 from loudmerge.merge import plan
-from loudmerge.outreport import REPORT, read_report, recorded_options
+from loudmerge.outreport import read_report, recorded_options
 from loudmerge.plan import MergePlan
 from loudmerge.relay import MemoryAxes, read_sites, relay
+from loudmerge.sidefiles import REPORT
 from loudmerge.tensorfile import DTYPES
 
 if TYPE_CHECKING:

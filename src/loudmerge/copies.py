@@ -14,6 +14,7 @@ from loudmerge.draft import EMBEDDING, HEAD, Draft
 from loudmerge.errors import Problem
 from loudmerge.siblings import is_extra_layer
 from loudmerge.tensorfile import TensorEntry, TensorReader
+from loudmerge.vocabulary import embeds_tokens, ties_rows
 
 _EMBEDS = re.compile(r"emb|shared|wte")
 """In the name of an embedding; without it a copy is a head, of which the config says if it is tied."""
@@ -26,7 +27,7 @@ def settle_copies(draft: Draft) -> None:
     module that it saves whole, it trains on the one module that is named.
     """
     said = [value for value in draft.base.config_values("tie_word_embeddings") if value is not None]
-    tied = bool(draft.base.config.get("tie_word_embeddings", any(said)))
+    tied = ties_rows(draft.base)
     for entry in [draft.base.entries[name] for name in dict.fromkeys([*draft.terms, *draft.changes])]:
         changes = draft.changes.get(entry.name, {})
         copies = list(_copies(draft, entry)) if _is_embedding(draft, entry) else []
@@ -44,11 +45,12 @@ def settle_copies(draft: Draft) -> None:
 
 def _is_embedding(draft: Draft, entry: TensorEntry) -> bool:
     """Whether something trained is for an embedding of tokens, of which it has a row for each."""
-    terms, changes = draft.terms.get(entry.name, ()), draft.changes.get(entry.name, {})
+    changes = draft.changes.get(entry.name, {})
     if "token_rows" in changes:
         return True
-    if any(draft.sites[term.site].pair.embedding for term in terms):
-        return entry.shape[0] >= min(draft.base.vocabulary_sizes, default=0)
+    embeds = embeds_tokens(draft, entry)
+    if embeds is not None:
+        return embeds
     if not changes or len(entry.shape) != 2 or _EMBEDS.search(entry.name) is None:
         return False
     return entry.shape[0] in draft.base.vocabulary_sizes

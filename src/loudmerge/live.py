@@ -20,20 +20,18 @@ from safetensors.torch import load_file, save_file
 from loudmerge.adapter import WEIGHTS, read_adapter
 from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
-from loudmerge.device import check_device
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
-from loudmerge.merge import Pathish, merge
+from loudmerge.merge import Pathish, check_values, merge
 from loudmerge.outpath import make_parents, refuse_existing, remove_parents
-from loudmerge.plan import Options, check_options
+from loudmerge.plan import Options
 from loudmerge.report import MergeReport
 from loudmerge.tensorfile import TensorReader
-from loudmerge.threads import check_threads
 from loudmerge.wrappers import (
     PREFIX,
     Wrapper,
-    beyond_weight,
     other_adapters,
+    own_forwards,
     plain_attribute,
     settle_scalings,
     wrappers,
@@ -69,7 +67,7 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     base = model.get_base_model()
     tensors = base_state_dict(base)
     _refuse_base(model, base, tensors)
-    if problems := list(beyond_weight(found, name)):
+    if problems := list(own_forwards(found, name)):
         raise MergeRefused(problems)
     target = Path(out).absolute()
     refuse_existing(target, overwrite=bool(options.get("overwrite", False)))
@@ -126,9 +124,8 @@ def num_experts_of(module: object) -> int:
 def _check_values(options: Mapping[str, Any]) -> None:
     """As `merge` does, which is only called once the model is written."""
     names = {field.name for field in fields(Options)}
-    check_options(Options(**{name: value for name, value in options.items() if name in names}))
-    check_device(options.get("device", "cpu"))
-    check_threads(options.get("threads"))
+    chosen = Options(**{name: value for name, value in options.items() if name in names})
+    check_values(chosen, options.get("device", "cpu"), options.get("threads"))
 
 
 def _active_adapter(model: Any) -> str:

@@ -22,11 +22,9 @@ from loudmerge.plan import MergePlan, Options, check_options
 from loudmerge.planner import make_plan
 from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding, planned_report
 from loudmerge.resume import Finished, identity
+from loudmerge.sidefiles import REPORT
 from loudmerge.threads import check_threads, cores, one_torch_thread
 from loudmerge.writer import Staging, edited_json, index_json
-
-REPORT = "merge_report.json"
-
 
 Pathish = str | os.PathLike[str]
 
@@ -54,15 +52,20 @@ def plan(
     anything is read; EnvironmentFailed when the Hub cannot be reached.
     """
     options = Options(orientation, lora_b_layout, dtype, rounding)
-    check_options(options)
-    check_device(device)
-    check_threads(threads)
+    check_values(options, device, threads)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     found = [_directory(base), _directory(adapter)]
     if out is not None:
         refuse_inputs(Path(out), found)
     return make_plan(open_checkpoint(found[0]), read_adapter(found[1]), options)
+
+
+def check_values(options: Options, device: str, threads: int | None) -> None:
+    """Raises ValueError for an argument's value that does not exist. Nothing is read."""
+    check_options(options)
+    check_device(device)
+    check_threads(threads)
 
 
 def _directory(name: Pathish) -> Path:
@@ -186,9 +189,6 @@ def _verify(made: MergePlan, staging: Staging, threads: int, progress: Progress 
 
 def _measured(made: MergePlan, outcome: Outcome, *, verified: bool, started: float) -> dict[str, Any]:
     least = min(outcome.kept.items(), key=lambda item: item[1].ratio, default=None)
-    files = [*made.side_files, CONFIG, REPORT, *(shard.name for shard in made.base.shards)]
-    if made.base.index is not None:
-        files.append(INDEX)
     return {
         "notes": [*made.notes, *outcome.notes],
         "delta_kept": {
@@ -197,7 +197,7 @@ def _measured(made: MergePlan, outcome: Outcome, *, verified: bool, started: flo
         },
         "rounding": {how: len(terms) for how, terms in sorted(outcome.rounded.items()) if terms},
         "verified": verified,
-        "files": sorted(files),
+        "files": sorted(made.files),
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
     }

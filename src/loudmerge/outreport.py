@@ -9,13 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loudmerge.checkpoint import CONFIG, INDEX
 from loudmerge.errors import Mismatch
 from loudmerge.jsonfile import parse
 from loudmerge.outfiles import TensorMismatch
 from loudmerge.plan import MergePlan, Options, OutputTensor, check_options
-
-REPORT = "merge_report.json"
+from loudmerge.sidefiles import REPORT
 
 KEPT_TOLERANCE = 1e-4
 """How far delta_kept may lie from what is recomputed, relative to the larger of it and 1. The merge sums in
@@ -103,10 +101,7 @@ def check_counts(plan: MergePlan, report: Mapping[str, Any], out: Path) -> Itera
             yield _mismatch(name, report.get(name), value)
     named = report.get("files")
     files = named if isinstance(named, list) else []
-    needed = [CONFIG, REPORT, *(shard.name for shard in plan.base.shards), *plan.side_files]
-    if plan.base.index is not None:
-        needed.append(INDEX)
-    unnamed = sorted(set(needed).difference(map(str, files)))
+    unnamed = sorted(set(plan.files).difference(map(str, files)))
     gone = [name for name in files if not isinstance(name, str) or not (out / name).is_file()]
     if unnamed or gone:
         yield _mismatch("files", files, f"those of OUT; not named: {unnamed}, not there: {gone}")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loudmerge.adapter import Adapter, LoraPair
-from loudmerge.checkpoint import Checkpoint
+from loudmerge.checkpoint import CONFIG, INDEX, Checkpoint
 from loudmerge.evidence import Layout
 from loudmerge.families import Family
 from loudmerge.layout import Axes, LoraBLayout, Orientation, Span
+from loudmerge.sidefiles import REPORT
 from loudmerge.tensorfile import DTYPES, TensorEntry
 
 if TYPE_CHECKING:
@@ -163,6 +164,13 @@ class MergePlan:
     def side_files(self) -> tuple[str, ...]:
         """Files that OUT copies byte for byte from the base, as relative paths."""
         return self.base.side_files
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all files of OUT."""
+        shards = (shard.name for shard in self.base.shards)
+        index = () if self.base.index is None else (INDEX,)
+        return (*self.side_files, CONFIG, REPORT, *shards, *index)
 
     def report(self) -> MergeReport:
         """The report of this plan, with status "planned"."""

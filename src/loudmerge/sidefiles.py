@@ -40,7 +40,8 @@ OTHER_WEIGHTS = frozenset({"spk_dict.pt"})
 """Named as weights are, but none of the model's. spk_dict.pt: the voices of qwen2_5_omni, without which its
 from_pretrained raises (transformers/models/qwen2_5_omni/modeling_qwen2_5_omni.py)."""
 
-REWRITTEN = frozenset({"config.json", "merge_report.json"})
+REPORT = "merge_report.json"
+REWRITTEN = frozenset({"config.json", REPORT})
 ADAPTER_CONFIG = "adapter_config.json"
 
 _LITTER = (".", "__pycache__", "lost+found")

@@ -39,6 +39,9 @@ FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16"})
 MERGEABLE_CODES = frozenset({"F32", "F16", "BF16"})
 """Weights that can be updated: the arithmetic is float32."""
 
+COMPARED_BYTES = 16 << 20
+"""Bytes of a tensor that are compared at a time."""
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -91,10 +94,6 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         for name, item in header.items()
     }
     return entries, metadata
-
-
-COMPARED_BYTES = 16 << 20
-"""Bytes of a tensor that are compared at a time."""
 
 
 class TensorReader:

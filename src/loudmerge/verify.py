@@ -25,7 +25,6 @@ from loudmerge import __version__
 from loudmerge.judge import MatrixResult, check_matrix
 from loudmerge.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
 from loudmerge.outreport import (
-    REPORT,
     Recomputed,
     check_counts,
     check_measured,
@@ -36,6 +35,7 @@ from loudmerge.outreport import (
 from loudmerge.plan import MergePlan, OutputTensor
 from loudmerge.recompute import FactorCache, Matrix, RawFiles, Workspace, matrices
 from loudmerge.report import TensorKept, one_rounding
+from loudmerge.sidefiles import REPORT
 from loudmerge.threads import one_torch_thread
 
 __all__ = ["TensorMismatch", "Verification", "verify", "verify_plan"]

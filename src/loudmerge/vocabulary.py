@@ -89,11 +89,23 @@ def _may_be_tied(draft: Draft, entry: TensorEntry, head: TensorEntry | None) -> 
 
     Other embeddings are of positions or kinds, which are fewer.
     """
-    sizes = draft.base.vocabulary_sizes
-    terms = draft.terms.get(entry.name, ())
-    if any(draft.sites[term.site].pair.embedding for term in terms):
-        return entry.shape[0] >= min(sizes, default=0)
-    return entry is head or (len(entry.shape) == 2 and entry.shape[0] in sizes)
+    embeds = embeds_tokens(draft, entry)
+    if embeds is not None:
+        return embeds
+    return entry is head or (len(entry.shape) == 2 and entry.shape[0] in draft.base.vocabulary_sizes)
+
+
+def embeds_tokens(draft: Draft, entry: TensorEntry) -> bool | None:
+    """Whether an embedding that a LoRA is for has rows for all tokens; None where no such LoRA is for it."""
+    if not any(draft.sites[term.site].pair.embedding for term in draft.terms.get(entry.name, ())):
+        return None
+    return entry.shape[0] >= min(draft.base.vocabulary_sizes, default=0)
+
+
+def ties_rows(base: Checkpoint) -> bool:
+    """Whether PEFT ties token rows: it asks the whole model's config, whatever its text part says."""
+    said = any(base.config_values("tie_word_embeddings"))
+    return bool(base.config.get("tie_word_embeddings", said))
 
 
 def _carry_rows(draft: Draft, embedding: TensorEntry, head: TensorEntry | None) -> None:
@@ -104,10 +116,8 @@ def _carry_rows(draft: Draft, embedding: TensorEntry, head: TensorEntry | None) 
     rows = draft.changes[embedding.name]["token_rows"]
     if head is None:
         return
-    said = draft.base.config_values("tie_word_embeddings")
-    # PEFT asks the whole model's config, whatever its text part says.
-    tied = draft.base.config.get("tie_word_embeddings", any(said))
-    if not said:
+    tied = ties_rows(draft.base)
+    if not draft.base.config_values("tie_word_embeddings"):
         draft.problems.append(_unsaid(rows[1], head))
     elif tied and head.name in draft.terms:
         draft.problems.append(_rows_under_lora(rows[1]))

@@ -40,8 +40,8 @@ _AS_PLAIN = frozenset({"FalconLinear", "IdeficsDecoupledLinear", "IdeficsDecoupl
 class Wrapper:
     """One of PEFT's wrappers. name: of what it wraps, in memory. held: the adapters that it has.
 
-    ranks, scalings: by adapter; empty where it is no LoRA. beyond: the class of a module whose output is more
-    than weight times input, else "".
+    ranks, scalings: by adapter; empty where it is no LoRA. own_forward: the class of a module whose output is
+    more than weight times input, else "".
     """
 
     name: str
@@ -50,7 +50,7 @@ class Wrapper:
     disabled: bool
     ranks: Mapping[str, int]
     scalings: Mapping[str, float]
-    beyond: str
+    own_forward: str
 
     def is_set(self, adapter: str) -> bool:
         """Whether it computes with this adapter where it has it, and else with none."""
@@ -73,7 +73,7 @@ def wrappers(model: Any) -> Iterator[Wrapper]:
             bool(plain_attribute(module, "_disable_adapters")),
             {adapter: int(value) for adapter, value in _by_adapter(module, "r")},
             {adapter: float(value) for adapter, value in _by_adapter(module, "scaling")},
-            _beyond(module),
+            _own_forward(module),
         )
 
 
@@ -91,11 +91,11 @@ def other_adapters(found: Collection[Wrapper], adapter: str) -> Iterator[Problem
             )
 
 
-def beyond_weight(found: Collection[Wrapper], adapter: str) -> Iterator[Problem]:
+def own_forwards(found: Collection[Wrapper], adapter: str) -> Iterator[Problem]:
     """The modules that do more than multiply by their weight: no weight holds what was trained there."""
     for wrapper in found:
-        if wrapper.beyond and adapter in wrapper.held:
-            does = f"is a {wrapper.beyond} with a forward of its own"
+        if wrapper.own_forward and adapter in wrapper.held:
+            does = f"is a {wrapper.own_forward} with a forward of its own"
             yield more_than_weight(f"{wrapper.name} of the live model", wrapper.name, does)
 
 
@@ -129,7 +129,7 @@ def plain_attribute(owner: object, name: str) -> object:
     return None if hasattr(type(value), "__get__") else value
 
 
-def _beyond(module: object) -> str:
+def _own_forward(module: object) -> str:
     """The class of a wrapped Linear or Embedding whose output is more than weight times input, else "".
 
     The wrappers of target_parameters change the weight itself, whatever the module does with it. An

@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loudmerge.compat import table
-from loudmerge.compat.against import fails
 from loudmerge.compat.arguments import at_least_one
 from loudmerge.compat.cell import PARTS
 from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.children import exit_on_signals
 from loudmerge.compat.environment import Installer
-from loudmerge.compat.overview import Overview
 from loudmerge.compat.result import CellResult
 from loudmerge.compat.runner import Options, failures, run
 
@@ -59,18 +57,13 @@ def _run(matrix: Matrix, given: argparse.Namespace, older: tuple[CellResult, ...
         _tell(f"{row.cell}: {row.status}: {row.detail}" if row.detail else f"{row.cell}: {row.status}")
         for each in row.shortfalls:
             _tell(f"  {each.check}: found {each.found}, expected {each.expected}")
-    worse = _worse(matrix, given.cells, overview)
-    for cell in worse:
-        _tell(f"{cell}: {overview.changes[cell].word}: {overview.changes[cell].detail}")
+    failing = overview.failing(matrix.optional).items()
+    # Without names all count, also those that only the older results have.
+    worse = {cell: change for cell, change in failing if not given.cells or cell in given.cells}
+    for cell, change in worse.items():
+        _tell(f"{cell}: {change.word}: {change.detail}")
     _say(overview.counts)
     return SHORT if short or worse else DONE
-
-
-def _worse(matrix: Matrix, names: Sequence[str], overview: Overview) -> list[str]:
-    """The cells for which the comparison fails: of those asked for, or of all and those that are gone."""
-    optional = {cell.name for cell in matrix.cells if cell.optional}
-    rows = [row for row in overview.rows if row.cell in overview.changes and (not names or row.cell in names)]
-    return [row.cell for row in rows if fails(overview.changes[row.cell], row, optional=row.cell in optional)]
 
 
 def _parser() -> argparse.ArgumentParser:

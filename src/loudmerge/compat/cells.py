@@ -90,6 +90,11 @@ class Matrix:
     def names(self) -> tuple[str, ...]:
         return tuple(cell.name for cell in self.cells)
 
+    @property
+    def optional(self) -> frozenset[str]:
+        """The names of the cells that may be unreachable."""
+        return frozenset(cell.name for cell in self.cells if cell.optional)
+
     def chosen(self, names: Sequence[str]) -> tuple[Cell, ...]:
         """The cells of these names, all where there are none. Raises MatrixError on a name it has not."""
         unknown = [name for name in names if name not in self.names]

@@ -9,8 +9,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 INSTALL_SECONDS, ASK_SECONDS = 1800, 300
 """How long an installation, and a question to an index or a host, may take."""
@@ -49,17 +50,7 @@ def answer(command: Sequence[str], asked: str = "") -> str:
         details = Path(scratch, "pip.txt")
         environ = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "PIP_LOG": str(details)}
         try:
-            done = subprocess.run(  # noqa: S603 - lines made by the caller
-                command,
-                input=asked,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=ASK_SECONDS,
-                env=environ,
-            )
-        except FileNotFoundError as error:
-            raise NotInstalled(f"{command[0]} is not installed") from error
+            done = _run(command, environ, ASK_SECONDS, input=asked, capture_output=True)
         except subprocess.TimeoutExpired as error:
             raise Unreachable(f"{command[0]} had no answer after {ASK_SECONDS} s") from error
         if done.returncode:
@@ -78,22 +69,26 @@ def logged(command: Sequence[str], log: Path) -> None:
             file.write(heading)
             file.flush()
             try:
-                code = subprocess.run(  # noqa: S603 - lines made by the caller
-                    command,
-                    stdout=file,
-                    stderr=file,
-                    check=False,
-                    timeout=INSTALL_SECONDS,
-                    env={**os.environ, "PIP_LOG": str(details)},
-                ).returncode
-            except FileNotFoundError as error:
-                raise NotInstalled(f"{command[0]} is not installed") from error
+                environ = {**os.environ, "PIP_LOG": str(details)}
+                code = _run(command, environ, INSTALL_SECONDS, stdout=file, stderr=file).returncode
             except subprocess.TimeoutExpired as error:
                 raise NotInstalled(f"{command[0]} was not done after {INSTALL_SECONDS} s") from error
         if code:
             words = log.read_bytes()[start:].decode("utf-8", "replace")
             words = words.removeprefix(heading)
             raise _failure(words, _last_error(words), details)
+
+
+def _run(
+    command: Sequence[str], environ: Mapping[str, str], seconds: float, **streams: Any
+) -> subprocess.CompletedProcess[str]:
+    """Raises NotInstalled where there is no such command, subprocess.TimeoutExpired after that long."""
+    try:
+        return subprocess.run(  # noqa: S603 - lines made by the caller
+            command, env=environ, timeout=seconds, text=True, check=False, **streams
+        )
+    except FileNotFoundError as error:
+        raise NotInstalled(f"{command[0]} is not installed") from error
 
 
 def _failure(words: str, error: str, details: Path) -> NotInstalled | Unreachable:

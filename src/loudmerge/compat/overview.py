@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from loudmerge.compat.against import Change
+from loudmerge.compat.against import Change, fails
 from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, STATUSES, UNREACHABLE, CellResult
 from loudmerge.compat.verdict import REFUSED
 
@@ -64,6 +64,15 @@ class Overview:
         words = [change.word for change in self.changes.values()]
         changed = [f"{words.count(word)} {word}" for word in dict.fromkeys(words)]
         return text + (f". Against the older results: {', '.join(changed)}" if changed else "")
+
+    def failing(self, optional: Collection[str]) -> dict[str, Change]:
+        """By cell, the changes for which the comparison fails. optional: cells that may be unreachable."""
+        rows = [row for row in self.rows if row.cell in self.changes]
+        return {
+            row.cell: self.changes[row.cell]
+            for row in rows
+            if fails(self.changes[row.cell], row, optional=row.cell in optional)
+        }
 
     @property
     def lagging(self) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loudmerge import __version__
 from loudmerge.compat import document, markdown, page, readme
-from loudmerge.compat.against import fails, rows_and_changes
+from loudmerge.compat.against import rows_and_changes
 from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.overview import Overview
 from loudmerge.compat.result import FAILED, NOT_RUN, CellResult, Shortfall
@@ -172,10 +172,8 @@ def _broken(rows: Sequence[CellResult]) -> list[str]:
 
 
 def _failing(overview: Overview, matrix: Matrix) -> list[str]:
-    optional = {cell.name for cell in matrix.cells if cell.optional}
-    changes = ((row, overview.changes[row.cell]) for row in overview.rows if row.cell in overview.changes)
-    failing = ((row, change) for row, change in changes if fails(change, row, optional=row.cell in optional))
-    return [f"{row.cell}: {change.word}: {change.detail}" for row, change in failing]
+    failing = overview.failing(matrix.optional)
+    return [f"{cell}: {change.word}: {change.detail}" for cell, change in failing.items()]
 
 
 def _readme(given: argparse.Namespace, overview: Overview) -> list[str]:
