@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rounding.balance import balanced as balanced_rounding
-from benchmarks.rounding.thresholds import Rounding, by_threshold, systematic
+from benchmarks.rounding.thresholds import Rounding, by_row, by_threshold, systematic
 
 
 def to_bfloat16(values: Tensor) -> Tensor:
@@ -264,6 +264,7 @@ ROUNDINGS |= {
     "threshold64_octave": by_threshold(64, octaves=1.0),
     "threshold64_octaves": by_threshold(64, octaves=2.0),
     "threshold64_root": by_threshold(64, power=0.5),
+    "threshold64_row": by_row(64),
     "systematic_out": systematic(0),
     "systematic_in": systematic(1),
 }

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from benchmarks.rounding.candidates import ROUNDINGS
 from benchmarks.rounding.train import base_model, sequences
+from loudmerge.closing import closing
 from loudmerge.delta import Factors, Update, Workspace
 from loudmerge.layout import Axes, Span
 from loudmerge.plan import Term
-from loudmerge.rounding import NEAREST_KEEPS, Dither, dither_table
+from loudmerge.rounding import Dither, chosen, dither_table
 
 OURS = ("AUTO", "NEAREST", "STOCHASTIC", "BALANCED")
 """loudmerge's own; the names of the candidates are in small letters."""
@@ -83,7 +84,14 @@ def matrices(site: dict[str, Any], weight: Tensor) -> Iterator[tuple[Tensor, Ten
 
 
 def merged_by(
-    name: str, weight: Tensor, b: Tensor, a: Tensor, scaling: float, draw: torch.Generator
+    name: str,
+    weight: Tensor,
+    b: Tensor,
+    a: Tensor,
+    scaling: float,
+    draw: torch.Generator,
+    *,
+    is_closing: bool,
 ) -> Tensor:
     """W' in float32. name: "exact", or of ROUNDINGS or OURS."""
     if name == "exact":
@@ -96,7 +104,7 @@ def merged_by(
     space, out, how = Workspace(torch.device("cpu")), base.clone(), name.lower()
     if name == "AUTO":
         kept = update.apply(base, 0, "nearest", space, out).ratio
-        how = "balanced" if kept < NEAREST_KEEPS else "nearest"
+        how = chosen(kept, closing=is_closing)
     update.apply(base, 0, how, space, out, dither)
     return out.to(torch.float32)
 
@@ -105,10 +113,12 @@ def apply(subject: Subject, sites: list[dict[str, Any]], name: str, seed: int) -
     """Puts the merged weights in place; returns delta_kept."""
     draw = torch.Generator().manual_seed(seed)
     along = total = 0.0
+    last = closing(subject.weights)
     for site in sites:
         target = subject.model.get_parameter(site["parameter"]).data
         for weight, b, a, index in matrices(site, subject.weights[site["parameter"]]):
-            merged = merged_by(name, weight, b, a, site["scaling"], draw)
+            is_closing = site["parameter"] in last
+            merged = merged_by(name, weight, b, a, site["scaling"], draw, is_closing=is_closing)
             delta = site["scaling"] * (b @ a)
             target[index] = merged
             along += float(((merged - weight) * delta).sum())

@@ -69,6 +69,32 @@ def by_threshold(group: int, width: float = 0.0, power: float = 1.0, octaves: fl
     return rounding
 
 
+def by_row(group: int) -> Rounding:
+    """As by_threshold, with each share over the threshold at which its row would keep dW."""
+
+    def rounding(weight: Tensor, delta: Tensor, a: Tensor, draw: torch.Generator) -> Tensor:
+        near, unit, share = steps(weight, delta)
+        gain = (unit * delta).masked_fill(share == 0, 0.0)
+        ordered, order = share.sort(dim=1, descending=True)
+        reached = gain.gather(1, order).cumsum(1)
+        last = (reached < (gain * share).sum(1, keepdim=True)).sum(1, keepdim=True)
+        threshold = ordered.gather(1, last.clamp(max=share.shape[1] - 1)).clamp(min=2.0**-16)
+        result = torch.empty_like(weight)
+        for first in range(0, weight.shape[0], group):
+            part = slice(first, first + group)
+            score = (share[part] / threshold[part]).masked_fill(gain[part] <= 0, -torch.inf)
+            order = score.argsort(dim=0, descending=True)
+            gains = gain[part].gather(0, order)
+            kept = gains.cumsum(0)
+            missing = (gain[part] * share[part]).sum(0)
+            chance = (missing - kept + gains) / gains.clamp(min=1e-38)
+            moved = (chance > torch.rand((1, weight.shape[1]), generator=draw)) & (gains > 0)
+            result[part] = near[part] + unit[part] * torch.zeros_like(gains).scatter_(0, order, moved.float())
+        return result
+
+    return rounding
+
+
 def systematic(axis: int) -> Rounding:
     """Steps where the sum of the shares, along an axis from a random start, passes a whole number."""
 

@@ -50,6 +50,11 @@ RUNS = (
     # As a, from other starts and with the text in another order.
     Run("g", "dense", "adamw", 2e-4, 16, 4, (5, 25)),
     Run("h", "dense", "adamw", 2e-4, 16, 5, (5, 25)),
+    # Held out: trained after all choices of `auto` had been made.
+    Run("i", "dense", "adamw", 5e-4, 8, 6, (12,)),
+    Run("j", "dense", "adamw", 1e-4, 32, 7, (40,)),
+    Run("c", "qwen2_moe", "adamw", 2e-4, 16, 2, (20,)),
+    Run("c", "mixtral", "adamw", 5e-4, 8, 3, (15,)),
     Run("a", "qwen2_moe", "adamw", 2e-4, 16, 0, (5,)),
     Run("b", "qwen2_moe", "adamw", 1e-3, 16, 1, (3,)),
     Run("a", "mixtral", "adamw", 2e-4, 8, 0, (1, 5)),

@@ -54,9 +54,9 @@ class Announced:
                 self._prefixes[layers].add(held.removesuffix(layers))
         # The parent of such a list on disk, `model.`: the list.
         self._parents = {
-            _parent(_layers(key)): _layers(canonical)
+            _parent(_layers(key)): layers
             for key, canonical in names.canonical.items()
-            if _layers(canonical) in self._prefixes
+            if (layers := _layers(canonical)) in self._prefixes
         }
         self._known = self._in_memory()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,7 +57,7 @@ class Checkpoint:
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
 
-    @property
+    @cached_property
     def text_config(self) -> Mapping[str, Any]:
         """The part of the config that describes the text model: all of it, where it has no parts."""
         found: Mapping[str, Any] = self.config

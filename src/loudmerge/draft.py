@@ -9,6 +9,7 @@ from typing import Any
 
 from loudmerge.adapter import Adapter, FullTensor, TokenRows
 from loudmerge.checkpoint import TEXT_CONFIGS, Checkpoint
+from loudmerge.closing import closing
 from loudmerge.errors import Problem
 from loudmerge.evidence import Layout
 from loudmerge.experts import Slot
@@ -17,6 +18,7 @@ from loudmerge.layout import Axes, Orientation, Span
 from loudmerge.misplaced import missing_base
 from loudmerge.names import Names
 from loudmerge.plan import Counts, MergePlan, Options, OutputTensor, Site, Term
+from loudmerge.siblings import is_extra_layer
 from loudmerge.sites import Placed, Placement
 from loudmerge.tensorfile import DTYPE_CODES, FLOAT_CODES, TensorEntry
 
@@ -208,8 +210,10 @@ class Draft:
 
     def finish(self, layout: Layout, placement: Placement) -> MergePlan:
         outputs = []
+        canonical = self.names.canonical
+        last = closing(self.base.entries, lambda name: is_extra_layer(self.base, canonical[name]))
         for entry in self.base.entries.values():
-            outputs.append(self._output(entry))
+            outputs.append(self._output(entry, closing=entry.name in last))
             if entry.name in self.added:
                 outputs.append(self.added[entry.name])
         touched = sum(1 for output in outputs if output.touched)
@@ -229,7 +233,7 @@ class Draft:
             notes=(*layout.overruled, *self.notes, *_left_out(self.base.left_out)),
         )
 
-    def _output(self, entry: TensorEntry) -> OutputTensor:
+    def _output(self, entry: TensorEntry, *, closing: bool) -> OutputTensor:
         change = self.changes.get(entry.name, {})
         replacement = change.get("replacement")
         source = replacement or entry
@@ -244,6 +248,7 @@ class Draft:
             dora=change.get("dora"),
             bias=change.get("bias"),
             token_rows=change.get("token_rows"),
+            closing=closing,
         )
 
     def dtype(self, entry: TensorEntry) -> str:

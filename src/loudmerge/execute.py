@@ -27,7 +27,7 @@ from loudmerge.plan import MergePlan, OutputTensor
 from loudmerge.preflight import check_weights
 from loudmerge.readahead import ReadAhead
 from loudmerge.resume import Finished, ShardRecord
-from loudmerge.rounding import DROPPED, NEAREST_KEEPS, Dither, dither_table
+from loudmerge.rounding import DROPPED, Dither, chosen, dither_table
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 from loudmerge.writer import ShardFile, page_aligned
 
@@ -286,12 +286,10 @@ class Worker:
     def _rounding(self, piece: Piece, values: Tensor, updates: Sequence[Update], dtype: torch.dtype) -> str:
         """How a piece is rounded, the same for all of a matrix.
 
-        What disturbs less, "auto", is to the nearest where that keeps the update of a few of its rows, and
-        balanced elsewhere. Rows that are replaced afterwards do not belong to a balance.
+        For "auto" it hangs on what the nearest keeps of the update of a few of its rows.
         """
-        balanced = "balanced" if piece.output.token_rows is None else "stochastic"
         if self._plan.rounding == "balanced":
-            return balanced
+            return piece.output.balanced
         if self._plan.rounding != "auto":
             return self._plan.rounding
         if dtype not in DROPPED or not updates:
@@ -308,7 +306,8 @@ class Worker:
             rounded = rounded.view(dtype).view(sample.shape)
             for update in updates:
                 kept.add(update.apply(sample, first, "nearest", self._local.space, rounded))
-        return balanced if kept.ratio < NEAREST_KEEPS else "nearest"
+        found = chosen(kept.ratio, closing=piece.output.closing)
+        return piece.output.balanced if found == "balanced" else found
 
     def _replace_rows(
         self, piece: Piece, result: Tensor, indices: tuple[int, ...], entry: TensorEntry

@@ -95,12 +95,12 @@ def _rules(matrix: Matrix, rounding: str) -> tuple[str, ...]:
     plain = output.bias is not None or output.dora is not None or output.dtype not in {"BF16", "F16"}
     if rounding in {"auto", "stochastic", "balanced"} and plain:
         return ("nearest",)
-    # Rows that are replaced afterwards do not belong to a balance.
-    by_chance = "balanced" if output.token_rows is None else "stochastic"
+    if rounding == "auto" and output.closing:
+        return "nearest", "stochastic", output.balanced
     if rounding == "auto":
-        return "nearest", by_chance
+        return "nearest", output.balanced
     if rounding == "balanced":
-        return (by_chance,)
+        return (output.balanced,)
     if rounding == "peft" and all(term.expert < 0 for term in matrix.terms):
         # PEFT adds a Linear's float32 dW in place, which rounds once, and rounds it first only where the
         # adapter is held in half precision. A bias is always added in place (lora/layer.py, Linear.merge).

@@ -70,7 +70,8 @@ class OutputTensor:
 
     source: the base's tensor; or the adapter's, when `replaced`. dtype: safetensors code in OUT.
     terms: low-rank updates, applied to disjoint parts. dora: the magnitude vector (then one dense term).
-    bias: a vector to add, with its scaling. token_rows: (indices, entry) rows to put in place.
+    bias: a vector to add, with its scaling. token_rows: (indices, entry) rows to put in place. closing: as
+    loudmerge.closing says.
     """
 
     key: str
@@ -83,6 +84,12 @@ class OutputTensor:
     dora: TensorEntry | None = None
     bias: tuple[TensorEntry, float] | None = None
     token_rows: tuple[tuple[int, ...], TensorEntry] | None = None
+    closing: bool = False
+
+    @property
+    def balanced(self) -> str:
+        """What stands for "balanced": rows that are replaced afterwards do not belong to a balance."""
+        return "balanced" if self.token_rows is None else "stochastic"
 
     @property
     def nbytes(self) -> int:

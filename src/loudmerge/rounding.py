@@ -35,10 +35,20 @@ TABLE_BITS = 20
 NEAREST_KEEPS = 0.99
 """Where the nearest keeps as much of an update, `auto` takes it: it costs least (docs/rounding.md)."""
 
+CLOSING_KEEPS = 0.5
+"""Where the nearest keeps as much of what a last layer's MLP writes through, `auto` leaves it to chance."""
+
 SEGMENT = 4096
 """Columns that are read from consecutive places of the table."""
 
 _WORD = (1 << 32) - 1
+
+
+def chosen(kept: float, *, closing: bool) -> str:
+    """What `auto` rounds a matrix by. kept: by the nearest, of its update. closing: loudmerge.closing."""
+    if kept >= NEAREST_KEEPS:
+        return "nearest"
+    return "stochastic" if closing and kept >= CLOSING_KEEPS else "balanced"
 
 
 @cache
