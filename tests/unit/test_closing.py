@@ -61,6 +61,8 @@ def test_names_of_transformers_models(kind: str) -> None:
     name, more, expected = MODELS[kind]
     with torch.device("meta"):
         model = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **TINY, **more))
+    if kind == "mixtral" and transformers.__version__.startswith("4."):
+        expected = {f"layers.1.block_sparse_moe.experts.{e}.w2.weight" for e in range(8)}
     assert closing(model.state_dict()) == expected
 
 
