@@ -4,9 +4,9 @@
 
 Builds a bf16 checkpoint with `--layers` layers (128 experts, hidden 2048, intermediate 768, per-expert on
 disk, 4 GiB shards) and an adapter of rank 32 on experts and attention, as random numbers. Then, in turn and
-each in a process of its own: `cp -r` of the base, followed by `sync`; loudmerge without verification; with
---verify also with it; with --peft PEFT's load, merge_and_unload and save_pretrained. Prints each one's wall
-time and peak resident memory, and the ratios run by run: a machine's speed drifts, ratios less so.
+each in a process of its own: `cp -r` of the base, followed by `sync`; `loudmerge merge --no-verify`; with
+--verify also without that; with --peft PEFT's load, merge_and_unload and save_pretrained. Prints each one's
+wall time and peak resident memory, and the ratios run by run: a machine's speed drifts, ratios less so.
 """
 
 from __future__ import annotations
@@ -34,12 +34,6 @@ HIDDEN, INTER, EXPERTS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2048, 768, 128, 
 RANK, ALPHA = 32, 64
 SHARD_BYTES = 4 << 30
 
-MERGE = """
-import json, loudmerge, sys
-base, adapter, out, verify, rounding = sys.argv[1:]
-report = loudmerge.merge(base, adapter, out, verify=verify == "verify", rounding=rounding).to_json()
-print(json.dumps({"peak_rss_bytes": report["peak_rss_bytes"], "counts": report["counts"]}))
-"""
 PEFT = """
 import sys, torch
 from peft import PeftModel
@@ -193,15 +187,16 @@ def main() -> None:
             builder.start()
             builder.join()
         python, inputs = sys.executable, [str(base), str(adapter), str(out)]
+        merge = [python, "-m", "loudmerge", "merge", *inputs, "--json"]
         commands = {
             "cp -r": ["cp", "-r", str(base), str(out)],
             "cp -r + sync": ["sh", "-c", f"cp -r '{base}' '{out}' && sync"],
-            "loudmerge": [python, "-c", MERGE, *inputs, "no", "auto"],
+            "loudmerge": [*merge, "--no-verify"],
         }
         for rounding in arguments.rounding:
-            commands[f"loudmerge, {rounding}"] = [python, "-c", MERGE, *inputs, "no", rounding]
+            commands[f"loudmerge, {rounding}"] = [*merge, "--no-verify", "--rounding", rounding]
         if arguments.verify:
-            commands["loudmerge, verified"] = [python, "-c", MERGE, *inputs, "verify", "auto"]
+            commands["loudmerge, verified"] = merge
         if arguments.peft:
             commands["PEFT"] = [python, "-c", PEFT, *inputs]
         run_all(commands, out, arguments.runs)
