@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.rounding.candidates import ROUNDINGS
 from benchmarks.rounding.train import base_model, sequences
-from loudmerge.closing import closing
+from loudmerge.closing import closing, is_head
 from loudmerge.delta import Factors, Update, Workspace
 from loudmerge.layout import Axes, Span
 from loudmerge.plan import Term
@@ -91,9 +91,10 @@ def merged_by(
     scaling: float,
     draw: torch.Generator,
     *,
-    is_closing: bool,
+    parameter: str,
+    last: Collection[str],
 ) -> Tensor:
-    """W' in float32. name: "exact", or of ROUNDINGS or OURS."""
+    """W' in float32. name: "exact", or of ROUNDINGS or OURS. last: as `closing` finds them."""
     if name == "exact":
         return weight + scaling * (b @ a)
     if name not in OURS:
@@ -102,9 +103,11 @@ def merged_by(
     update = Update.of(Term(0, -1, rows, -1, Axes.OUT_IN, rows), Factors(b[None], a[None], scaling))
     dither = Dither(TABLE, f"{int(torch.randint(1 << 31, (1,), generator=draw))}")
     space, out, how = Workspace(torch.device("cpu")), base.clone(), name.lower()
-    if name == "AUTO":
+    if name == "AUTO" and is_head(parameter):
+        how = "nearest"
+    elif name == "AUTO":
         kept = update.apply(base, 0, "nearest", space, out).ratio
-        how = chosen(kept, closing=is_closing)
+        how = chosen(kept, closing=parameter in last)
     update.apply(base, 0, how, space, out, dither)
     return out.to(torch.float32)
 
@@ -117,8 +120,8 @@ def apply(subject: Subject, sites: list[dict[str, Any]], name: str, seed: int) -
     for site in sites:
         target = subject.model.get_parameter(site["parameter"]).data
         for weight, b, a, index in matrices(site, subject.weights[site["parameter"]]):
-            is_closing = site["parameter"] in last
-            merged = merged_by(name, weight, b, a, site["scaling"], draw, is_closing=is_closing)
+            parameter = site["parameter"]
+            merged = merged_by(name, weight, b, a, site["scaling"], draw, parameter=parameter, last=last)
             delta = site["scaling"] * (b @ a)
             target[index] = merged
             along += float(((merged - weight) * delta).sum())

@@ -1,6 +1,6 @@
 """Trains the adapters of the rounding study, and stores their factors.
 
-    python -m benchmarks.rounding.train --dir DIR --model dense|qwen2_moe|mixtral [--run NAME…]
+    python -m benchmarks.rounding.train --dir DIR --model dense|untied|qwen2_moe|mixtral [--run NAME…]
 
 The models are SmolLM2-135M-Instruct and its upcycled mixtures (tests/support/smollm2.py), the text is the
 standard library's documentation. One run is one training; its factors are stored at several step counts.
@@ -50,6 +50,9 @@ RUNS = (
     # As a, from other starts and with the text in another order.
     Run("g", "dense", "adamw", 2e-4, 16, 4, (5, 25)),
     Run("h", "dense", "adamw", 2e-4, 16, 5, (5, 25)),
+    # With a head of its own, and LoRA on it.
+    Run("n", "untied", "adamw", 2e-4, 16, 4, (1, 5, 25)),
+    Run("o", "untied", "adamw", 5e-5, 8, 9, (10,)),
     # Held out: trained after all choices of `auto` had been made.
     Run("i", "dense", "adamw", 5e-4, 8, 6, (12,)),
     Run("j", "dense", "adamw", 1e-4, 32, 7, (40,)),
@@ -65,7 +68,10 @@ def base_model(kind: str, directory: Path) -> tuple[Any, Any]:
     """The base in float32 with bfloat16's values, and the tokenizer. directory: where files are kept."""
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         dense = smollm2.load_dense(Path(scratch))
-    if kind == "dense":
+    if kind == "untied":
+        dense.model.config.tie_word_embeddings = False
+        dense.model.lm_head.weight = torch.nn.Parameter(dense.model.lm_head.weight.detach().clone())
+    if kind in {"dense", "untied"}:
         return dense.model, dense.tokenizer
     checkpoint = directory / kind
     if not checkpoint.exists():
@@ -89,6 +95,8 @@ def lora(model: Any, run: Run) -> Any:
     if fused:
         config["target_parameters"] = [f"mlp.experts.{name}" for name in sorted(fused)]
     mlp = () if fused else ("gate_proj", "up_proj", "down_proj")
+    if run.model == "untied":
+        mlp += ("lm_head",)
     return get_peft_model(model, LoraConfig(**config, target_modules=[*ATTENTION, *mlp]))
 
 
@@ -121,7 +129,7 @@ def train(run: Run, directory: Path) -> None:
     kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     optimizer = kinds[run.optimizer]([p for p in model.parameters() if p.requires_grad], lr=run.lr)
     model.train()
-    if run.model != "dense":
+    if run.model not in {"dense", "untied"}:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     order = torch.randperm(len(text) // 2, generator=torch.Generator().manual_seed(run.seed))

@@ -1,8 +1,9 @@
-"""What a last layer's MLP writes through: matrices that `auto` rounds with no error in the mean. Pure.
+"""The matrices that `auto` does not balance: what a last layer's MLP writes through, and the head. Pure.
 
-Only a norm and the head come after them, so what rounding does to their mean output moves the logits of every
-token alike. Balanced rounding leaves out the small shares, always the same ones, and is off in the mean where
-it is chance alone that is right in it (docs/rounding.md has the measurement).
+Only a norm and the head come after the first, so what rounding does to their mean output moves the logits of
+every token alike. Balanced rounding leaves out the small shares, always the same ones, and is off in the mean
+where it is chance alone that is right in it. A head's rows are changed alike at first, which no softmax sees;
+but it sees what any rounding but the nearest adds to each logit. docs/rounding.md has the measurements.
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ _DOWN = (
 )
 _ENDS = tuple(f".{name}{end}" for name in _DOWN for end in ("", ".weight", "_weight"))
 """How transformers' MLPs and experts name what leads back from the inner width, in memory and on disk."""
+
+_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor makes the logits of tokens."""
+    return name.endswith(_HEADS)
 
 
 def closing(names: Iterable[str], is_extra: Callable[[str], bool] = lambda _: False) -> frozenset[str]:

@@ -18,6 +18,7 @@ from queue import LifoQueue
 import torch
 from torch import Tensor
 
+from loudmerge.closing import is_head
 from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.layout import Axes
@@ -292,7 +293,7 @@ class Worker:
             return piece.output.balanced
         if self._plan.rounding != "auto":
             return self._plan.rounding
-        if dtype not in DROPPED or not updates:
+        if dtype not in DROPPED or not updates or is_head(piece.output.key):
             return "nearest"
         kept, rows = Kept(), piece.output.shape[-2]
         for first in range(0, rows, max(SAMPLE_ROWS, rows // SAMPLES)):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loudmerge import bounds, rebalance
+from loudmerge.closing import is_head
 from loudmerge.layout import Axes, Span
 from loudmerge.plan import Term
 from loudmerge.recompute import (
@@ -93,6 +94,7 @@ def check_matrix(
 def _rules(matrix: Matrix, rounding: str) -> tuple[str, ...]:
     output = matrix.output
     plain = output.bias is not None or output.dora is not None or output.dtype not in {"BF16", "F16"}
+    plain |= rounding == "auto" and is_head(output.key)
     if rounding in {"auto", "stochastic", "balanced"} and plain:
         return ("nearest",)
     if rounding == "auto" and output.closing:

@@ -106,12 +106,13 @@ def merge(
     base, adapter: local directories, never changed, or Hub ids; see `plan`. rounding: "nearest" rounds W + dW
     once to OUT's dtype; "stochastic" rounds up or down by chance, the same for equal inputs; "balanced" keeps
     each input's update with the least error (loudmerge.balance); "auto" is "nearest", "balanced" or, for what
-    a last layer's MLP writes through, "stochastic" for each matrix, by what the nearest would keep of its
-    update (loudmerge.rounding.chosen); "peft" rounds dW first where PEFT's merge_and_unload does. threads:
-    that compute, default as many as cores (eight at most), or one for an OUT under 64 MiB. verify: recompute
-    every tensor by a second path before publishing. progress: called with (stage, bytes done, bytes in all).
-    resume: go on from the shards that an interrupted merge of the same inputs into `out` had finished; and
-    leave one's own, should this one be. named: what the report calls base and adapter, else their paths.
+    a last layer's MLP writes through, "stochastic" for each matrix but a head, by what the nearest would keep
+    of its update (loudmerge.rounding.chosen); "peft" rounds dW first where PEFT's merge_and_unload does.
+    threads: that compute, default as many as cores (eight at most), or one for an OUT under 64 MiB. verify:
+    recompute every tensor by a second path before publishing. progress: called with (stage, bytes done, bytes
+    in all). resume: go on from the shards that an interrupted merge of the same inputs into `out` had
+    finished; and leave one's own, should this one be. named: what the report calls base and adapter, else
+    their paths.
 
     Raises MergeRefused when the inputs cannot be merged correctly, and Mismatch when the verification fails:
     `out` does not exist then, or is untouched. OSError and EnvironmentFailed for the disk and the device.

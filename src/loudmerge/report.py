@@ -15,6 +15,7 @@ from loudmerge.plan import MergePlan
 
 SCHEMA = 1
 KEPT_WARNING = 0.95
+_HELPS = "--rounding auto or --dtype float32"
 
 _UNMEASURED: Mapping[str, Any] = {
     "delta_kept": None,
@@ -242,9 +243,10 @@ def _measured(document: Mapping[str, Any]) -> list[str]:
     lines = [f"  kept      {kept:.4f} of the update, after rounding"]
     if kept < KEPT_WARNING:
         least = document["delta_kept"]["least"]
+        helps = "--dtype float32" if document["options"]["rounding"] == "auto" else _HELPS
         lines.append(
             f"  warning   rounding swallowed a part of the update (least kept: {least['kept']:.4f} in"
-            f" {least['tensor']}); --rounding auto or --dtype float32 keeps it"
+            f" {least['tensor']}); {helps} keeps it"
         )
     verified = "verified" if document["verified"] else "not verified"
     gib = document["peak_rss_bytes"] / 2**30

@@ -158,3 +158,31 @@ def test_where_balance_and_chance_make_the_same_the_report_may_name_either(
     assert torch.equal(found[1], merged(base, adapter, "stochastic")[0][1])
     assert not torch.equal(found[1], merged(base, adapter, "nearest")[0][1])
     assert loudmerge.verify(tmp_path / "auto", base, adapter).ok
+
+
+HEAD, EMBED = "lm_head", "model.embed_tokens"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_goes_to_the_nearest_however_little_that_keeps(tied: bool, tmp_path: Path) -> None:
+    """A tied one becomes a weight of its own. What chance would have made of it is not accepted."""
+    base = {f"{name}.weight": (values(OUTPUTS, INPUTS) * 0.02).bfloat16() for name in (HEAD, EMBED)}
+    if tied:
+        del base[f"{HEAD}.weight"]
+    write_base(tmp_path / "base", base, tie_word_embeddings=tied)
+    pairs = {name: tensor * 0.001 for name, tensor in lora(HEAD, OUTPUTS, INPUTS).items()}
+    write_adapter(tmp_path / "adapter", pairs)
+    made = {}
+    for rounding in ("auto", "nearest", "balanced"):
+        out = tmp_path / rounding
+        report = loudmerge.merge(tmp_path / "base", tmp_path / "adapter", out, rounding=rounding)
+        assert report.to_json()["rounding"] == {rounding if rounding != "auto" else "nearest": 1}
+        made[rounding] = load_file(out / "model.safetensors")[f"{HEAD}.weight"]
+        if rounding == "auto":
+            assert report.to_json()["delta_kept"]["overall"] < 0.5
+            assert "; --dtype float32 keeps it" in report.summary()
+            assert loudmerge.verify(out, tmp_path / "base", tmp_path / "adapter").ok
+    assert torch.equal(made["auto"], made["nearest"])
+    shutil.copy(tmp_path / "balanced" / "model.safetensors", tmp_path / "auto")
+    wrong = loudmerge.verify(tmp_path / "auto", tmp_path / "base", tmp_path / "adapter").mismatches
+    assert wrong[0].key == f"{HEAD}.weight"
