@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,9 @@ def merged_by(
     scaling: float,
     draw: torch.Generator,
     *,
-    parameter: str,
-    last: Collection[str],
+    is_closing: bool,
 ) -> Tensor:
-    """W' in float32. name: "exact", or of ROUNDINGS or OURS. last: as `closing` finds them."""
+    """W' in float32. name: "exact", or of ROUNDINGS or OURS."""
     if name == "exact":
         return weight + scaling * (b @ a)
     if name not in OURS:
@@ -103,11 +102,9 @@ def merged_by(
     update = Update.of(Term(0, -1, rows, -1, Axes.OUT_IN, rows), Factors(b[None], a[None], scaling))
     dither = Dither(TABLE, f"{int(torch.randint(1 << 31, (1,), generator=draw))}")
     space, out, how = Workspace(torch.device("cpu")), base.clone(), name.lower()
-    if name == "AUTO" and is_head(parameter):
-        how = "nearest"
-    elif name == "AUTO":
+    if name == "AUTO":
         kept = update.apply(base, 0, "nearest", space, out).ratio
-        how = chosen(kept, closing=parameter in last)
+        how = chosen(kept, closing=is_closing)
     update.apply(base, 0, how, space, out, dither)
     return out.to(torch.float32)
 
@@ -118,10 +115,11 @@ def apply(subject: Subject, sites: list[dict[str, Any]], name: str, seed: int) -
     along = total = 0.0
     last = closing(subject.weights)
     for site in sites:
-        target = subject.model.get_parameter(site["parameter"]).data
-        for weight, b, a, index in matrices(site, subject.weights[site["parameter"]]):
-            parameter = site["parameter"]
-            merged = merged_by(name, weight, b, a, site["scaling"], draw, parameter=parameter, last=last)
+        parameter = site["parameter"]
+        target = subject.model.get_parameter(parameter).data
+        how = "NEAREST" if name == "AUTO" and is_head(parameter) else name
+        for weight, b, a, index in matrices(site, subject.weights[parameter]):
+            merged = merged_by(how, weight, b, a, site["scaling"], draw, is_closing=parameter in last)
             delta = site["scaling"] * (b @ a)
             target[index] = merged
             along += float(((merged - weight) * delta).sum())

@@ -57,16 +57,22 @@ def by_threshold(group: int, width: float = 0.0, power: float = 1.0, octaves: fl
                 score = score + (torch.rand(w.shape, generator=draw) - 0.5) * width
             if octaves:
                 score = score * torch.exp2((torch.rand(w.shape, generator=draw) - 0.5) * octaves)
-            order = score.masked_fill(gain <= 0, -torch.inf).argsort(dim=0, descending=True)
-            kept = gain.gather(0, order).cumsum(0)
-            before = kept - gain.gather(0, order)
-            chance = (missing - before) / (kept - before).clamp(min=1e-38)
-            moved = chance > (torch.rand((1, w.shape[1]), generator=draw) if group else 0.5)
-            moved &= gain.gather(0, order) > 0
-            result[first : first + size] = near + unit * torch.zeros_like(w).scatter_(0, order, moved.float())
+            lot = torch.rand((1, w.shape[1]), generator=draw) if group else torch.tensor(0.5)
+            result[first : first + size] = near + unit * largest(score, gain, missing, lot)
         return result
 
     return rounding
+
+
+def largest(score: Tensor, gain: Tensor, missing: Tensor, lot: Tensor) -> Tensor:
+    """1 for the largest scores of a column whose gains make what is missing, else 0; the last one by lot."""
+    order = score.masked_fill(gain <= 0, -torch.inf).argsort(dim=0, descending=True)
+    gains = gain.gather(0, order)
+    kept = gains.cumsum(0)
+    before = kept - gains
+    chance = (missing - before) / (kept - before).clamp(min=1e-38)
+    moved = (chance > lot) & (gains > 0)
+    return torch.zeros_like(gain).scatter_(0, order, moved.float())
 
 
 def by_row(group: int) -> Rounding:
@@ -82,14 +88,10 @@ def by_row(group: int) -> Rounding:
         result = torch.empty_like(weight)
         for first in range(0, weight.shape[0], group):
             part = slice(first, first + group)
-            score = (share[part] / threshold[part]).masked_fill(gain[part] <= 0, -torch.inf)
-            order = score.argsort(dim=0, descending=True)
-            gains = gain[part].gather(0, order)
-            kept = gains.cumsum(0)
             missing = (gain[part] * share[part]).sum(0)
-            chance = (missing - kept + gains) / gains.clamp(min=1e-38)
-            moved = (chance > torch.rand((1, weight.shape[1]), generator=draw)) & (gains > 0)
-            result[part] = near[part] + unit[part] * torch.zeros_like(gains).scatter_(0, order, moved.float())
+            lot = torch.rand((1, weight.shape[1]), generator=draw)
+            steps_taken = largest(share[part] / threshold[part], gain[part], missing, lot)
+            result[part] = near[part] + unit[part] * steps_taken
         return result
 
     return rounding

@@ -53,7 +53,7 @@ RUNS = (
     # With a head of its own, and LoRA on it.
     Run("n", "untied", "adamw", 2e-4, 16, 4, (1, 5, 25)),
     Run("o", "untied", "adamw", 5e-5, 8, 9, (10,)),
-    # Held out: trained after all choices of `auto` had been made.
+    # Held out: trained after all choices of `auto` had been made but that for a head.
     Run("i", "dense", "adamw", 5e-4, 8, 6, (12,)),
     Run("j", "dense", "adamw", 1e-4, 32, 7, (40,)),
     Run("c", "qwen2_moe", "adamw", 2e-4, 16, 2, (20,)),

@@ -16,7 +16,7 @@ from loudmerge.delta import Kept
 from loudmerge.names import template
 from loudmerge.pieces import Piece, split
 from loudmerge.plan import MergePlan
-from loudmerge.report import KEPT_WARNING
+from loudmerge.report import KEPT_WARNING, what_keeps
 from loudmerge.trial import Trial
 
 MATRICES, EXPERTS = 24, 4
@@ -73,7 +73,7 @@ class Prediction:
     def warning(self) -> str | None:
         """What a person should know of the rounding before the merge."""
         if self.kept < KEPT_WARNING:
-            helps = "--dtype float32" if self.option == "auto" else "--rounding auto or --dtype float32"
+            helps = what_keeps(self.option)
             return f"rounding would swallow a part of the update; {helps} keeps it"
         if self.nearest < KEPT_WARNING:
             return (

@@ -15,7 +15,6 @@ from loudmerge.plan import MergePlan
 
 SCHEMA = 1
 KEPT_WARNING = 0.95
-_HELPS = "--rounding auto or --dtype float32"
 
 _UNMEASURED: Mapping[str, Any] = {
     "delta_kept": None,
@@ -238,12 +237,17 @@ def _summary(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def what_keeps(rounding: str) -> str:
+    """The options that keep what this rounding swallows."""
+    return "--dtype float32" if rounding == "auto" else "--rounding auto or --dtype float32"
+
+
 def _measured(document: Mapping[str, Any]) -> list[str]:
     kept = document["delta_kept"]["overall"]
     lines = [f"  kept      {kept:.4f} of the update, after rounding"]
     if kept < KEPT_WARNING:
         least = document["delta_kept"]["least"]
-        helps = "--dtype float32" if document["options"]["rounding"] == "auto" else _HELPS
+        helps = what_keeps(document["options"]["rounding"])
         lines.append(
             f"  warning   rounding swallowed a part of the update (least kept: {least['kept']:.4f} in"
             f" {least['tensor']}); {helps} keeps it"
