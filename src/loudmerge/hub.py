@@ -22,13 +22,12 @@ from urllib.parse import urlsplit
 
 from loudmerge import __version__, jsonfile
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem
-from loudmerge.sidefiles import MODULES, REPORT, is_other_weights, module_folders
+from loudmerge.sidefiles import CARD, MODULES, REPORT, is_other_weights, module_folders
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-CARD = "README.md"
 
 NOT_DOWNLOADED = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.ot", "*.npz"),

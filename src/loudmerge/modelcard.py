@@ -15,6 +15,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from loudmerge import __version__
+from loudmerge.sidefiles import CARD_SECTION, split_card
 
 TAGS = ("loudmerge", "lora")
 UNREADABLE = (
@@ -22,7 +23,6 @@ UNREADABLE = (
     "and nothing in it counts for this model."
 )
 
-_FRONT = re.compile(r"\A---[ \t]*\n(?P<front>.*?)^---[ \t]*$\n?(?P<text>.*)\Z", re.DOTALL | re.MULTILINE)
 _FIELD = re.compile(r"^(?=[^\s#\-])", re.MULTILINE)
 _PLAIN_TAG = re.compile(r"[A-Za-z][\w.-]*")
 
@@ -41,7 +41,7 @@ def model_card(
     base_model: the base's Hub id, None for a local one (the Hub rejects anything else in that field; the
     old card's `base_model` then stays). readme: the README.md that OUT has from the base.
     """
-    front, text = _split(readme or "")
+    front, text = split_card(readme or "")
     section = merge_section(report, base=base, adapter=adapter)
     fields = _our_fields(base_model, _tags(front))
     merged = fields + "".join(block for name, block in _blocks(front) if name not in _names(fields))
@@ -67,7 +67,7 @@ def merge_section(report: Mapping[str, Any], *, base: str, adapter: str) -> str:
         ("Made with", f"loudmerge {report.get('loudmerge', __version__)}"),
     ]
     table = "".join(f"| {label} | {value} |\n" for label, value in rows if value)
-    return f"## Merge\n\nA LoRA adapter merged into its base model.\n\n| | |\n|---|---|\n{table}"
+    return f"{CARD_SECTION}\n| | |\n|---|---|\n{table}"
 
 
 _LAYOUT = ("orientation", "lora_b_layout")
@@ -104,13 +104,6 @@ def _scalar(tag: str) -> str:
     if _PLAIN_TAG.fullmatch(tag) and yaml.safe_load(tag) == tag:
         return tag
     return "'" + tag.replace("'", "''") + "'"
-
-
-def _split(readme: str) -> tuple[str, str]:
-    """Front matter and text of a card, both empty where it has none."""
-    readme = readme.removeprefix("\ufeff").replace("\r\n", "\n")
-    match = _FRONT.match(readme)
-    return (match["front"], match["text"]) if match else ("", readme)
 
 
 def _blocks(front: str) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from loudmerge.checkpoint import CONFIG, INDEX, SINGLE
 from loudmerge.jsonfile import parse
 from loudmerge.plan import MergePlan, OutputTensor
-from loudmerge.sidefiles import is_weights, walk
+from loudmerge.sidefiles import CARD, is_card_of, is_weights, walk
 from loudmerge.writer import edited_json, index_json
 
 What = Literal[
@@ -256,6 +256,8 @@ def _json_object(file: Path) -> dict[str, Any] | TensorMismatch:
 def _check_side_file(base: Path, out: Path, name: str) -> Iterator[TensorMismatch]:
     if not (out / name).is_file():
         yield TensorMismatch(name, name, "missing", "a file of the base that OUT has to keep")
+        return
+    if name == CARD and is_card_of((out / name).read_bytes(), (base / name).read_bytes()):
         return
     position = 0
     with (base / name).open("rb") as expected, (out / name).open("rb") as found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ REPORT = "merge_report.json"
 REWRITTEN = frozenset({"config.json", REPORT})
 ADAPTER_CONFIG = "adapter_config.json"
 
+CARD = "README.md"
+CARD_SECTION = "## Merge\n\nA LoRA adapter merged into its base model.\n"
+"""With what a pushed model card begins, after its front matter; the base's own text follows."""
+
+_FRONT = re.compile(r"\A---[ \t]*\n(?P<front>.*?)^---[ \t]*$\n?(?P<text>.*)\Z", re.DOTALL | re.MULTILINE)
 _LITTER = (".", "__pycache__", "lost+found")
 
 
@@ -119,6 +125,19 @@ def module_folders(file: Path) -> frozenset[PurePosixPath]:
     )
     # The model itself is in the folder "", which would hold every file.
     return frozenset(path for path in paths if path.parts)
+
+
+def split_card(card: str) -> tuple[str, str]:
+    """Front matter and text of a model card, both empty where it has none."""
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
+    match = _FRONT.match(card)
+    return (match["front"], match["text"]) if match else ("", card)
+
+
+def is_card_of(card: bytes, readme: bytes) -> bool:
+    """Whether a push puts this in place of the base's README.md: its text, below the section "Merge"."""
+    (_, pushed), (_, own) = (split_card(one.decode("utf-8", "replace")) for one in (card, readme))
+    return pushed.lstrip().startswith(CARD_SECTION) and pushed.endswith(own.lstrip())
 
 
 def _no_file(file: Path) -> Problem | None:

@@ -150,6 +150,10 @@ class TensorReader:
         return True
 
     def _descriptor(self, file: Path) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY)
-        return self._descriptors[file]
+        found = self._descriptors.get(file)
+        if found is None:
+            opened = os.open(file, os.O_RDONLY)
+            found = self._descriptors.setdefault(file, opened)
+            if found != opened:  # another thread was faster
+                os.close(opened)
+        return found

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import loudmerge
 from loudmerge import cli, hub
+from loudmerge.verify import verify
 from tests.support.hub_server import connected_hub
 from tests.support.hub_state import Files, HubServer
 
@@ -130,7 +131,9 @@ def test_a_merge_of_hub_ids_is_pushed_as_one_commit(server: HubServer, models: P
     loudmerge.merge(models / "base", models / "adapter", tmp_path / "local")
     assert read(tmp_path / "local")["model.safetensors"] == commit.files["model.safetensors"]
     assert commit.files["model.safetensors"] != server.head("owner/base").files["model.safetensors"]
-    assert (hub.resolve("me/model") / "model.safetensors").read_bytes() == commit.files["model.safetensors"]
+    got_back = hub.resolve("me/model")
+    assert (got_back / "model.safetensors").read_bytes() == commit.files["model.safetensors"]
+    assert verify(got_back, models / "base", models / "adapter").ok
 
 
 def test_a_refused_merge_uploads_nothing_and_deletes_nothing(

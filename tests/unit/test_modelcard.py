@@ -9,6 +9,7 @@ import pytest
 yaml = pytest.importorskip("yaml", reason="PyYAML comes with huggingface_hub")
 
 from loudmerge.modelcard import UNREADABLE, model_card  # noqa: E402
+from loudmerge.sidefiles import CARD_SECTION, is_card_of  # noqa: E402
 
 REPORT: dict[str, Any] = {
     "loudmerge": "0.1.0",
@@ -169,3 +170,19 @@ def test_the_card_of_a_card_keeps_both() -> None:
     text = card(card(README))
     assert text.count("## Merge\n") == 2
     assert front(text)["tags"] == ["loudmerge", "lora", "moe", "on"]
+
+
+@pytest.mark.parametrize(
+    ("card", "ok"),
+    [
+        (f"---\ntags: [lora]\n---\n\n{CARD_SECTION}\n| | |\n|---|---|\n\n# Base\n", True),
+        (f"{CARD_SECTION}\n# Base\n", True),
+        (f"{CARD_SECTION}\n# Another\n", False),
+        (f"# Mine\n{CARD_SECTION}\n# Base\n", False),
+        ("# Base\n# Base\n", False),
+    ],
+)
+def test_a_card_is_known_by_its_section_and_the_base_s_text(card: str, ok: bool) -> None:
+    readme = b"---\r\nlicense: mit\r\n---\r\n# Base\r\n"
+    assert is_card_of(card.encode(), readme) == ok
+    assert not is_card_of(readme, readme)

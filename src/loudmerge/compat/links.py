@@ -8,6 +8,7 @@ they are. Standard library only.
 from __future__ import annotations
 
 import contextlib
+import csv
 import filecmp
 import importlib.util
 import os
@@ -17,7 +18,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 LEAST_BYTES = 64 << 10
 """Smaller files are left: many, and together a twentieth of an environment."""
@@ -101,15 +102,16 @@ def _site(environment: Path) -> Path:
     return Path(sysconfig.get_path("purelib", "posix_prefix", base))
 
 
-def _distributed(environment: Path, name: str, version: str = "") -> list[metadata.PackagePath]:
-    """The files of a package, by its own record; none where it has another version."""
+def _distributed(environment: Path, name: str, version: str = "") -> list[PurePosixPath]:
+    """The files of a package, by its own record, there or not; none where it has another version."""
     for one in metadata.distributions(name=name, path=[str(_site(environment))]):
         if not version or one.version.partition("+")[0] == version:
-            return one.files or []
+            # Not its `files`: from Python 3.12 on they are without those that are missing.
+            return [PurePosixPath(row[0]) for row in csv.reader((one.read_text("RECORD") or "").splitlines())]
     return []
 
 
-def _whole(environment: Path, name: str, version: str) -> list[metadata.PackagePath]:
+def _whole(environment: Path, name: str, version: str) -> list[PurePosixPath]:
     """The same, where all of them are there, and inside the environment."""
     files = _distributed(environment, name, version)
     site, inside = _site(environment), str(environment) + os.sep
@@ -117,7 +119,7 @@ def _whole(environment: Path, name: str, version: str) -> list[metadata.PackageP
     return files if all(place.startswith(inside) and Path(place).is_file() for place in places) else []
 
 
-def _put(environment: Path, other: Path, file: metadata.PackagePath) -> None:
+def _put(environment: Path, other: Path, file: PurePosixPath) -> None:
     theirs, ours = (Path(os.path.normpath(_site(one) / file)) for one in (other, environment))
     ours.parent.mkdir(parents=True, exist_ok=True)
     ours.unlink(missing_ok=True)  # never written into: it may be a link
