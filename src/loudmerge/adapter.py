@@ -18,8 +18,13 @@ from loudmerge.tensorfile import FLOAT_CODES, TensorEntry, read_header
 
 WEIGHTS = "adapter_model.safetensors"
 
-EMBEDDING_NAMES = ("embed_tokens", "lm_head")
-"""PEFT saves the weight of these, and a head's bias, beside the LoRA (`save_embedding_layers`)."""
+EMBEDDING_NAMES = (
+    *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embeddings", "embed_in", "embed_out"),
+)
+"""PEFT saves the weight of these, and a head's bias, beside the LoRA (`save_embedding_layers`).
+
+It asks the model for its embeddings: these are the names that transformers 4.57 to 5.24 has for tokens' ones.
+"""
 
 ONE_SAVE = "Get the config and the weights of one and the same save."
 """What helps where adapter_config.json and the file do not agree."""
@@ -78,8 +83,8 @@ class TokenRows:
 class Adapter:
     """An adapter directory: every tensor of its file is in exactly one of the tuples.
 
-    copies: (full tensor, another that must have the same bytes). originals: the base's own weights, which
-    PEFT saves beside the trained ones.
+    copies: (full tensor or token rows, another that must have the same bytes). originals: the base's own
+    weights, which PEFT saves beside the trained ones.
     """
 
     path: Path
@@ -103,6 +108,7 @@ def read_adapter(path: Path) -> Adapter:
     for entry in entries.values():
         sorter.add(entry)
     sorter.sort_full()
+    sorter.sort_rows()
     pairs = sorter.pairs()
     if not entries:
         sorter.problems.append(
@@ -138,6 +144,7 @@ class _Sorter:
         self.rows: list[TokenRows] = []
         self.copies: list[tuple[TensorEntry, TensorEntry]] = []
         self.originals: list[TensorEntry] = []
+        self._unnamed_rows: list[TensorEntry] = []
         self._whole: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
         self._embeddings: set[tuple[str, int]] = set()
         self._roles: dict[tuple[str, int], dict[str, TensorEntry]] = defaultdict(dict)
@@ -236,14 +243,16 @@ class _Sorter:
     def _add_rows(self, module: str, entry: TensorEntry) -> None:
         indices = self._indices_of(module)
         if indices is None:
+            self._unnamed_rows.append(entry)
+        elif len(set(indices)) != len(indices):
             self._refuse(
-                "unconsumed-adapter-tensor",
+                "unsupported-adapter",
                 entry,
-                "trained token rows",
-                "trainable_token_indices in the config",
-                ONE_SAVE,
+                f"rows for the indices {list(indices)}, one of them twice",
+                "each index once",
+                "Which of the rows counts, torch leaves open: train with each index once.",
             )
-        elif len(entry.shape) != 2 or len(indices) != entry.shape[0] or len(set(indices)) != len(indices):
+        elif len(entry.shape) != 2 or len(indices) != entry.shape[0]:
             self._refuse(
                 "shape-mismatch",
                 entry,
@@ -253,6 +262,25 @@ class _Sorter:
             )
         else:
             self.rows.append(TokenRows(module, indices, entry))
+
+    def sort_rows(self) -> None:
+        """Decides what the rows are for whose module the config does not name, once all others are known.
+
+        Where PEFT saves a tied model's embedding and head whole, it saves the embedding's rows under the
+        head's name again: `save_embedding_layers`, or a resized vocabulary.
+        """
+        for entry in self._unnamed_rows:
+            same = [rows.entry for rows in self.rows if _alike(rows.entry, entry)]
+            if len(same) == 1:
+                self.copies.append((same[0], entry))
+                continue
+            self._refuse(
+                "unconsumed-adapter-tensor",
+                entry,
+                "trained token rows",
+                "trainable_token_indices in the config",
+                ONE_SAVE,
+            )
 
     def _indices_of(self, module: str) -> tuple[int, ...] | None:
         spec = self.config.raw.get("trainable_token_indices")
@@ -322,6 +350,10 @@ class _Sorter:
 
     def _refuse(self, code: str, entry: TensorEntry, found: str, expected: str, hint: str) -> None:
         self.problems.append(Problem(code, str(entry), found, expected, hint))
+
+
+def _alike(first: TensorEntry, second: TensorEntry) -> bool:
+    return (first.dtype, first.shape) == (second.dtype, second.shape)
 
 
 def _no_weights(path: Path) -> Problem:

@@ -62,7 +62,7 @@ READ_FIELDS = frozenset(
     }
 )
 
-HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
 
 
@@ -149,8 +149,9 @@ class AdapterConfig:
         patterns = [pattern] if isinstance(pattern, str) else pattern
         chosen = [layers] if isinstance(layers, int) else layers
         names = "|".join(f"(?:{name})" for name in patterns)
-        found = [re.match(rf"{lead}\.(?:{names})\.(\d+)\.", module) for lead in (".*?", ".*")]
-        return all(match is not None and int(match[1]) in chosen for match in found)
+        # By name: a pattern may have groups of its own.
+        found = [re.match(rf"{lead}\.(?:{names})\.(?P<layer>\d+)\.", module) for lead in (".*?", ".*")]
+        return all(match is not None and int(match["layer"]) in chosen for match in found)
 
     def saves_module(self, module: str) -> bool:
         """Whether `modules_to_save` names this module, or one around it.

@@ -42,7 +42,7 @@ _LOW, _EXPONENT = 0xFFFF, 0x7F800000
 _INVERSE = (254 + 7) << 23
 """Less the bits of 2**e: those of 2**(7 - e), which is one over a unit of bfloat16."""
 
-_USUAL = 2.0**-50, 2.0**50
+USUAL = 2.0**-50, 2.0**50
 """The sizes of numbers whose products and quotients by a unit are normal, too."""
 
 _LEAST_NORMAL = (127 - 14) << 23
@@ -119,7 +119,7 @@ def balanced_(
 def is_usual(values: Tensor) -> bool:
     """Whether none is zero, infinite or NaN, nor so large or small that a product of two might be."""
     low, high = torch.aminmax(values.abs())
-    return _USUAL[0] <= low.item() and high.item() <= _USUAL[1]
+    return USUAL[0] <= low.item() and high.item() <= USUAL[1]
 
 
 def usual_(values: Tensor, weight: Tensor, delta: Tensor, drawn: Tensor, axis: int) -> Tensor:

@@ -112,15 +112,10 @@ def _weight_files(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     index = read_json(path / INDEX, "unsupported-base", WANTED)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MergeRefused(
-            Problem(
-                "corrupt-file",
-                str(path / INDEX),
-                "no weight_map",
-                "a map from keys to shards",
-                "Get the index again.",
-            )
-        )
+        raise MergeRefused(_bad_index(path / INDEX, "no weight_map", "a map from keys to shards"))
+    if not isinstance(index.get("metadata") or {}, dict):
+        found = f"a {type(index['metadata']).__name__} as metadata"
+        raise MergeRefused(_bad_index(path / INDEX, found, "a map, or none"))
     names = sorted({str(name) for name in weight_map.values()})
     # transformers looks for the single file first: an index that does not name it is another save's. One that
     # names files beside it is kept for what they hold: layers for multi-token prediction.
@@ -131,6 +126,10 @@ def _weight_files(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if problems:
         raise MergeRefused(problems)
     return index, names
+
+
+def _bad_index(file: Path, found: str, expected: str) -> Problem:
+    return Problem("corrupt-file", str(file), found, expected, "Get the index again.")
 
 
 def _shard_problems(path: Path, name: str) -> Iterable[Problem]:

@@ -5,6 +5,7 @@ torch and what needs it are imported when a command runs, so that `loudmerge --h
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,6 @@ from loudmerge.errors import EnvironmentFailed, MergeRefused
 from loudmerge.terminal import (
     DONE,
     ENVIRONMENT,
-    INTERRUPTED,
     MISMATCH,
     USAGE,
     Failure,
@@ -72,8 +72,8 @@ def _check_merge(*, resume: bool, dry_run: bool, details: bool, push_to: str | N
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 2 usage, 3 refused, 4 mismatch, 5 the environment failed, 130 interrupted, "
-    "1 a defect.",
+    epilog="Exit codes: 0 done, 2 usage, 3 refused, 4 mismatch, 5 the environment failed, 130 interrupted "
+    "(143 by SIGTERM), 1 a defect.",
 )
 @click.version_option(__version__, prog_name="loudmerge")
 def commands() -> None:
@@ -207,7 +207,10 @@ def inspect_command(*, adapter: str, base: str | None, html: Path | None, as_jso
     help="The layout of OUT. docs/layouts.md says which one PEFT, vLLM and SGLang read.",
 )
 @click.option(
-    "--base", type=Name(), metavar="BASE", help="The checkpoint it belongs to; the shapes tell the layout."
+    "--base",
+    type=Name(),
+    metavar="BASE",
+    help="The checkpoint it belongs to; the shapes tell the layout. Default: the directory its config names.",
 )
 @choice("--orientation", "auto standard swapped", "Which axis lora_A reads, if no file tells.")
 @choice("--lora-b-layout", "auto rank_major grouped_by_expert", "How lora_B is packed, if no file tells.")
@@ -387,8 +390,10 @@ def _canary_extra() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script. `arguments` are the process's own by default. Exits with the code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    received = [signal.SIGINT]
     try:
-        code = commands.main(given, prog_name="loudmerge", standalone_mode=False)
+        with _sigterm_interrupts(received):
+            code = commands.main(given, prog_name="loudmerge", standalone_mode=False)
     except click.UsageError as error:
         error.show()
         if "--json" in given:
@@ -396,5 +401,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(USAGE)
     except click.Abort:
         Terminal("--json" in given, quiet=True).failure("interrupted", Failure("interrupted", "interrupted"))
-        sys.exit(INTERRUPTED)
+        sys.exit(128 + received[-1])
     sys.exit(code)
+
+
+@contextmanager
+def _sigterm_interrupts(received: list[signal.Signals]) -> Iterator[None]:
+    """Has SIGTERM, which batch systems send, end a command as Ctrl-C does; a second one ends it at once."""
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""The matrices that `auto` does not balance: what a last layer's MLP writes through, and the head. Pure.
+"""The matrices that `auto` does not balance: what a last layer writes through, and the head. Pure.
 
 Only a norm and the head come after the first, so what rounding does to their mean output moves the logits of
 every token alike. Balanced rounding leaves out the small shares, always the same ones, and is off in the mean
@@ -27,13 +27,16 @@ _DOWN = (
     "output.dense",
 )
 _ENDS = tuple(f".{name}{end}" for name in _DOWN for end in ("", ".weight", "_weight"))
-"""How transformers' MLPs and experts name what leads back from the inner width, in memory and on disk."""
+"""How transformers' MLPs and experts name what leads back from the inner width, in memory and on disk.
+
+Some models' attention has the name too (GPT-2's c_proj): that writes to the same place.
+"""
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor makes the logits of tokens."""
+    """Whether a tensor makes the logits of tokens. name: in memory."""
     return name.endswith(_HEADS)
 
 
@@ -42,12 +45,16 @@ def closing(names: Iterable[str], is_extra: Callable[[str], bool] = lambda _: Fa
 
     is_extra: whether a name's layer is none of the model's, as those for multi-token prediction.
     """
-    stacks: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    stacks: dict[str, dict[int, tuple[str, list[str]]]] = defaultdict(dict)
     for name in names:
-        if name.endswith(_ENDS) and (index := INDEX.search(name)) is not None:
-            stacks[name[: index.start()]][int(index[0])].append(name)
-    found: set[str] = set()
+        if (index := INDEX.search(name)) is None:
+            continue
+        # By all its names: a layer without an MLP may be the last.
+        _, found = stacks[name[: index.start()]].setdefault(int(index[0]), (name, []))
+        if name.endswith(_ENDS):
+            found.append(name)
+    last: set[str] = set()
     for layers in stacks.values():
-        own = (layer for layer in layers if not is_extra(layers[layer][0]))
-        found.update(layers.get(max(own, default=-1), ()))
-    return frozenset(found)
+        own = [number for number, (name, _) in layers.items() if not is_extra(name)]
+        last.update(layers[max(own)][1] if own else ())
+    return frozenset(last)

@@ -16,6 +16,7 @@ from torch import Tensor
 from loudmerge import __version__
 from loudmerge.adapter import ONE_SAVE, WEIGHTS, Adapter, LoraPair, read_adapter
 from loudmerge.adapter_config import CONFIG, AdapterConfig
+from loudmerge.checkpoint import CONFIG as BASE_CONFIG
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.experts import split_expert_name
 from loudmerge.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
@@ -48,9 +49,13 @@ APART = "Leave it as it is, one LoRA for each Linear."
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. before: the layout found. sites: LoRA pairs of experts in OUT."""
+    """What a conversion did. base: by whose shapes, None for none. before: the layout found.
+
+    sites: LoRA pairs of experts in OUT.
+    """
 
     adapter: Path
+    base: Path | None
     out: Path
     to: str
     before: Mapping[str, str]
@@ -64,6 +69,7 @@ class Conversion:
             "loudmerge": __version__,
             "status": "converted",
             "adapter": str(self.adapter),
+            "base": None if self.base is None else str(self.base),
             "out": str(self.out),
             "from": dict(self.before),
             "to": self.to,
@@ -105,20 +111,23 @@ def convert(
 ) -> Conversion:
     """Writes the directory `out`: the adapter in the layout `to`, one of LAYOUTS; all else stays as it is.
 
-    base: the checkpoint it was trained on, by whose shapes the adapter's own layout is found, as for a merge.
-    Without it the caller has to know the orientation, and only fused layouts can be read and written.
+    base: the checkpoint it was trained on, by whose shapes the adapter's own layout is found, as for a merge;
+    by default the one that adapter_config.json names, if that is a directory here. Without any the caller has
+    to know the orientation, and only fused layouts can be read and written.
     transformers: the version that OUT is for, such as "5.24": PEFT reads some families by it.
     Raises MergeRefused: what `merge` refuses of the adapter, and what the layout cannot express.
     """
     if to not in LAYOUTS:
         raise ValueError(f"to is {to!r}, expected one of {', '.join(LAYOUTS)}")
     where, target = Path(adapter), Path(out)
-    refuse_inputs(target, [where, *([Path(base)] if base is not None else [])])
+    found = read_adapter(where)
+    trained_on = _named_base(found.config) if base is None else Path(base)
+    refuse_inputs(target, [where, *([trained_on] if trained_on is not None else [])])
     refuse_existing(target, overwrite=overwrite)
     planned = None
-    if base is not None:
-        planned = plan(base, adapter, orientation=orientation, lora_b_layout=lora_b_layout)
-    found = planned.adapter if planned is not None else read_adapter(where)
+    if trained_on is not None:
+        planned = plan(trained_on, adapter, orientation=orientation, lora_b_layout=lora_b_layout)
+        found = planned.adapter
     sites = planned.sites if planned is not None else _told(found, orientation, lora_b_layout, to)
     family = planned.family if planned is not None else Family()
     with TensorReader() as reader:
@@ -143,7 +152,14 @@ def convert(
     else:
         write_fused(draft, experts, to, family.under(transformers), reading.layers)
     files = _publish(where, target, draft, overwrite=overwrite)
-    return Conversion(where, target, to, _before(sites), draft.sites, len(draft.tensors), files)
+    return Conversion(where, trained_on, target, to, _before(sites), draft.sites, len(draft.tensors), files)
+
+
+def _named_base(config: AdapterConfig) -> Path | None:
+    """The checkpoint that the adapter says it was trained on, None where that is not here."""
+    name = config.raw.get("base_model_name_or_path")
+    here = isinstance(name, str) and bool(name) and Path(name, BASE_CONFIG).is_file()
+    return Path(str(name)) if here else None
 
 
 def _told(adapter: Adapter, orientation: str, packing: str, to: str) -> tuple[Site, ...]:

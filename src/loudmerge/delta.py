@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loudmerge.balance import Bands
+from loudmerge.balance import USUAL, Bands
 from loudmerge.compiled import Drawn, Kernel, Sums, as_drawn, kernel_for
 from loudmerge.layout import Axes, LoraBLayout, Span
 from loudmerge.plan import Site, Term
@@ -104,6 +104,7 @@ class Update:
     """What one term adds to its matrix: scaling * rows @ columns, along the axes that the disk has.
 
     rows: (rows, rank), columns: (rank, columns), of the part of the matrix that the term is for.
+    is_usual: whether float32 holds the squares, as far as the largest factors tell.
     """
 
     term: Term
@@ -111,6 +112,7 @@ class Update:
     columns: Tensor
     scaling: float
     peft_rounds_delta: bool
+    is_usual: bool = True
 
     @classmethod
     def of(cls, term: Term, found: Factors) -> Update:
@@ -122,7 +124,9 @@ class Update:
             # A power of two moves the exponent only, wherever it is applied, and the factor is the smallest.
             left, scaling = left * scaling, 1.0
         factors = (left, right) if term.axes is Axes.OUT_IN else (right.T, left.T)
-        return cls(term, *factors, scaling, found.peft_rounds_delta)
+        most = _largest(left) * _largest(right) * abs(scaling)
+        usual = most == 0.0 or USUAL[0] <= most <= USUAL[1]
+        return cls(term, *factors, scaling, found.peft_rounds_delta, usual)
 
     def apply(
         self,
@@ -166,10 +170,14 @@ class Update:
             draws = dither.of(*places)
             bands = Bands(places[axis], axis) if rounding == "balanced" else None
         faster = source.numel() >= BALANCED_FROM if bands is not None else compiled and rounding == "nearest"
-        kernel = kernel_for(source, target) if faster else None
+        kernel = kernel_for(source, target) if faster and self.is_usual else None
         twice = rounding == "peft" and self.peft_rounds_delta
         rounds = _Rounding(twice, draws, bands, kernel, as_drawn(draws) if kernel and draws else None)
         return _add_blocks(source, target, rows, self.columns, self.scaling, space, rounds)
+
+
+def _largest(factor: Tensor) -> float:
+    return factor.abs().max().item() if factor.numel() else 0.0
 
 
 @dataclass(frozen=True)
@@ -232,8 +240,16 @@ class _Rounding:
         target.copy_(result)
         result.copy_(target)
         result.sub_(weight)
-        flat = delta.view(-1)
-        return torch.dot(result.view(-1), flat).item(), torch.dot(flat, flat).item()
+        return _sums(result.view(-1), delta.view(-1))
+
+
+def _sums(change: Tensor, delta: Tensor) -> Sums:
+    along, total = torch.dot(change, delta).item(), torch.dot(delta, delta).item()
+    if math.isfinite(along + total) and total:
+        return along, total
+    # Squares of what float32 can hold that it cannot.
+    change, delta = change.double(), delta.double()
+    return torch.dot(change, delta).item(), torch.dot(delta, delta).item()
 
 
 def _inside(span: Span, first: int, count: int) -> Span:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from loudmerge.adapter import Adapter, FullTensor, TokenRows
+from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, TokenRows
+from loudmerge.adapter_config import ends_with
 from loudmerge.checkpoint import TEXT_CONFIGS, Checkpoint
-from loudmerge.closing import closing
+from loudmerge.closing import closing, is_head
 from loudmerge.errors import Problem
 from loudmerge.evidence import Layout
 from loudmerge.experts import Slot
@@ -90,7 +92,7 @@ class Draft:
                     not pair.embedding,
                     None,
                     None,
-                    peft_rounds_delta=pair.embedding or item.wrapped,
+                    peft_rounds_delta=pair.embedding or item.wrapped or self._is_mica,
                 )
             )
             self._add_term(-1, Span(0, slot.out.count), slot)
@@ -103,6 +105,11 @@ class Draft:
                 self.expert += 1
             else:
                 self.dense += 1
+
+    @property
+    def _is_mica(self) -> bool:
+        """PEFT merges it by itself: peft/tuners/lora/variants.py, `MiCALinearVariant.merge_unsafe`."""
+        return self.adapter.config.raw.get("init_lora_weights") == "mica"
 
     def _note_alpha(self, name: str) -> None:
         alphas = self.adapter.config.alphas_for(name)
@@ -153,9 +160,12 @@ class Draft:
         for tensor in full:
             entry = self.names.find(tensor.name)
             canonical = self.family.canonical(tensor.name)
-            resizable = canonical in (EMBEDDING, HEAD, HEAD_BIAS)
+            resizable = canonical in (EMBEDDING, HEAD, HEAD_BIAS) or (entry and self._embeds(entry))
             if entry is None and canonical == HEAD:
                 self.full_head = tensor.entry
+            elif entry is None and (stored := self._stored_bias(tensor)) is not None:
+                copies = (*self.adapter.copies, (stored, tensor.entry))
+                self.adapter = replace(self.adapter, copies=copies)
             elif entry is None:
                 self.problems.append(missing_base(str(tensor.entry), "a full tensor", tensor.name))
             elif tensor.entry.shape != entry.shape and not (
@@ -167,6 +177,24 @@ class Draft:
             else:
                 self._change(entry, tensor.entry, "replacement", tensor.entry)
                 self.replaced += 1
+
+    def _embeds(self, entry: TensorEntry) -> bool:
+        """Whether a tensor is an embedding, or a head, by its name and by its rows, one for each token."""
+        named = any(ends_with(entry.name, f"{name}.weight") for name in EMBEDDING_NAMES)
+        return named and entry.shape[0] in self.base.vocabulary_sizes
+
+    def _stored_bias(self, full: FullTensor) -> TensorEntry | None:
+        """The bias of a tied head under the name that the base has it by, where PEFT saved both names.
+
+        The modules around and in a head have one bias: `cls.predictions.bias`, and that of its `decoder`.
+        """
+        name = re.sub(r"\.decoder\.bias$", ".bias", full.name)
+        for other in self.adapter.full:
+            inner = re.sub(r"\.decoder\.bias$", ".bias", other.name)
+            alike = (other.entry.dtype, other.entry.shape) == (full.entry.dtype, full.entry.shape)
+            if other is not full and inner == name and alike and self.names.find(other.name) is not None:
+                return other.entry
+        return None
 
     def add_rows(self, rows: Iterable[TokenRows]) -> None:
         for item in rows:
@@ -184,7 +212,7 @@ class Draft:
         """Whether rows fit the tensor that they are for; if not, that is a problem."""
         if len(entry.shape) != 2 or entry.shape[1] != rows.entry.shape[1]:
             self.problems.append(wrong_shape(str(rows.entry), rows.entry.shape, entry))
-        elif min(rows.indices) < 0 or max(rows.indices) >= entry.shape[0]:
+        elif rows.indices and (min(rows.indices) < 0 or max(rows.indices) >= entry.shape[0]):
             self.problems.append(
                 Problem(
                     "shape-mismatch",
@@ -213,7 +241,8 @@ class Draft:
         canonical = self.names.canonical
         last = closing(self.base.entries, lambda name: is_extra_layer(self.base, canonical[name]))
         for entry in self.base.entries.values():
-            outputs.append(self._output(entry, closing=entry.name in last))
+            head = is_head(canonical[entry.name])
+            outputs.append(self._output(entry, closing=entry.name in last, head=head))
             if entry.name in self.added:
                 outputs.append(self.added[entry.name])
         touched = sum(1 for output in outputs if output.touched)
@@ -233,7 +262,7 @@ class Draft:
             notes=(*layout.overruled, *self.notes, *_left_out(self.base.left_out)),
         )
 
-    def _output(self, entry: TensorEntry, *, closing: bool) -> OutputTensor:
+    def _output(self, entry: TensorEntry, *, closing: bool, head: bool) -> OutputTensor:
         change = self.changes.get(entry.name, {})
         replacement = change.get("replacement")
         source = replacement or entry
@@ -249,6 +278,7 @@ class Draft:
             bias=change.get("bias"),
             token_rows=change.get("token_rows"),
             closing=closing,
+            head=head,
         )
 
     def dtype(self, entry: TensorEntry) -> str:
@@ -259,29 +289,44 @@ class Draft:
     def _edit_dtype(self) -> None:
         if self._options.dtype == "keep":
             return
-        present = [name for name in ("dtype", "torch_dtype") if name in self.base.config]
+        present = [name for name in _DTYPES if name in self.base.config]
         for name in present or ["torch_dtype"]:
             self.edits[name] = self._options.dtype
-        for nested, value in self.base.config.items():
-            for name in ("dtype", "torch_dtype"):
-                if isinstance(value, dict) and isinstance(value.get(name), str):
-                    self.edits[f"{nested}.{name}"] = self._options.dtype
+        for prefix, part in _parts(self.base.config):
+            for name in _DTYPES:
+                if isinstance(part.get(name), str):
+                    self.edits[f"{prefix}{name}"] = self._options.dtype
 
-    def edit(self, field: str, value: object) -> None:
-        """Edits a field wherever the text model's part of the config has it; at the top if nowhere."""
-        paths = list(_paths(self.base.config, field)) or [field]
-        self.edits.update(dict.fromkeys(paths, value))
+    def edit(self, field: str, value: object, *, everywhere: bool = False) -> None:
+        """Edits a field in the config's part for the text model, and in what holds that where it has it, too.
+
+        everywhere: there in any case. Of `tie_word_embeddings` transformers 5 asks the whole config and 4 the
+        text model's, and what a part does not say is its class's default.
+        """
+        *above, text = _text_parts(self.base.config)
+        places = [place for place, part in above if everywhere or field in part] + [text[0]]
+        self.edits.update({f"{place}{field}": value for place in places})
 
 
+_DTYPES = ("dtype", "torch_dtype")
 _CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_CODES.items()}
 
 
-def _paths(config: Mapping[str, Any], field: str) -> Iterable[str]:
-    if field in config:
-        yield field
-    for name in TEXT_CONFIGS:
-        if isinstance(config.get(name), dict):
-            yield from (f"{name}.{path}" for path in _paths(config[name], field))
+def _parts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parts of a config, at any depth, with what leads there: `text_config.`"""
+    for name, part in config.items():
+        if isinstance(part, dict) and "." not in name:  # a name with a dot would be taken for a path
+            yield f"{prefix}{name}.", part
+            yield from _parts(part, f"{prefix}{name}.")
+
+
+def _text_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The config and, each in the one before, the parts that lead to the text model's, which is the last."""
+    found = [("", config)]
+    while names := [name for name in TEXT_CONFIGS if isinstance(found[-1][1].get(name), dict)]:
+        place, part = found[-1]
+        found.append((f"{place}{names[0]}.", part[names[0]]))
+    return found
 
 
 def _left_out(names: Sequence[str], shown: int = 10) -> Iterable[str]:

@@ -18,7 +18,6 @@ from queue import LifoQueue
 import torch
 from torch import Tensor
 
-from loudmerge.closing import is_head
 from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.layout import Axes
@@ -28,15 +27,12 @@ from loudmerge.plan import MergePlan, OutputTensor
 from loudmerge.preflight import check_weights
 from loudmerge.readahead import ReadAhead
 from loudmerge.resume import Finished, ShardRecord
-from loudmerge.rounding import DROPPED, Dither, chosen, dither_table
+from loudmerge.rounding import DROPPED, SAMPLE_ROWS, SAMPLES, Dither, chosen, dither_table
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 from loudmerge.writer import ShardFile, page_aligned
 
 FACTOR_BYTES = 192 << 20
 """Bytes of factors that are held at a time: a layer's, and some of the next, which is read ahead."""
-
-SAMPLES, SAMPLE_ROWS = 2, 32
-"""How many runs of how many rows tell what rounding to the nearest keeps of a matrix's update."""
 
 SYNC_BYTES = 128 << 20
 """Bytes of a shard in the page cache that are sent on to the disk, which so works while others are computed.
@@ -293,7 +289,7 @@ class Worker:
             return piece.output.balanced
         if self._plan.rounding != "auto":
             return self._plan.rounding
-        if dtype not in DROPPED or not updates or is_head(piece.output.key):
+        if dtype not in DROPPED or not updates or piece.output.head:
             return "nearest"
         kept, rows = Kept(), piece.output.shape[-2]
         for first in range(0, rows, max(SAMPLE_ROWS, rows // SAMPLES)):

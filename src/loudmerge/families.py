@@ -366,6 +366,7 @@ FAMILIES: Mapping[str, Family] = {
     **_rows(
         Family(known=False, conv1d=True), "gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp"
     ),
+    "gpt_neox": Family(known=False, renames=((r"^embed_out\.", "lm_head."),)),  # in memory since 5
     **_rows(Family(known=False, shared=r"\.shared_transf(ormer)?\."), "zamba", "zamba2"),
     **_rows(
         Family(known=False, renames=_VIT),

@@ -13,10 +13,12 @@ from typing import Any
 
 from loudmerge.adapter import Adapter
 from loudmerge.checkpoint import Checkpoint
+from loudmerge.draft import Draft
 from loudmerge.errors import Problem
+from loudmerge.names import INDEX
 from loudmerge.provenance import knows_embed_scale
 from loudmerge.sites import Placement
-from loudmerge.tensorfile import TensorEntry
+from loudmerge.tensorfile import TensorEntry, TensorReader
 
 SCALED = frozenset({"embed_tokens", "embed_tokens_per_layer", "shared"})
 """Embeddings that multiply their rows by `embed_scale` in the models below."""
@@ -70,6 +72,16 @@ BEYOND_WEIGHT: Mapping[str, Mapping[str, str]] = {
 }
 """model_type -> the last part of a module's name -> what the module does besides."""
 
+BIAS_APART: Mapping[str, str] = {
+    "bridgetower": "mlm_score.bias",
+    "deberta": "lm_predictions.lm_head.bias",
+    "deberta-v2": "lm_predictions.lm_head.bias",
+    "esm": "lm_head.bias",
+    "lxmert": "cls.predictions.bias",
+    "perceiver": "embedding_decoder.bias",
+}
+"""model_type -> a bias that the module around a head adds behind it, whatever PEFT makes of the head."""
+
 
 def beyond_weight(base: Checkpoint, adapter: Adapter, placement: Placement) -> list[Problem]:
     """A problem for each LoRA, and each module's token rows, that no weight of the base can hold."""
@@ -91,6 +103,53 @@ def beyond_weight(base: Checkpoint, adapter: Adapter, placement: Placement) -> l
     return problems
 
 
+def lost_biases(draft: Draft) -> Iterator[Problem]:
+    """A problem for each head's bias, not all zero, that PEFT's live model computes without.
+
+    Where a head has token rows, its own or those of the embedding that it is tied to, PEFT multiplies by the
+    weight alone; the head that ensure_weight_tying makes of a saved embedding has no bias, either.
+    Sources: peft/tuners/trainable_tokens/layer.py, `forward_adapters`; peft/utils/other.py,
+    `ModulesToSaveWrapper.update`.
+    """
+    with TensorReader() as reader:
+        for trained, bias in _computed_without(draft):
+            entry = draft.final(bias)
+            if "bias" in draft.changes.get(bias.name, {}) or reader.read(entry).any():
+                yield _lost_bias(trained, entry)
+
+
+def _computed_without(draft: Draft) -> Iterator[tuple[TensorEntry, TensorEntry]]:
+    """(what was trained on a head or on an embedding, a bias of that head)."""
+    base, adapter = draft.base, draft.adapter
+    said = [value for value in base.config_values("tie_word_embeddings") if value is not None]
+    apart = BIAS_APART.get(base.model_type)
+    biases = [entry for key, entry in base.entries.items() if key.endswith(".bias") and key != apart]
+    for name, entry, saved in _of_heads(adapter):
+        weight, canonical = draft.names.find(name), draft.family.canonical(name)
+        for bias in biases:
+            if weight is not None and bias.shape != weight.shape[:1]:
+                continue
+            # BERT's decoder has its bias under the name of the module around it, too.
+            if canonical.startswith(draft.names.canonical[bias.name].removesuffix("bias")):
+                lost = draft.final(bias) is bias if saved is not None else True
+            else:
+                tied = weight is not None and (any(said) or not said)
+                lost = tied and saved is not False and not INDEX.search(bias.name)
+            if lost:
+                yield entry, bias
+
+
+def _of_heads(adapter: Adapter) -> Iterator[tuple[str, TensorEntry, bool | None]]:
+    """(weight's name, what was trained on it, whether modules_to_save names it); None for token rows.
+
+    With ensure_weight_tying PEFT on transformers 4 gives even an untied model a head without a bias: the
+    file has its weight, which modules_to_save does not name.
+    """
+    yield from ((f"{rows.module}.weight", rows.entry, None) for rows in adapter.rows)
+    if adapter.config.raw.get("ensure_weight_tying"):
+        yield from ((full.name, full.entry, full.saved_module) for full in adapter.full)
+
+
 def more_than_weight(where: str, module: str, does: str) -> Problem:
     """What was trained on a module that does more than multiply by its weight."""
     return Problem(
@@ -99,6 +158,17 @@ def more_than_weight(where: str, module: str, does: str) -> Problem:
         f"something trained on {module}, which {does}: no weight of it computes the same",
         "a module whose output is its weight times its input",
         "Train LoRA on the other modules, or this one whole, in modules_to_save.",
+    )
+
+
+def _lost_bias(trained: TensorEntry, bias: TensorEntry) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        f"{trained} and {bias}",
+        "something trained on a head, or on the embedding that it is tied to, and a bias of the head that"
+        " PEFT leaves out where it has token rows or ensure_weight_tying",
+        "a head without a bias, or with one that is all zero",
+        "Train the head whole, in modules_to_save and without ensure_weight_tying, or LoRA on it.",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from loudmerge import bounds, rebalance
-from loudmerge.closing import is_head
 from loudmerge.layout import Axes, Span
-from loudmerge.plan import Term
+from loudmerge.plan import OutputTensor, Term
 from loudmerge.recompute import (
     TORCH_DTYPES,
     FactorCache,
@@ -32,11 +31,16 @@ from loudmerge.recompute import (
     read_tensor,
 )
 from loudmerge.redraw import Redraw, make_table
+from loudmerge.rounding import CLOSING_KEEPS, NEAREST_KEEPS, SAMPLE_ROWS, SAMPLES
 
 BLOCK = 1 << 17
 """Elements worked on at a time: 1 MiB of float64."""
 
 _JUDGED_AT_ONCE = 1 << 15
+
+_DOUBT, _FEW = 1e-3, 4096
+"""How far what the merge found to be kept, in float32, may lie from the exact share; of fewer elements it may
+be anything, since one that lies near a tie counts for much."""
 
 
 @dataclass
@@ -45,6 +49,7 @@ class MatrixResult:
 
     wrong: elements. worst: the largest error in units in the last place. first: (row, column), found and
     expected value of the first wrong element. kept: the sums of (W' - W) d and of d d. rounding: the rule.
+    settled: whether the merge can have taken no other.
     """
 
     wrong: int = 0
@@ -54,6 +59,7 @@ class MatrixResult:
     expected: float = 0.0
     kept: tuple[float, float] = (0.0, 0.0)
     rounding: str = "nearest"
+    settled: bool = True
 
     @property
     def ok(self) -> bool:
@@ -73,34 +79,32 @@ class _Block(NamedTuple):
 def check_matrix(
     matrix: Matrix, rounding: str, files: RawFiles, factors: FactorCache, out: Path, space: Workspace
 ) -> MatrixResult:
-    """Compares every element. rounding: the plan's; where it leaves two rules, one must hold throughout."""
+    """Compares every element. rounding: the plan's; where it leaves several, one holds throughout."""
+
+    def judge(rule: str) -> Judge:
+        return Judge(matrix, rule, files, factors, out, space)
+
     rules = _rules(matrix, rounding)
-
-    def judged(rule: str, *, to_the_end: bool) -> MatrixResult:
-        return Judge(matrix, rule, files, factors, out, space).run(to_the_end=to_the_end)
-
+    if rounding == "auto" and rules != ("nearest",):
+        rules = rules_of_auto(matrix.output, judge("nearest").sampled())
     *others, last = rules
     for rule in others:
-        result = judged(rule, to_the_end=False)
+        result = judge(rule).run(to_the_end=False)
         if result.ok:
-            return result
-    result = judged(last, to_the_end=True)
+            return replace(result, settled=False)
+    result = judge(last).run()
     if result.ok or not others:
-        return result
-    ends = [*(judged(rule, to_the_end=True) for rule in others), result]
+        return replace(result, settled=not others)
+    ends = [*(judge(rule).run() for rule in others), result]
     return min(ends, key=lambda result: result.wrong)
 
 
 def _rules(matrix: Matrix, rounding: str) -> tuple[str, ...]:
     output = matrix.output
     plain = output.bias is not None or output.dora is not None or output.dtype not in {"BF16", "F16"}
-    plain |= rounding == "auto" and is_head(output.key)
+    plain |= rounding == "auto" and output.head
     if rounding in {"auto", "stochastic", "balanced"} and plain:
         return ("nearest",)
-    if rounding == "auto" and output.closing:
-        return "nearest", "stochastic", output.balanced
-    if rounding == "auto":
-        return "nearest", output.balanced
     if rounding == "balanced":
         return (output.balanced,)
     if rounding == "peft" and all(term.expert < 0 for term in matrix.terms):
@@ -108,6 +112,18 @@ def _rules(matrix: Matrix, rounding: str) -> tuple[str, ...]:
         # adapter is held in half precision. A bias is always added in place (lora/layer.py, Linear.merge).
         return ("nearest",) if matrix.output.bias is not None else ("peft", "nearest")
     return (rounding,)
+
+
+def rules_of_auto(output: OutputTensor, kept: float) -> tuple[str, ...]:
+    """What `auto` takes: one rule, or those on both sides of a limit. kept: as `Judge.sampled` gives it."""
+    limit = CLOSING_KEEPS if output.closing else NEAREST_KEEPS
+    spans = (
+        ("nearest", NEAREST_KEEPS, math.inf),
+        *([("stochastic", limit, NEAREST_KEEPS)] if output.closing else []),
+        (output.balanced, -math.inf, limit),
+    )
+    found = [rule for rule, low, high in spans if low - _DOUBT <= kept <= high + _DOUBT]
+    return tuple(dict.fromkeys(found or [rule for rule, _, _ in spans]))
 
 
 class _Elements(NamedTuple):
@@ -188,6 +204,19 @@ class Judge:
                     return self._result
         self._settle()
         return self._result
+
+    def sampled(self) -> float:
+        """The share that the nearest keeps of the update of the rows that `auto` looks at; nan for a few."""
+        dtype, rows, count, along, total = self._written[2], self._matrix.rows, 0, 0.0, 0.0
+        for first in range(0, rows, max(SAMPLE_ROWS, rows // SAMPLES)):
+            weight, delta, value = self._sum(first, min(first + SAMPLE_ROWS, rows))
+            change = bounds.rounded(value, dtype).double().sub_(weight)
+            along += float(torch.dot(change.view(-1), delta.view(-1)))
+            total += float(torch.dot(delta.view(-1), delta.view(-1)))
+            count += delta.numel()
+        if count < _FEW:
+            return math.nan
+        return along / total if total else 1.0
 
     def _untouched(self, found: _Elements) -> Tensor:
         """What no term updates is rounded to the nearest, if at all."""

@@ -6,27 +6,30 @@ Going through files keeps one merge for everything: the same plan, the same refu
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from loudmerge.adapter import WEIGHTS, read_adapter
 from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
 from loudmerge.errors import MergeRefused, Problem
-from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
-from loudmerge.merge import Pathish, check_values, merge
+from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES, family_of
+from loudmerge.merge import Pathish, check_values, merge, merge_named
 from loudmerge.outpath import make_parents, refuse_existing, remove_parents
 from loudmerge.plan import Options
 from loudmerge.report import MergeReport
-from loudmerge.tensorfile import TensorReader
+from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 from loudmerge.wrappers import (
     PREFIX,
     Wrapper,
@@ -51,14 +54,16 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     """Merges a live PeftModel's active adapter into its base and publishes the result as `out`.
 
     model: a peft.PeftModel with one active LoRA adapter; it is not changed. tokenizer: saved beside the
-    weights when given. options: those of `loudmerge.merge`. The base is taken from memory, so what was
-    changed since it was loaded is in the file; so are the LoRA's scalings, as set_scale left them. Where the
-    base was loaded from a local checkpoint and is still the same, byte for byte, OUT keeps that checkpoint's
-    shards, side files, and tensors that the model's class does not have.
+    weights when given. options: those of `loudmerge.merge`, but for `resume`: what is merged is written anew
+    each time, so that nothing finished would ever be found to be of the same inputs. The base is taken from
+    memory, so what was changed since it was loaded is in the file; so are the LoRA's scalings, as set_scale
+    left them. Where the base was loaded from a local checkpoint and is still the same, byte for byte, OUT
+    keeps that checkpoint's shards, side files, and tensors that the model's class does not have.
 
     Raises MergeRefused like `merge`, and for a base that is quantised, offloaded or has merged adapters, and
-    for modules whose active adapter is not the model's; TypeError for what is no PeftModel; ValueError when
-    there is not exactly one active adapter, adapters are disabled, or an option's value does not exist.
+    for modules whose active adapter is not the model's; TypeError for what is no PeftModel, and for an option
+    that there is not; ValueError when there is not exactly one active adapter, adapters are disabled, or an
+    option's value does not exist, or is resume=True.
     """
     _check_values(options)
     name = _active_adapter(model)
@@ -74,7 +79,7 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     with ExitStack() as left:
         left.callback(remove_parents, make_parents(target))
         scratch = left.enter_context(
-            tempfile.TemporaryDirectory(prefix=f".{target.name}.live-", dir=target.parent)
+            tempfile.TemporaryDirectory(prefix=".loudmerge.live-", dir=target.parent)
         )
         weights, saved = Path(scratch, "base"), Path(scratch, "adapter")
         adapter = saved if name == "default" else saved / name
@@ -86,12 +91,12 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
                 _add_lost_biases(adapter, tensors)
                 settle_scalings(adapter, found, name)
                 read_adapter(adapter)
-                base.save_pretrained(weights, state_dict=tensors)
+                base.save_pretrained(weights, state_dict=dict(tensors))  # it takes some out
             if tokenizer is not None:
                 tokenizer.save_pretrained(weights)
-            source = _keep_disk_layout(weights, base, with_tokenizer=tokenizer is None)
+            source = _keep_disk_layout(weights, base, tensors, with_tokenizer=tokenizer is None)
             shown = _shown(base, memory[weights]) if source is None else str(source)
-            return merge(weights, adapter, target, named=(shown, memory[adapter]), **options)
+            return merge_named(weights, adapter, target, (shown, memory[adapter]), **options)
 
 
 def base_state_dict(base: nn.Module) -> dict[str, Tensor]:
@@ -123,6 +128,11 @@ def num_experts_of(module: object) -> int:
 
 def _check_values(options: Mapping[str, Any]) -> None:
     """As `merge` does, which is only called once the model is written."""
+    known = inspect.signature(merge).parameters.keys() - {"base", "adapter", "out"}
+    if unknown := options.keys() - known:
+        raise TypeError(f"save_pretrained_merged() has no option {min(unknown)!r}")
+    if options.get("resume"):
+        raise ValueError("resume is True, expected False: a live model is written anew each time")
     names = {field.name for field in fields(Options)}
     chosen = Options(**{name: value for name, value in options.items() if name in names})
     check_values(chosen, options.get("device", "cpu"), options.get("threads"))
@@ -226,12 +236,15 @@ def _add_lost_biases(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({**saved, **lost}, adapter / WEIGHTS, metadata={"format": "pt"})
 
 
-def _keep_disk_layout(weights: Path, base: Any, *, with_tokenizer: bool) -> Path | None:
+def _keep_disk_layout(
+    weights: Path, base: Any, tensors: Mapping[str, Tensor], *, with_tokenizer: bool
+) -> Path | None:
     """Puts links to the checkpoint that the base was loaded from in place of its copy in `weights`.
 
     Only where that checkpoint is a local directory whose type and sizes (layers, widths, experts) are the
-    model's, and has every tensor that the model saves with the same key, dtype and bytes. What it has beside
-    them (tensors that no class knows, remote code, the tokenizer) then goes to OUT too.
+    model's, has every tensor that the model saves with the same key, dtype and bytes, and none that the
+    model's class has, but the model in memory not or not so. What it has beside them (tensors that no class
+    knows, remote code, the tokenizer) then goes to OUT too. tensors: the base's, under all their names.
 
     Returns that directory; None where there is none, or it is not the model's.
     """
@@ -248,6 +261,9 @@ def _keep_disk_layout(weights: Path, base: Any, *, with_tokenizer: bool) -> Path
         return None
     loaded = type(base.config).from_pretrained(source).to_dict()
     if dict(_sizes(loaded)) != dict(_sizes(base.config.to_dict())) or not _same_tensors(saved, disk):
+        return None
+    whole = _names_of_class(base)
+    if whole is None or whole - tensors.keys() or not _same_again(saved, disk, tensors):
         return None
     for shard in saved.shards:
         shard.unlink()
@@ -266,8 +282,8 @@ def _sizes(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}.{path}", number) for path, number in _sizes(value))
-        elif isinstance(value, int) and not isinstance(value, bool) and not name.endswith("_id"):
-            yield name, value
+        elif isinstance(value, int) and not isinstance(value, bool) and not str(name).endswith("_id"):
+            yield str(name), value  # Aria's projector_patch_to_query_dict has numbers for names
 
 
 def _same_tensors(saved: Checkpoint, disk: Checkpoint) -> bool:
@@ -276,6 +292,46 @@ def _same_tensors(saved: Checkpoint, disk: Checkpoint) -> bool:
         return False
     with TensorReader() as reader:
         return all(other is not None and reader.same_bytes(mine, other) for mine, other in pairs)
+
+
+def _names_of_class(base: Any) -> set[str] | None:
+    """The tensors that a model of this class and config has in memory, what was taken out of one included.
+
+    None where the class wants more than a config.
+    """
+    from accelerate import init_empty_weights  # noqa: PLC0415 - PEFT has it; nothing else here needs it
+
+    try:
+        inspect.signature(type(base)).bind(base.config)
+    except TypeError:
+        return None
+    with init_empty_weights(), torch.random.fork_rng(devices=[]):
+        return set(type(base)(copy.deepcopy(base.config)).state_dict())
+
+
+def _same_again(saved: Checkpoint, disk: Checkpoint, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether what the model saves under one of a tied tensor's names is on disk under its others, if at all.
+
+    The disk may have another one there: the model was tied in memory only. What has a name that the model has
+    not, but the shape of a tied tensor, has to be the same: transformers may rename it on loading.
+    """
+    canonical = family_of(disk.model_type).canonical
+    known: dict[str, list[Tensor]] = defaultdict(list)
+    shared: dict[int, list[Tensor]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        known[canonical(name)].append(tensor)
+        shared[tensor.data_ptr()].append(tensor)
+    tied = [tensor for held in shared.values() if len(held) > 1 for tensor in held]
+    with TensorReader() as reader:
+        for entry in (disk.entries[name] for name in disk.entries.keys() - saved.entries.keys()):
+            mine = known[canonical(entry.name)] or [one for one in tied if one.shape == entry.shape]
+            if not all(_is_in(one, entry, reader) for one in mine):
+                return False
+    return True
+
+
+def _is_in(tensor: Tensor, entry: TensorEntry, reader: TensorReader) -> bool:
+    return tensor.dtype == DTYPES.get(entry.dtype) and torch.equal(tensor.detach().cpu(), reader.read(entry))
 
 
 def _plain_name(key: str) -> str | None:

@@ -99,7 +99,6 @@ def merge(
     verify: bool = True,
     progress: Progress | None = None,
     resume: bool = False,
-    named: tuple[str, str] | None = None,
 ) -> MergeReport:
     """Merges an adapter into a base checkpoint and publishes the result as the directory `out`, in one step.
 
@@ -111,17 +110,16 @@ def merge(
     threads: that compute, default as many as cores (eight at most), or one for an OUT under 64 MiB. verify:
     recompute every tensor by a second path before publishing. progress: called with (stage, bytes done, bytes
     in all). resume: go on from the shards that an interrupted merge of the same inputs into `out` had
-    finished; and leave one's own, should this one be. named: what the report calls base and adapter, else
-    their paths.
+    finished; and leave one's own, should this one be.
 
     Raises MergeRefused when the inputs cannot be merged correctly, and Mismatch when the verification fails:
     `out` does not exist then, or is untouched. OSError and EnvironmentFailed for the disk and the device.
     """
-    started = time.monotonic()
-    made = plan(
+    return merge_named(
         base,
         adapter,
-        out=out,
+        out,
+        None,
         orientation=orientation,
         lora_b_layout=lora_b_layout,
         dtype=dtype,
@@ -129,7 +127,29 @@ def merge(
         device=device,
         threads=threads,
         overwrite=overwrite,
+        verify=verify,
+        progress=progress,
+        resume=resume,
     )
+
+
+def merge_named(
+    base: Pathish,
+    adapter: Pathish,
+    out: Pathish,
+    named: tuple[str, str] | None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> MergeReport:
+    """`merge`, with what its report calls base and adapter; their paths where `named` is None."""
+    started = time.monotonic()
+    made = plan(base, adapter, out=out, device=device, threads=threads, overwrite=overwrite, **options)
     computing, verifying = _threads(made, threads)
     with Staging(Path(out), overwrite=overwrite, resume=resume) as staging:
         finished = Finished(staging.done, identity(made))

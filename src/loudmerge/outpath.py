@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from loudmerge.errors import MergeRefused, Problem
+from loudmerge.sidefiles import walk
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
@@ -34,14 +35,18 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
 def make_parents(out: Path) -> list[Path]:
     """Makes the directories that OUT will lie in; gives those that were not there, the innermost first."""
     missing = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        remove_parents(missing)
+        raise
     return missing
 
 
 def remove_parents(made: Sequence[Path]) -> None:
     """Removes what `make_parents` made, unless OUT, or something of somebody else, is in it."""
-    with suppress(OSError):
-        for directory in made:
+    for directory in made:
+        with suppress(OSError):
             directory.rmdir()
 
 
@@ -61,17 +66,24 @@ def _refuse_ground(out: Path) -> None:
 
 
 def refuse_inputs(out: Path, inputs: Sequence[Path]) -> None:
-    """Raises MergeRefused `out-exists` when writing OUT would touch an input."""
+    """Raises MergeRefused `out-exists` when writing OUT would touch an input, or a file that it links to."""
     target = out.resolve()
     for path in inputs:
         source = path.resolve()
+        found = ""
         if target == source or target in source.parents or source in target.parents:
-            raise MergeRefused(
-                Problem(
-                    "out-exists",
-                    str(out),
-                    f"a directory that is, holds or lies in the input {path}",
-                    "a directory apart from BASE and ADAPTER",
-                    "Give another OUT.",
-                )
-            )
+            found = f"a directory that is, holds or lies in the input {path}"
+        elif linked := next(_files_in(target, path), None):
+            found = f"{linked}, which BASE or ADAPTER links to"
+        if found:
+            expected = "a directory apart from BASE and ADAPTER"
+            raise MergeRefused(Problem("out-exists", str(out), found, expected, "Give another OUT."))
+
+
+def _files_in(target: Path, source: Path) -> Iterator[Path]:
+    """The files of an OUT that is there, which files of an input are links to."""
+    for file in walk(source) if target.exists() and source.is_dir() else ():
+        # Unlike Path.resolve, this can be asked of a link that leads to itself.
+        real = Path(os.path.realpath(file))
+        if target in (real, *real.parents) and real.is_file():
+            yield real

@@ -1,6 +1,6 @@
 """adapter x checkpoint -> MergePlan: every output tensor, every adapter tensor used exactly once.
 
-The plan is a frozen, printable value. Making it reads headers and configs, never a weight.
+The plan is a frozen, printable value. What is read to make it, loudmerge.planner says.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class OutputTensor:
 
     source: the base's tensor; or the adapter's, when `replaced`. dtype: safetensors code in OUT.
     terms: low-rank updates, applied to disjoint parts. dora: the magnitude vector (then one dense term).
-    bias: a vector to add, with its scaling. token_rows: (indices, entry) rows to put in place. closing: as
-    loudmerge.closing says.
+    bias: a vector to add, with its scaling. token_rows: (indices, entry) rows to put in place. closing,
+    head: as loudmerge.closing says.
     """
 
     key: str
@@ -85,6 +85,7 @@ class OutputTensor:
     bias: tuple[TensorEntry, float] | None = None
     token_rows: tuple[tuple[int, ...], TensorEntry] | None = None
     closing: bool = False
+    head: bool = False
 
     @property
     def balanced(self) -> str:

@@ -1,7 +1,7 @@
 """Makes a MergePlan: places the adapter, decides its layout, and accounts for every tensor of both sides.
 
-Every problem found is reported together. Of the weights, only what tells how lora_B is packed is read, and
-whether an embedding that was trained lies there twice.
+Every problem found is reported together. Of the weights, only what tells how lora_B is packed is read,
+whether an embedding that was trained lies there twice, and a head's bias that PEFT leaves out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loudmerge.errors import MergeRefused, Problem
 from loudmerge.evidence import Layout, decide
 from loudmerge.experts import Experts
 from loudmerge.families import family_of
-from loudmerge.forwards import beyond_weight
+from loudmerge.forwards import beyond_weight, lost_biases
 from loudmerge.names import Names
 from loudmerge.plan import MergePlan, Options
 from loudmerge.siblings import missing_siblings
@@ -65,6 +65,7 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
     draft.add_rows(adapter.rows)
     settle(draft, placement.untied_head)
     settle_copies(draft)
+    problems += lost_biases(draft)
     # Linears first: where the config's rank is wrong they prove it, and experts only that something is.
     problems += [*draft.problems, *fused]
     if problems:

@@ -1,8 +1,8 @@
 """The second path of `verify`: readers, and the update of a matrix in float64.
 
-Shares no arithmetic and no reader with `delta.py` and `merge.py`: the adapter is read by safetensors' own
-reader, the base and OUT by positioned reads, and the factors of every expert are taken from the pair by
-reshaping it to (experts, rank, a) and (b, rank, experts) or (b, experts, rank).
+Shares no arithmetic and no reader with `delta.py` and `merge.py`, only what keeps files open: the adapter is
+read by safetensors' own reader, the base and OUT by positioned reads, and the factors of every expert are
+taken from the pair by reshaping it to (experts, rank, a) and (b, rank, experts) or (b, experts, rank).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.layout import Axes, LoraBLayout, Span
 from loudmerge.plan import OutputTensor, Site, Term
+from loudmerge.tensorfile import Descriptors
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,49 +41,48 @@ class RawFiles:
     """Bytes of tensors by file and name, by positioned reads and this module's own reading of the headers."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, tuple[int, dict[str, tuple[int, int]]]] = {}
+        self._files = Descriptors()
+        self._headers: dict[Path, dict[str, tuple[int, int]]] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> RawFiles:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        self._files.close()
 
     def read(self, file: Path, name: str, offset: int, nbytes: int) -> bytearray:
         """`nbytes` bytes of the tensor from its byte `offset` on, fewer at its end."""
-        start, end = self._file(file)[1][name]
+        start, end = self._spans(file)[name]
         data = bytearray(max(0, min(nbytes, end - start - offset)))
         self.read_into(file, name, offset, memoryview(data))
         return data
 
     def read_into(self, file: Path, name: str, offset: int, view: memoryview) -> None:
         """Fills `view` with the bytes of the tensor from its byte `offset` on."""
-        descriptor, spans = self._file(file)
-        position = spans[name][0] + offset
-        while view:
-            count = os.preadv(descriptor, [view], position)
-            if count == 0:
-                raise EnvironmentFailed(f"{file} ended at byte {position}: it changed while it was verified")
-            view, position = view[count:], position + count
+        position = self._spans(file)[name][0] + offset
+        with self._files.use(file) as descriptor:
+            while view:
+                count = os.preadv(descriptor, [view], position)
+                if count == 0:
+                    raise EnvironmentFailed(
+                        f"{file} ended at byte {position}: it changed while it was verified"
+                    )
+                view, position = view[count:], position + count
 
-    def _file(self, file: Path) -> tuple[int, dict[str, tuple[int, int]]]:
+    def _spans(self, file: Path) -> dict[str, tuple[int, int]]:
+        """Where each tensor begins and ends in the file, in bytes."""
         with self._lock:
-            if file not in self._open:
-                descriptor = os.open(file, os.O_RDONLY)
-                length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-                header = json.loads(os.pread(descriptor, length, 8))
+            if file not in self._headers:
+                with self._files.use(file) as descriptor:
+                    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+                    header = json.loads(os.pread(descriptor, length, 8))
                 header.pop("__metadata__", None)
-                self._open[file] = (
-                    descriptor,
-                    {
-                        name: (8 + length + item["data_offsets"][0], 8 + length + item["data_offsets"][1])
-                        for name, item in header.items()
-                    },
-                )
-            return self._open[file]
+                self._headers[file] = {
+                    name: (8 + length + item["data_offsets"][0], 8 + length + item["data_offsets"][1])
+                    for name, item in header.items()
+                }
+            return self._headers[file]
 
 
 class _Factors(NamedTuple):

@@ -38,15 +38,18 @@ class TensorKept(NamedTuple):
 class MergeReport:
     """What a merge did, would do, or why it refused. `document` is the JSON of merge_report.json.
 
+    Its fields are attributes, too: `report.counts["expert"]["applied"]`.
     details: of every merged tensor, in the plan's order; too long for the document.
     """
 
     document: Mapping[str, Any]
     details: tuple[TensorKept, ...] = ()
 
-    @property
-    def status(self) -> str:
-        return str(self.document["status"])
+    def __getattr__(self, name: str) -> Any:
+        # Not for what Python itself asks of an object that is not made yet, as copy does.
+        if name.startswith("__") or name == "document" or name not in self.document:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return self.document[name]
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.document)

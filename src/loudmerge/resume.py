@@ -92,10 +92,11 @@ class Finished:
 def identity(plan: MergePlan) -> str:
     """A hash of all that decides the weights of OUT: the inputs' files, the options and our version.
 
-    A file is known by its path, size and time of change, as build tools do.
+    A file is known by its path, size and times of change, as build tools do: what copies a file may set its
+    mtime to what it was, but not its ctime.
     """
     files = {*plan.base.shards, *(entry.file for entry in plan.adapter.entries.values())}
-    stats = {str(path.resolve()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    stats = {str(path.resolve()): _state(path.stat()) for path in files}
     parts: dict[str, Any] = {
         "loudmerge": __version__,
         "files": dict(sorted(stats.items())),
@@ -104,6 +105,10 @@ def identity(plan: MergePlan) -> str:
         "options": dataclasses.asdict(plan.options),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _terms(found: Iterable[Sequence[Any]]) -> list[tuple[str, int, int]]:

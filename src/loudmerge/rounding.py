@@ -38,6 +38,9 @@ NEAREST_KEEPS = 0.99
 CLOSING_KEEPS = 0.5
 """Where the nearest keeps as much of what a last layer's MLP writes through, `auto` leaves it to chance."""
 
+SAMPLES, SAMPLE_ROWS = 2, 32
+"""How many runs of how many rows tell what rounding to the nearest keeps of a matrix's update."""
+
 SEGMENT = 4096
 """Columns that are read from consecutive places of the table."""
 

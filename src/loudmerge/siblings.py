@@ -83,8 +83,9 @@ def is_extra_layer(base: Checkpoint, name: str) -> bool:
     count, layer = text.get("num_hidden_layers"), _TEXT_LAYER.match(name)
     if not isinstance(count, int) or layer is None:
         return False
-    shared = text.get("num_kv_shared_layers") or 0
-    return int(layer[1]) >= (count - shared if layer[2] else count)
+    shared = text.get("num_kv_shared_layers")
+    # Neither a string nor a list is a number of layers to transformers either: it counts as none.
+    return int(layer[1]) >= (count - shared if layer[2] and isinstance(shared, int) else count)
 
 
 def _missing_sibling(sibling: str, module: str) -> Problem:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +44,9 @@ MERGEABLE_CODES = frozenset({"F32", "F16", "BF16"})
 
 COMPARED_BYTES = 16 << 20
 """Bytes of a tensor that are compared at a time."""
+
+OPEN_FILES = 16
+"""How many files one reader keeps open: a checkpoint may have more shards than a process may open files."""
 
 
 @dataclass(frozen=True)
@@ -96,41 +102,111 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return entries, metadata
 
 
+@dataclass
+class _Opened:
+    """An open file. users: how many read from it now."""
+
+    descriptor: int
+    users: int = 0
+
+
+class Descriptors:
+    """Any number of files to be read, of which `most` are open at a time. Threads may share it.
+
+    The file that was used longest ago is closed, but never one that is read from: the next file opened may
+    get its descriptor's number. Only where more than `most` are read from at once are more open.
+    """
+
+    def __init__(self, most: int = OPEN_FILES) -> None:
+        self._most = most
+        self._open: OrderedDict[Path, _Opened] = OrderedDict()
+        self._states: dict[Path, tuple[int, ...]] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, file: Path) -> Iterator[int]:
+        """A descriptor of the file, which stays open until the block is left.
+
+        Raises MergeRefused `corrupt-file` when it is another file than the one that was closed.
+        """
+        with self._lock:
+            if file not in self._open:
+                self._close_down_to(self._most - 1)
+                self._open[file] = _Opened(self._opened(file))
+            self._open.move_to_end(file)
+            opened = self._open[file]
+            opened.users += 1
+        try:
+            yield opened.descriptor
+        finally:
+            with self._lock:
+                opened.users -= 1
+                self._close_down_to(self._most)
+
+    def close(self) -> None:
+        """Closes every file; nobody may be reading any more."""
+        with self._lock:
+            self._close_down_to(0)
+
+    def _opened(self, file: Path) -> int:
+        descriptor = os.open(file, os.O_RDONLY)
+        stat = os.fstat(descriptor)
+        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._states.setdefault(file, state) == state:
+            return descriptor
+        os.close(descriptor)
+        raise MergeRefused(
+            Problem(
+                "corrupt-file",
+                str(file),
+                "another file, or another size or time of change, than when it was first opened",
+                "a file that stays as it is while it is read",
+                "Something replaced or changed it: run again once that has ended.",
+            )
+        )
+
+    def _close_down_to(self, most: int) -> None:
+        if len(self._open) <= most:
+            return
+        idle = [file for file, opened in self._open.items() if not opened.users]
+        for file in idle[: len(self._open) - most]:
+            os.close(self._open.pop(file).descriptor)
+
+
 class TensorReader:
-    """Reads tensors of any number of files; one open file descriptor each. Use as a context manager.
+    """Reads tensors of any number of files, of which a few are open at a time. Use as a context manager.
 
     Positioned reads keep no state, so threads may share one reader.
     """
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._files = Descriptors()
 
     def __enter__(self) -> TensorReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._files.close()
 
     def read_bytes(self, entry: TensorEntry, start: int, buffer: Tensor) -> None:
         """Fills `buffer` (uint8, one axis) with the bytes of `entry` from byte `start` on."""
         view = memoryview(buffer.numpy().data)
         position = entry.start + start
-        while view:
-            count = os.preadv(self._descriptor(entry.file), [view], position)
-            if count == 0:
-                raise MergeRefused(
-                    Problem(
-                        "corrupt-file",
-                        str(entry),
-                        f"the end of the file at byte {position}",
-                        f"{entry.nbytes} bytes of data from byte {entry.start} on",
-                        "The file changed while it was read, or was cut short; get it again.",
+        with self._files.use(entry.file) as descriptor:
+            while view:
+                count = os.preadv(descriptor, [view], position)
+                if count == 0:
+                    raise MergeRefused(
+                        Problem(
+                            "corrupt-file",
+                            str(entry),
+                            f"the end of the file at byte {position}",
+                            f"{entry.nbytes} bytes of data from byte {entry.start} on",
+                            "The file changed while it was read, or was cut short; get it again.",
+                        )
                     )
-                )
-            view = view[count:]
-            position += count
+                view = view[count:]
+                position += count
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The whole tensor, in its own dtype and shape."""
@@ -148,12 +224,3 @@ class TensorReader:
             if not torch.equal(buffers[0], buffers[1]):
                 return False
         return True
-
-    def _descriptor(self, file: Path) -> int:
-        found = self._descriptors.get(file)
-        if found is None:
-            opened = os.open(file, os.O_RDONLY)
-            found = self._descriptors.setdefault(file, opened)
-            if found != opened:  # another thread was faster
-                os.close(opened)
-        return found

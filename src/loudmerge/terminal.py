@@ -6,11 +6,12 @@
 3  refused: the inputs cannot be merged correctly
 4  a mismatch: the output is not what it should be
 5  the environment failed: disk, permission, host, memory
-130  interrupted by the user
+130  interrupted by the user; 143 by SIGTERM
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ import click
 from loudmerge import __version__
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Mismatch, is_out_of_memory
 
-DONE, USAGE, REFUSED, MISMATCH, ENVIRONMENT, INTERRUPTED = 0, 2, 3, 4, 5, 130
+DONE, USAGE, REFUSED, MISMATCH, ENVIRONMENT = 0, 2, 3, 4, 5
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, and the bytes done and to do in it."""
@@ -138,7 +139,12 @@ def _refusal(error: MergeRefused) -> Failure:
 def _environment(error: Exception) -> str | None:
     """The message of a failure of the environment; None for a defect."""
     if isinstance(error, (EnvironmentFailed, OSError)):
-        return f"the environment failed: {error}"
+        hint = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
+        return f"the environment failed: {error}" + (f". {hint}" if hint else "")
     if is_out_of_memory(error):
-        return f"out of memory: {error}"
+        return f"out of memory: {str(error) or type(error).__name__}. Give fewer --threads, or more memory."
     return None
+
+
+_FULL = "Make room, or give an OUT on another disk."
+_HINTS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EMFILE: "Allow more open files: ulimit -n."}

@@ -1,8 +1,9 @@
 """Recomputes every tensor of OUT by a second path and compares; every element, nothing sampled.
 
-The plan says which slices of which tensors make up an output tensor. All arithmetic (`recompute`, `judge`,
-`bounds`) is this side's own: float64, from the adapter's own file, independent of `delta.py` and `merge.py`.
-Differences are collected, never raised.
+The plan, made anew, says which slices of which tensors make up an output tensor, what changes in the config,
+and which is a head or of the last layer: a mistake there is the merge's, too. All arithmetic (`recompute`,
+`judge`, `bounds`) is this side's own: float64, from the adapter's own file, independent of `delta.py` and
+`merge.py`; so is what `auto` takes. Differences are collected, never raised.
 """
 
 from __future__ import annotations
@@ -270,9 +271,11 @@ class _Comparison:
         results = [result for _, result in self._results[number]]
         along, total = (sum(sums) for sums in zip(*(result.kept for result in results), strict=True))
         rounded = Counter[str]()
+        unsettled = 0
         for matrix, result in self._results[number]:
             rounded[result.rounding] += len(matrix.terms)
-        return Recomputed(self._plan.outputs[number], along, total, rounded)
+            unsettled += 0 if result.settled else len(matrix.terms)
+        return Recomputed(self._plan.outputs[number], along, total, rounded, unsettled)
 
 
 def is_copy(output: OutputTensor) -> bool:

@@ -11,7 +11,7 @@ from loudmerge.errors import Problem
 from loudmerge.experts import Slot
 from loudmerge.layout import Axes, Span
 from loudmerge.misplaced import missing_base
-from loudmerge.names import Names
+from loudmerge.names import INDEX, Names
 from loudmerge.plan import OutputTensor, Site, Term
 from loudmerge.sites import Placed, dense_problem
 from loudmerge.tensorfile import TensorEntry
@@ -46,6 +46,7 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
         return
     if embedding is None:
         _refuse_unknown_embedding(draft, head)
+        _follow_sizes(draft, head)
         return
     added = None
     if _tied(draft) and not _stays_tied(draft, embedding, wanted):
@@ -53,7 +54,7 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
             added = _add_head(draft, embedding, pairs)
         touched = head is not None and (head.name in draft.terms or head.name in draft.changes)
         if added is not None or touched or _trained_alone(draft, embedding):
-            draft.edit("tie_word_embeddings", False)
+            draft.edit("tie_word_embeddings", False, everywhere=True)
     if "token_rows" in draft.changes.get(embedding.name, {}):
         _carry_rows(draft, embedding, head)
     _follow_size(draft, embedding, added or (draft.final(head) if head is not None else None))
@@ -211,6 +212,7 @@ def _add_head(draft: Draft, embedding: TensorEntry, pairs: Sequence[LoraPair]) -
         replaced=replaced,
         terms=terms,
         token_rows=rows,
+        head=True,
     )
     draft.replaced += replaced + (rows is not None)
     draft.dense += len(terms)
@@ -259,8 +261,32 @@ def _follow_size(draft: Draft, embedding: TensorEntry, head: TensorEntry | None)
     ):
         draft.problems.append(_sizes_differ(draft.final(embedding), head))
     elif size != embedding.shape[0]:
-        draft.edit("vocab_size", size)
-        draft.notes.append(f"the vocabulary is resized to {size}; OUT keeps the base's tokenizer files")
+        _resize(draft, size)
+
+
+def _follow_sizes(draft: Draft, head: TensorEntry | None) -> None:
+    """A resized vocabulary, where the embedding has another name: what has a row for each token agrees."""
+    sizes, canonical = draft.base.vocabulary_sizes, draft.names.canonical
+    held = [
+        entry
+        for name, entry in draft.base.entries.items()
+        if entry is head
+        or (len(entry.shape) in (1, 2) and entry.shape[0] in sizes and not INDEX.search(canonical[name]))
+    ]
+    resized = [draft.final(entry) for entry in held if draft.final(entry).shape[0] != entry.shape[0]]
+    if not resized:
+        return
+    size = resized[0].shape[0]
+    other = next((draft.final(entry) for entry in held if draft.final(entry).shape[0] != size), None)
+    if other is not None:
+        draft.problems.append(_sizes_differ(resized[0], other))
+    else:
+        _resize(draft, size)
+
+
+def _resize(draft: Draft, size: int) -> None:
+    draft.edit("vocab_size", size)
+    draft.notes.append(f"the vocabulary is resized to {size}; OUT keeps the base's tokenizer files")
 
 
 def _require_bias(draft: Draft, head: TensorEntry | None) -> None:

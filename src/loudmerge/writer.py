@@ -1,4 +1,4 @@
-"""The only module that writes: a staged directory, durable files, one rename.
+"""The only module that writes OUT's weights and gives it its name: a staged directory, durable files.
 
 While a merge runs, its files lie in two directories inside `.OUT.loudmerge-staging` beside OUT: weights
 without a config, and the other files without weights. Neither looks like a checkpoint. Once all are
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,9 @@ from loudmerge.plan import OutputTensor
 _PAGE = 4096
 """Alignment, in bytes, of a direct write: of its place in the file, its length and its address in memory."""
 
+_NAME_BYTES = 255
+"""What file systems take for a name (NAME_MAX)."""
+
 _CLOSED = -1
 """In a descriptor's place where there is none: what is written to it fails, and hits no other file."""
 
@@ -48,7 +52,7 @@ class Staging:
         self.out = out.absolute()
         self._overwrite = overwrite
         self._resume = resume
-        self.root = self.out.parent / f".{self.out.name}.loudmerge-staging"
+        self.root = self.out.parent / _staged_name(self.out.name)
         self.weights = self.root / "weights"
         self.files = self.root / "files"
         self.done = self.root / "done"
@@ -58,8 +62,12 @@ class Staging:
 
     def __enter__(self) -> Staging:
         self._parents = make_parents(self.out)
-        self.root.mkdir(exist_ok=True)
-        self._lock = self._take_lock()
+        try:
+            self.root.mkdir(exist_ok=True)
+            self._lock = self._take_lock()
+        except OSError:  # Not where another holds the lock: then all of this is that other's.
+            remove_parents([self.root, *self._parents])
+            raise
         try:
             self._recover()
             refuse_existing(self.out, overwrite=self._overwrite)
@@ -167,6 +175,15 @@ class Staging:
                 raise AssertionError(f"{path.name} would replace a weight file of that name")
 
 
+def _staged_name(out: str) -> str:
+    """The name of the staged directory: by a hash where that of an OUT would be too long with ours added."""
+    staged = f".{out}.loudmerge-staging"
+    name = os.fsencode(out)
+    if len(name) <= _NAME_BYTES < len(os.fsencode(staged)):
+        return f".{hashlib.sha256(name).hexdigest()}.loudmerge-staging"
+    return staged
+
+
 class ShardFile:
     """One safetensors file that is being written, at positions known beforehand. Its size is `nbytes`.
 
@@ -185,10 +202,7 @@ class ShardFile:
         """Makes the file. A full disk shows now, not at the end; and blocks that exist are written faster."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, self.nbytes)
-            else:  # macOS: the size alone, without blocks
-                os.ftruncate(descriptor, self.nbytes)
+            _reserve(descriptor, self.nbytes)
         except OSError as error:
             wanted = f"{error.strerror}, {self.nbytes} bytes wanted"
             raise OSError(error.errno, wanted, str(self.path)) from error
@@ -297,6 +311,19 @@ def _layout(
 def _place(output: OutputTensor) -> tuple[bool, int]:
     count = max(math.prod(output.shape), 1)
     return output.nbytes % _PAGE != 0, -(output.nbytes // count)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Blocks for a new file; where macOS or the file system cannot, its size alone."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        else:
+            return
+    os.ftruncate(descriptor, nbytes)
 
 
 def _open_direct(path: Path) -> int:

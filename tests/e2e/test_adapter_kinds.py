@@ -112,6 +112,46 @@ def test_out_computes_what_the_live_model_computed(kind: Kind, tmp_path: Path) -
         assert (tensor - found[name]).abs().max() <= FLOAT32_BOUND * tensor.abs().max(), name
 
 
+def _unsaid(config: dict[str, Any], field: str) -> None:
+    """Leaves a field of a config to the defaults of its classes."""
+    config.pop(field, None)
+    for part in config.values():
+        if isinstance(part, dict):
+            _unsaid(part, field)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "paligemma"])
+@pytest.mark.parametrize("at_the_top", [False, True])
+def test_a_trained_head_of_a_base_that_is_tied_by_default_is_found_again(
+    model_type: str, at_the_top: bool, tmp_path: Path
+) -> None:
+    """transformers 5 asks the whole config whether a head is tied, 4 the text model's part of it."""
+    config = tiny.config(model_type)
+    for part in (config, config.text_config):
+        part.tie_word_embeddings = True
+    cls = tiny.model_class(model_type)
+    assert cls is not None
+    model = cls(config)
+    tiny.fill(model, 0)
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    saved = tmp_path / "base" / "config.json"
+    said = json.loads(saved.read_text())
+    _unsaid(said, "tie_word_embeddings")
+    saved.write_text(json.dumps({**said, "tie_word_embeddings": True} if at_the_top else said))
+    live = get_peft_model(
+        tiny.load(tmp_path / "base", cls),
+        LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["lm_head"]),
+    )
+    tiny.fill(live.get_output_embeddings().modules_to_save, 1)
+    live.save_pretrained(tmp_path / "adapter")
+    loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    out = tiny.load(tmp_path / "out", cls)
+    trained = tiny.logits(live.eval())
+    assert (tiny.logits(out) - trained).abs().max() <= LOGITS_BOUND
+    assert (tiny.logits(tiny.load(tmp_path / "base", cls)) - trained).abs().max() >= TRAINED
+
+
 @pytest.mark.parametrize("kind", _cases(merged_only=True))
 def test_bfloat16_is_bit_identical_with_rounding_peft(kind: Kind, tmp_path: Path) -> None:
     """Only where the float32 products differ may a last bit differ, and that is rare."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    EsmConfig,
+    EsmForMaskedLM,
     PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -45,6 +47,10 @@ def bert() -> PreTrainedModel:
 
 def roberta() -> PreTrainedModel:
     return RobertaForMaskedLM(RobertaConfig(**SIZES))
+
+
+def esm() -> PreTrainedModel:
+    return EsmForMaskedLM(EsmConfig(**SIZES, pad_token_id=1, mask_token_id=2))
 
 
 def t5() -> PreTrainedModel:
@@ -113,3 +119,65 @@ def test_rows_of_t5_that_stores_its_head_apart_are_refused(tmp_path: Path) -> No
         loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = live.merge_and_unload().lm_head.weight
     assert torch.equal(merged[6:8], head["lm_head.weight"][6:8]) is kinds.TRANSFORMERS_4
+
+
+def with_a_bias(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "bias"), [(bert, "cls.predictions.bias"), (roberta, "lm_head.bias"), (esm, "")]
+)
+def test_rows_that_reach_a_head_with_a_bias_are_refused(
+    build: Callable[[], PreTrainedModel], bias: str, tmp_path: Path
+) -> None:
+    """PEFT computes the head without it, and leaves it in its own merge. ESM's is added behind the head."""
+    torch.manual_seed(0)
+    model = with_a_bias(build())
+    model.save_pretrained(tmp_path / "base")
+    live = with_rows(type(model), tmp_path / "base", "query", "word_embeddings")
+    live.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    wanted, folders = logits(live), (tmp_path / "base", tmp_path / "adapter")
+    if bias:
+        with pytest.raises(loudmerge.MergeRefused, match=f"{bias} .* that PEFT leaves out"):
+            loudmerge.merge(*folders, tmp_path / "out")
+        with pytest.raises(loudmerge.MergeRefused, match=f"{bias} .* that PEFT leaves out"):
+            loudmerge.save_pretrained_merged(live, tmp_path / "live")
+        lost = (logits(live.merge_and_unload()) - wanted).abs().max()
+        torch.testing.assert_close(lost, load_file(folders[0] / "model.safetensors")[bias].abs().max())
+        return
+    loudmerge.merge(*folders, tmp_path / "out")
+    loudmerge.save_pretrained_merged(live, tmp_path / "live")
+    for out in ("out", "live"):
+        torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / out).eval()), wanted)
+
+
+@pytest.mark.parametrize(("build", "bias"), [(bert, "cls.predictions.bias"), (roberta, "lm_head.bias")])
+def test_a_tied_bias_that_peft_saves_under_both_of_its_names_is_merged(
+    build: Callable[[], PreTrainedModel], bias: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = with_a_bias(build())
+    model.save_pretrained(tmp_path / "base")
+    live = get_peft_model(
+        type(model).from_pretrained(tmp_path / "base").eval(),
+        LoraConfig(r=3, target_modules=["query"], bias="all"),
+    )
+    assert isinstance(live, PeftModel)
+    kinds.train(live)
+    live.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    held = load_file(file)
+    both = [f"base_model.model.{name}" for name in (bias, bias.replace(".bias", ".decoder.bias"))]
+    assert torch.equal(*(held[name] for name in both))
+    loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(
+        logits(type(model).from_pretrained(tmp_path / "out").eval()), logits(live), rtol=1e-4, atol=1e-5
+    )
+    save_file({**held, both[0]: held[both[0]] + 1}, file, {"format": "pt"})
+    with pytest.raises(loudmerge.MergeRefused, match=r"found other values than .* expected the same bytes"):
+        loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "apart")

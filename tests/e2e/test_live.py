@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import loudmerge
 from tests.support import kinds, tiny
@@ -254,6 +261,78 @@ def test_what_was_changed_in_memory_is_in_out(change: str, tmp_path: Path) -> No
         assert_logits(tmp_path / "out", wanted)
 
 
+def tie(model: PreTrainedModel) -> None:
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_head_that_was_tied_in_memory_is_tied_in_out(name: str, tmp_path: Path) -> None:
+    """The head that the checkpoint on disk has is not the model's any more."""
+    kinds.build(replace(LLAMA, model=name)).save_pretrained(tmp_path / "base")
+    base = kinds.load(tmp_path / "base")
+    tie(base)
+    model = kinds.attach(base, Kind(name, name, {"target_modules": ["q_proj"]}, ()))
+    wanted = tiny.logits(model)
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert_logits(tmp_path / "out", wanted)
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_head_that_is_the_tied_embedding_stays_on_disk(tmp_path: Path) -> None:
+    tied = replace(LLAMA, config=kinds.TIED)
+    kinds.build(tied).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    held = load_file(file)
+    save_file({**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    model = kinds.attach(kinds.load(tmp_path / "base"), tied)
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert shards(tmp_path / "out") == shards(tmp_path / "base")
+    assert_logits(tmp_path / "out", tiny.logits(model))
+
+
+@pytest.mark.parametrize("gone", ["model.layers.1.", "lm_head."])
+def test_what_was_taken_out_of_the_model_does_not_come_back_from_disk(gone: str, tmp_path: Path) -> None:
+    """Though its config is as it was."""
+    model = from_disk(tmp_path)
+    base = model.get_base_model()
+    if gone == "lm_head.":
+        base.lm_head = nn.Identity()
+    else:
+        base.model.layers = base.model.layers[:1]
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert not any(key.startswith(gone) for keys in shards(tmp_path / "out").values() for key in keys)
+    assert inputs_named(tmp_path)[0].startswith("the live model's base")
+
+
+class OfMoreThanAConfig(LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: LlamaConfig, more: int) -> None:
+        super().__init__(config)
+        self.more = more
+
+
+def test_a_class_that_is_made_of_more_than_a_config_is_written_from_memory(tmp_path: Path) -> None:
+    kinds.build(LLAMA).save_pretrained(tmp_path / "base")
+    model = kinds.attach(OfMoreThanAConfig.from_pretrained(tmp_path / "base", more=1).eval(), LLAMA)
+    wanted = tiny.logits(model)
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert inputs_named(tmp_path)[0].startswith("the live model's base")
+    assert_logits(tmp_path / "out", wanted)
+
+
+def test_a_config_that_has_numbers_for_names_is_compared(tmp_path: Path) -> None:
+    """Aria's projector_patch_to_query_dict."""
+    aria = tiny.build("aria")
+    aria.save_pretrained(tmp_path / "base")
+    base = type(aria).from_pretrained(tmp_path / "base").eval()
+    model = kinds.attach(base, Kind("aria", "aria", {"target_modules": ["q_proj"]}, ()))
+    wanted = tiny.logits(model)
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert inputs_named(tmp_path)[0] == str(tmp_path / "base")
+    found = type(aria).from_pretrained(tmp_path / "out").eval()
+    assert (tiny.logits(found) - wanted).abs().max() <= LOGITS_BOUND
+
+
 def unchanged(folder: Path, model: PeftModel, code: str, **options: Any) -> str:
     """Refused with this code; the model, and what lies beside OUT, are as before. Returns the message."""
     before, beside = snapshot(model), sorted(folder.rglob("*"))
@@ -355,6 +434,48 @@ def test_what_is_no_peft_model_is_a_type_error(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"LlamaForCausalLM, expected a peft\.PeftModel"):
         loudmerge.save_pretrained_merged(kinds.build(LLAMA), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"resume": True}, ValueError, "resume is True, expected False: a live model is written anew"),
+        ({"named": ("a", "b")}, TypeError, "save_pretrained_merged.. has no option 'named'"),
+        ({"base": "b"}, TypeError, "has no option 'base'"),
+        ({"dtypes": "bfloat16"}, TypeError, "has no option 'dtypes'"),
+    ],
+)
+def test_an_option_that_there_is_not_is_an_error_before_anything_is_written(
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = live_model()
+    monkeypatch.setattr(model, "save_pretrained", None)
+    with pytest.raises(error, match=message):
+        loudmerge.save_pretrained_merged(model, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_merge_may_be_given_as_they_are_by_default(tmp_path: Path) -> None:
+    loudmerge.save_pretrained_merged(live_model(), tmp_path / "out", resume=False, verify=False)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_out_may_have_any_name_that_a_file_may_have(tmp_path: Path) -> None:
+    loudmerge.save_pretrained_merged(live_model(), tmp_path / ("x" * 255))
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+def test_the_checkpoint_that_the_model_was_loaded_from_is_not_replaced(tmp_path: Path) -> None:
+    model = from_disk(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "out")
+    model.get_base_model().name_or_path = str(tmp_path / "out")
+    message = unchanged(tmp_path, model, "out-exists", overwrite=True)
+    assert f"found {tmp_path / 'out'}/" in message
+    assert ".live-" not in message
 
 
 def test_disabled_adapters_are_a_value_error(tmp_path: Path) -> None:

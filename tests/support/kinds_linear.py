@@ -169,6 +169,13 @@ LINEAR: tuple[Kind, ...] = (
         (r"mlp\.gate\.weight", r"shared_expert_gate\.weight"),
     ),
     Kind(
+        "MiCA",
+        "llama",
+        {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "mica"},
+        (r"q_proj\.lora_A",),
+        needs_peft=(0, 21),
+    ),
+    Kind(
         "bias lora_only",
         "qwen2_moe",
         {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedModel
+
 from tests.support.kinds import TIED, UNTIED, Kind
 
 TOKENS = (3, 7, 8, 14)
@@ -9,6 +11,12 @@ TOKENS = (3, 7, 8, 14)
 
 _EMBEDDING = r"embed_tokens\.lora_embedding_A$"
 _ROWS = r"embed_tokens\.token_adapter\.trainable_tokens_delta$"
+
+
+def _neox_head(model: PreTrainedModel) -> str:
+    """transformers 5 renamed it; the file kept the name."""
+    return "lm_head" if hasattr(model, "lm_head") else "embed_out"
+
 
 VOCABULARY: tuple[Kind, ...] = (
     Kind(
@@ -214,6 +222,64 @@ VOCABULARY: tuple[Kind, ...] = (
         {"target_modules": ["q_proj"], "trainable_token_indices": [4, 96, 100]},
         (r"token_adapter",),
         config=TIED,
+        resize=101,
+        save={"save_embedding_layers": True},
+    ),
+    Kind(
+        "resized vocabulary and token indices, dict, tied",
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [4, 96, 100]}},
+        (r"embed_tokens\.token_adapter\.trainable_tokens_delta$",),
+        config=TIED,
+        resize=101,
+        save={"save_embedding_layers": True},
+    ),
+    Kind(
+        "token indices, dict, tied, with the embedding",
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": list(TOKENS)}},
+        (_ROWS,),
+        config=TIED,
+        save={"save_embedding_layers": True},
+    ),
+    Kind(
+        "LoRA on wte and head",
+        "gpt2",
+        {"target_modules": ["c_attn", "wte", "lm_head"], "fan_in_fan_out": True},
+        (r"wte\.lora_embedding_A$", r"wte\.base_layer\.weight$", r"lm_head\.base_layer\.weight$"),
+        config=UNTIED,
+        save={"save_embedding_layers": True},
+    ),
+    Kind(
+        "resized vocabulary of wte",
+        "gpt2",
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+        (r"wte\.weight$", r"lm_head\.weight$"),
+        config=UNTIED,
+        resize=101,
+        save={"save_embedding_layers": True},
+    ),
+    Kind(
+        "resized vocabulary of wte and modules_to_save",
+        "gpt2",
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["wte", "lm_head"]},
+        (r"wte\.weight$", r"lm_head\.weight$"),
+        config=UNTIED,
+        resize=101,
+    ),
+    Kind(
+        "LoRA on the head of GPT-NeoX",
+        "gpt_neox",
+        lambda model: {"target_modules": ["query_key_value", _neox_head(model)]},
+        (r"(lm_head|embed_out)\.lora_A",),
+        config=UNTIED,
+    ),
+    Kind(
+        "resized vocabulary of GPT-NeoX",
+        "gpt_neox",
+        {"target_modules": ["query_key_value"]},
+        (r"embed_in\.weight$", r"(lm_head|embed_out)\.weight$"),
+        config=UNTIED,
         resize=101,
         save={"save_embedding_layers": True},
     ),

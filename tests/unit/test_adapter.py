@@ -268,9 +268,33 @@ def test_token_rows_without_indices_are_refused(indices: object, tmp_path: Path)
     assert "found trained token rows, expected trainable_token_indices in the config" in str(error)
 
 
+HEAD_ROWS = f"{HEAD}.token_adapter.trainable_tokens_delta"
+
+
+def test_rows_that_the_config_does_not_name_are_a_copy_of_those_that_it_names(tmp_path: Path) -> None:
+    """Where PEFT saves a tied embedding and head whole, it saves the embedding's rows for both."""
+    adapter = read(
+        tmp_path, full(ROWS, 2, 4) | full(HEAD_ROWS, 2, 4), trainable_token_indices={"embed_tokens": [3, 1]}
+    )
+    assert [rows.module for rows in adapter.rows] == [EMBED]
+    assert [(a.name, b.name) for a, b in adapter.copies] == [(PREFIX + ROWS, PREFIX + HEAD_ROWS)]
+
+
+def test_rows_that_the_config_does_not_name_and_of_another_shape_are_refused(tmp_path: Path) -> None:
+    held = full(ROWS, 2, 4) | full(HEAD_ROWS, 3, 4)
+    error = refused(tmp_path, held, trainable_token_indices={"embed_tokens": [3, 1]})
+    assert f"{HEAD_ROWS} [3, 4] F32 in adapter_model.safetensors: found trained token rows" in str(error)
+
+
+def test_rows_for_one_index_twice_are_refused(tmp_path: Path) -> None:
+    error = refused(tmp_path, full(ROWS, 2, 4), trainable_token_indices=[1, 1])
+    assert error.code == "unsupported-adapter"
+    assert "found rows for the indices [1, 1], one of them twice, expected each index once." in str(error)
+
+
 @pytest.mark.parametrize(
     ("indices", "shape"),
-    [([1, 2, 3], (2, 4)), ([1], (2, 4)), ([1, 1], (2, 4)), ([1, 2], (2, 4, 1)), ([1, 2], (2,))],
+    [([1, 2, 3], (2, 4)), ([1], (2, 4)), ([1, 2], (2, 4, 1)), ([1, 2], (2,))],
 )
 def test_token_rows_need_one_index_each(indices: list[int], shape: Sequence[int], tmp_path: Path) -> None:
     error = refused(tmp_path, full(ROWS, *shape), trainable_token_indices=indices)

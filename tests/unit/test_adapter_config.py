@@ -197,7 +197,7 @@ def test_replicated_layers_are_refused(value: object, tmp_path: Path) -> None:
     assert "other layers than its base" in error.hint
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_an_initialisation_that_leaves_the_base_alone_is_fine(init: object, tmp_path: Path) -> None:
     assert read(tmp_path, init_lora_weights=init).rank == 2
 
@@ -320,6 +320,13 @@ RESTRICTED: Sequence[dict[str, Any]] = (
     {"target_modules": ["q_proj", "down_proj", "lm_head"], "modules_to_save": ["lm_head", "mlp"]},
     {"target_modules": r".*", "modules_to_save": ["layers"]},
 )
+
+
+def test_a_pattern_of_layers_may_have_a_group() -> None:
+    """PEFT takes the first group for the number, and fails."""
+    found = config(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="(layers|h)")
+    names = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    assert [found.targets_module(name) for name in names] == [False, True]
 
 
 @pytest.mark.parametrize("fields", RESTRICTED)

@@ -314,6 +314,12 @@ def test_an_index_without_a_map_is_corrupt(weight_map: object, sharded: Path) ->
     assert str(error).startswith(f"corrupt-file: {sharded / INDEX}: found no weight_map, expected a map")
 
 
+@pytest.mark.parametrize(("metadata", "kind"), [([1], "list"), ("x", "str")])
+def test_an_index_whose_metadata_are_no_map_is_corrupt(metadata: object, kind: str, sharded: Path) -> None:
+    edit_index(sharded, lambda index: index.update(metadata=metadata))
+    assert f"{INDEX}: found a {kind} as metadata, expected a map, or none" in str(refused(sharded))
+
+
 @pytest.mark.parametrize(
     "name",
     [

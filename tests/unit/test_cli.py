@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,9 +194,15 @@ def failed_allocation() -> RuntimeError:
     [
         (Mismatch("3 of 48 tensors differ"), 4, "mismatch: 3 of 48 tensors differ"),
         (EnvironmentFailed("no peft: pip install peft"), 5, "the environment failed: no peft"),
-        (OSError(errno.ENOSPC, "No space left on device", "OUT/x"), 5, "No space left on device: 'OUT/x'"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "OUT/x"),
+            5,
+            "No space left on device: 'OUT/x'. Make room",
+        ),
+        (OSError(errno.EMFILE, "Too many open files", "x"), 5, "'x'. Allow more open files"),
         (PermissionError(errno.EACCES, "Permission denied", "OUT"), 5, "Permission denied: 'OUT'"),
-        (MemoryError("too big"), 5, "out of memory: too big"),
+        (MemoryError("too big"), 5, "out of memory: too big. Give"),
+        (MemoryError(), 5, "out of memory: MemoryError. Give"),
         (torch.OutOfMemoryError("CUDA out of memory"), 5, "out of memory: CUDA out of memory"),
         (failed_allocation(), 5, "out of memory: "),
     ],
@@ -226,6 +234,15 @@ def test_an_interrupt_exits_as_shells_expect(library: Library, run: Callable[...
     assert run(*COMMANDS["merge"]) == (130, "", "\ninterrupted\n")
     ended = run(*COMMANDS["merge"], "--json")
     assert (ended.code, ended.document["status"]) == (130, "interrupted")
+
+
+def test_sigterm_ends_a_command_as_an_interrupt_does(library: Library, run: Callable[..., Ended]) -> None:
+    """So do batch systems and containers: what is staged is removed, and --json has its document."""
+    library.before = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    ended = run(*COMMANDS["merge"], "--json")
+    assert (ended.code, ended.document["status"]) == (143, "interrupted")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_merge_has_the_defaults_of_the_contract(library: Library, run: Callable[..., Ended]) -> None:

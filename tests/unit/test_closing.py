@@ -39,6 +39,13 @@ def test_only_the_last_layer_of_each_stack_has_them() -> None:
     assert closing(names) == found | {"visual.blocks.1.mlp.fc2.weight"}
 
 
+def test_a_last_layer_without_an_mlp_has_none() -> None:
+    """The last but one writes to a layer that still computes."""
+    names = ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mixer.out_proj.weight"]
+    assert closing(names) == frozenset()
+    assert closing(names, lambda name: ".1." in name) == {names[0]}
+
+
 TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS: Mapping[str, tuple[str, dict[str, int], set[str]]] = {
     "llama": ("LlamaModel", {}, {"layers.1.mlp.down_proj.weight"}),
@@ -186,3 +193,16 @@ def test_the_head_goes_to_the_nearest_however_little_that_keeps(tied: bool, tmp_
     shutil.copy(tmp_path / "balanced" / "model.safetensors", tmp_path / "auto")
     wrong = loudmerge.verify(tmp_path / "auto", tmp_path / "base", tmp_path / "adapter").mismatches
     assert wrong[0].key == f"{HEAD}.weight"
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("llama", "lm_head.weight"), ("deepseek_v4", "head.weight"), ("bert", "x.head.weight")]
+)
+def test_a_head_is_known_by_its_name_in_memory(kind: str, key: str, tmp_path: Path) -> None:
+    """deepseek_v4's checkpoints say head.weight."""
+    tensors = {key: (values(OUTPUTS, INPUTS) * 0.02).bfloat16(), f"{EMBED}.weight": values(OUTPUTS, INPUTS)}
+    base = write_base(tmp_path / "base", tensors, model_type=kind, tie_word_embeddings=False)
+    name = HEAD if kind != "bert" else "x.head"
+    pairs = {key: tensor * 0.001 for key, tensor in lora(name, OUTPUTS, INPUTS).items()}
+    report = loudmerge.merge(base, write_adapter(tmp_path / "adapter", pairs), tmp_path / "out")
+    assert report.to_json()["rounding"] == {"balanced" if kind == "bert" else "nearest": 1}

@@ -337,6 +337,18 @@ def test_without_a_base_the_user_says_the_orientation(to: str, tmp_path: Path) -
     assert all(torch.equal(told[key], proven[key]) for key in told)
 
 
+def test_the_base_is_the_one_that_the_adapter_names_where_it_is_here(tmp_path: Path) -> None:
+    built = build(qwen(), tmp_path)
+    named = {**config(built.adapter), "base_model_name_or_path": str(built.base)}
+    (built.adapter / "adapter_config.json").write_text(json.dumps(named))
+    found = convert(built.adapter, tmp_path / "found", PER_EXPERT)
+    assert found.to_json()["base"] == str(built.base)
+    given = convert(built.adapter, tmp_path / "given", PER_EXPERT, base=built.base)
+    assert tensors(found.out).keys() == tensors(given.out).keys()
+    with pytest.raises(MergeRefused, match="out-exists"):
+        convert(built.adapter, built.base, PER_EXPERT, overwrite=True)
+
+
 def test_without_a_base_and_without_a_word_it_is_refused(tmp_path: Path) -> None:
     built = build(qwen(), tmp_path)
     with pytest.raises(MergeRefused, match=r"Give --base, or say --orientation") as caught:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loudmerge.provenance import knows_embed_scale
 from tests.unit.builders import EMBED, PREFIX, Tensors, World, config, lora, values
@@ -134,3 +135,67 @@ def test_a_lora_on_the_weight_itself_is_merged(world: World) -> None:
         UNTIED, lora("lm_head", V, H), {"model_type": "dory"}, target_parameters=["lm_head.weight"], **NEW
     )
     assert plan.counts.dense == 1
+
+
+BIAS = torch.tensor([0.0] * (V - 1) + [0.5])
+BIASED = {**UNTIED, "lm_head.bias": BIAS}
+APART: dict[str, Any] = {"model_type": "phi", "tie_word_embeddings": False}
+HEAD_ROWS = {key.replace(EMBED, "lm_head"): ROWS[key] for key in ROWS}
+HEAD_INDICES = {"trainable_token_indices": {"lm_head": [1, 2]}}
+TIED: dict[str, Any] = {"model_type": "bert", "tie_word_embeddings": True}
+LOST = "a bias of the head that PEFT leaves out"
+
+
+@pytest.mark.parametrize("name", ["lm_head", "cls.predictions.decoder"])
+def test_token_rows_of_a_head_with_a_bias_are_refused(name: str, world: World) -> None:
+    """BERT's bias may lie under the name of the module around the head."""
+    base = {f"{name}.weight": values(V, H), f"{name.removesuffix('.decoder')}.bias": BIAS, **UNTIED}
+    rows = {key.replace("lm_head", name): HEAD_ROWS[key] for key in HEAD_ROWS}
+    spec = {"trainable_token_indices": {name: [1, 2]}}
+    refused = world.refuse(base, rows, APART, **spec)
+    assert refused.code == "unsupported-adapter"
+    assert LOST in str(refused)
+    zero = {key: tensor * 0 if "bias" in key else tensor for key, tensor in base.items()}
+    assert world.plan(zero, rows, APART, **spec).counts.replaced == 1
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_token_rows_of_an_embedding_that_is_tied_to_a_head_with_a_bias_are_refused(
+    said: bool | None, world: World
+) -> None:
+    """A config that says nothing leaves it to the class."""
+    base = {f"{EMBED}.weight": values(V, H), "vocab_projector.bias": BIAS}
+    model = {"model_type": "distilbert", "tie_word_embeddings": said}
+    assert LOST in str(world.refuse(base, ROWS, model, **INDICES))
+    world.plan({**base, "vocab_projector.bias": BIAS * 0}, ROWS, model, **INDICES)
+
+
+def test_token_rows_of_an_embedding_leave_the_bias_of_a_head_of_its_own(world: World) -> None:
+    assert world.plan(BIASED, ROWS, APART, **INDICES).counts.replaced == 1
+
+
+def test_a_bias_that_is_added_behind_the_head_stays(world: World) -> None:
+    base = {f"{EMBED}.weight": values(V, H), "lm_head.bias": BIAS}
+    world.plan(base, ROWS, {**TIED, "model_type": "esm"}, **INDICES)
+    assert LOST in str(world.refuse(base, ROWS, TIED, **INDICES))
+
+
+def test_a_trained_bias_counts_as_it_was_trained(world: World) -> None:
+    base = {**UNTIED, "lm_head.bias": BIAS * 0}
+    trained = {**HEAD_ROWS, f"{PREFIX}lm_head.bias": BIAS}
+    assert LOST in str(world.refuse(base, trained, APART, **HEAD_INDICES, bias="all"))
+
+
+def test_the_head_that_ensure_weight_tying_makes_has_no_bias(world: World) -> None:
+    base = {f"{EMBED}.weight": values(V, H), "lm_head.bias": BIAS}
+    saved = {f"{PREFIX}{EMBED}.weight": values(V, H, seed=3)}
+    fields = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    assert LOST in str(world.refuse(base, saved, TIED, **fields))
+    world.plan({**base, "lm_head.bias": BIAS * 0}, saved, TIED, **fields)
+    head = {f"{PREFIX}lm_head.weight": values(V, H, seed=3)}
+    assert LOST in str(world.refuse(BIASED, {**saved, **head}, APART, **fields))
+    world.plan(BIASED, {**saved, **head, f"{PREFIX}lm_head.bias": BIAS}, APART, **fields)
+    classes = {"score.weight": values(V, H, seed=4), "score.bias": BIAS}
+    fields["modules_to_save"] = ["embed_tokens", "score"]
+    both = {**saved, **{f"{PREFIX}{key}": tensor for key, tensor in classes.items()}}
+    assert LOST not in str(world.plan({f"{EMBED}.weight": values(V, H), **classes}, both, APART, **fields))

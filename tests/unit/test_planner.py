@@ -374,9 +374,14 @@ def test_a_lora_bias_needs_a_bias_in_the_base(base: Tensors, code: str, world: W
             {
                 "dtype": "float32",
                 "text_config": {"dtype": "float32", "torch_dtype": None},
-                "vision_config": {"x": 1},
+                "vision_config": {"x": 1, "inner": {"torch_dtype": "float32"}},
+                "a.b": {"dtype": "float32"},
             },
-            {"dtype": "float16", "text_config.dtype": "float16"},
+            {
+                "dtype": "float16",
+                "text_config.dtype": "float16",
+                "vision_config.inner.torch_dtype": "float16",
+            },
         ),
     ],
 )

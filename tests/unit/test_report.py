@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,18 @@ def test_the_report_in_out_is_the_one_that_is_returned_and_lists_the_files_there
     assert json.loads(text) == json.loads(json.dumps(report.to_json()))
     assert text.endswith("}\n")
     assert report.to_json()["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+def test_what_the_document_says_is_an_attribute(tmp_path: Path) -> None:
+    report = merged(tmp_path)
+    assert (report.status, report.counts, report.out) == (
+        "merged",
+        report.document["counts"],
+        str(tmp_path / "out"),
+    )
+    assert copy.copy(report) == report
+    with pytest.raises(AttributeError, match="'size'"):
+        report.size  # noqa: B018
 
 
 def test_the_summary_names_counts_layout_and_what_was_kept(tmp_path: Path) -> None:

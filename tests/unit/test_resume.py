@@ -122,12 +122,18 @@ def test_with_nothing_to_go_on_with_a_merge_starts(place: Place, reference: dict
     assert same(content(place.out), reference)
 
 
-@pytest.mark.parametrize("change", ["adapter", "base", "option"])
+@pytest.mark.parametrize("change", ["adapter", "adapter of the same age", "base", "option"])
 def test_the_shards_of_another_merge_are_refused(change: str, place: Place) -> None:
     interrupt(place, KeyboardInterrupt())
     options: dict[str, Any] = {}
     if change == "adapter":
         write_adapter(place.adapter, lora("model.layers.0.self_attn.q_proj", 8, 6))
+    elif change == "adapter of the same age":
+        weights = place.adapter / "adapter_model.safetensors"
+        stat = weights.stat()
+        write_adapter(place.adapter, {key: -value for key, value in lora(Q_PROJ, 8, 6).items()})
+        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     elif change == "base":
         os.utime(place.base / FIRST, ns=(1, 1))
     else:

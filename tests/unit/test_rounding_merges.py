@@ -209,3 +209,16 @@ def test_a_matrix_rounded_by_chance_is_not_taken_for_a_balanced_one(tmp_path: Pa
     report = tmp_path / "out" / "merge_report.json"
     report.write_text(report.read_text().replace('"rounding": "stochastic"', '"rounding": "auto"'))
     assert {mismatch.key for mismatch in verified(place).mismatches} == {f"{key}.weight" for key in KEYS}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rounding", "kept"),
+    [(1e-30, "nearest", 0.0), *((alpha, how, 1.0) for alpha in (4e20, 4e22) for how in ("nearest", "auto"))],
+)
+def test_what_is_kept_of_updates_whose_squares_no_float32_holds(
+    alpha: float, rounding: str, kept: float, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", {f"{KEYS[0]}.weight": values(256, 256).bfloat16()})
+    adapter = write_adapter(tmp_path / "adapter", lora(KEYS[0], 256, 256), lora_alpha=alpha)
+    report = loudmerge.merge(base, adapter, tmp_path / "out", rounding=rounding).to_json()
+    assert report["delta_kept"]["overall"] == pytest.approx(kept, abs=0.01)

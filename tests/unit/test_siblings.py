@@ -74,6 +74,12 @@ def test_keys_and_values_that_layers_share_are_not_trained(world: World) -> None
     assert error.where == "model.layers.1.self_attn.k_proj"
 
 
+@pytest.mark.parametrize("shared", ["2", [1], None])
+def test_what_is_no_number_of_shared_layers_shares_none(shared: object, world: World) -> None:
+    model = {"num_hidden_layers": 3, "num_kv_shared_layers": shared}
+    assert world.plan(LAYERS, q_of(0, 1, 2), model, target_modules=["q_proj"]).counts.dense == 3
+
+
 def test_layers_of_a_nested_config_count_too(world: World) -> None:
     model = {"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 1}}
     assert world.refuse(LAYERS, q_of(0, 1), model, target_modules=["q_proj"]).code == "missing-adapter-tensor"

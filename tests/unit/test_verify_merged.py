@@ -151,6 +151,21 @@ def test_what_merge_makes_of_dense_adapters_is_verified(
     assert [(m.key, m.what) for m in verify(tmp_path / "out", base, adapter).mismatches] == [(key, "value")]
 
 
+@pytest.mark.parametrize("kind", ["dora", "bias", "embedding"])
+def test_the_errors_that_float32_may_make_are_few_units(tmp_path: Path, kind: str) -> None:
+    base, adapter = dense(tmp_path, kind, "float32")
+    merge(base, adapter, tmp_path / "out", verify=False)
+    file = tmp_path / "out" / "model.safetensors"
+    held = load_file(file)
+    key = {"dora": LINEAR, "bias": LINEAR.replace("weight", "bias")}.get(kind, "model.embed_tokens.weight")
+    # Of the largest, whose unit no sum of this size is far below.
+    place = held[key].abs().view(-1).argmax()
+    held[key].view(-1).view(torch.int32)[place] += 64
+    save_file(held, file, metadata={"format": "pt"})
+    (found,) = verify(tmp_path / "out", base, adapter).mismatches
+    assert (found.key, found.wrong) == (key, 1)
+
+
 LINEAR = "model.layers.0.self_attn.q_proj.weight"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loudmerge import judge
 from loudmerge.balance import Bands, bands
 from loudmerge.bounds import carried
 from loudmerge.layout import Span
@@ -74,18 +76,49 @@ def test_stochastic_rounding_is_recomputed_and_other_draws_are_wrong(tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_auto_is_one_of_the_two_throughout(tmp_path: Path, dtype: str) -> None:
+def test_auto_is_what_the_nearest_keeps_asks_for_throughout(tmp_path: Path, dtype: str) -> None:
+    """Here the nearest keeps half of the update in bfloat16, nearly all in float16."""
     case = wide(tmp_path, dtype)
     kept, nearest = balanced(case, dtype), rounded(case.exact, dtype)
-    for fine in (kept, nearest):
-        case.write(fine)
-        assert case.world.verify(rounding="auto").ok
-        case.world.edit("w", lambda t: moved(t, (7, 8), 1))
-        (found,) = case.world.verify(rounding="auto").mismatches
-        assert (found.key, found.index, found.wrong) == ("w", (7, 8), 1)
-    for mixture in (np.concatenate((kept[:100], nearest[100:])), seeded(case.exact, dtype, "w")):
-        case.write(mixture)
+    right, other = (kept, nearest) if dtype == "bfloat16" else (nearest, kept)
+    case.write(right)
+    assert case.world.verify(rounding="auto").ok
+    case.world.edit("w", lambda t: moved(t, (7, 8), 1))
+    (found,) = case.world.verify(rounding="auto").mismatches
+    assert (found.key, found.index, found.wrong) == ("w", (7, 8), 1)
+    for wrong in (other, np.concatenate((kept[:100], nearest[100:])), seeded(case.exact, dtype, "w")):
+        case.write(wrong)
         assert [m.key for m in case.world.verify(rounding="auto").mismatches] == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "closing", "rules"),
+    [
+        (0.5, False, {"balanced"}),
+        (0.9895, False, {"nearest", "balanced"}),
+        (0.9905, True, {"nearest", "stochastic"}),
+        (0.995, True, {"nearest"}),
+        (0.9, True, {"stochastic"}),
+        (0.4995, True, {"stochastic", "balanced"}),
+        (0.4, True, {"balanced"}),
+        (math.nan, False, {"nearest", "balanced"}),
+        (math.nan, True, {"nearest", "stochastic", "balanced"}),
+    ],
+)
+def test_near_a_limit_auto_may_have_taken_either(
+    world_w: OutputTensor, kept: float, closing: bool, rules: set[str]
+) -> None:
+    assert set(judge.rules_of_auto(replace(world_w, closing=closing), kept)) == rules
+    drawn = {rule if rule != "balanced" else "stochastic" for rule in rules}
+    rows = replace(world_w, closing=closing, token_rows=((0,), world_w.source))
+    assert set(judge.rules_of_auto(rows, kept)) == drawn
+
+
+@pytest.fixture
+def world_w(tmp_path: Path) -> OutputTensor:
+    """The output that `wide` has."""
+    outputs = wide(tmp_path, "bfloat16").world.plan.outputs
+    return next(output for output in outputs if output.key == "w")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -49,6 +49,40 @@ def embedding_lora(rows: int = V) -> dict[str, torch.Tensor]:
 # --- the vocabulary ------------------------------------------------------------------------------
 
 
+WTE = "transformer.wte.weight"
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": V}
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["wte", "lm_head"]}])
+def test_a_resized_vocabulary_of_an_embedding_of_another_name_edits_the_config(
+    fields: dict[str, Any], world: World
+) -> None:
+    base = {WTE: values(V, H), "lm_head.weight": values(V, H, seed=8)}
+    plan = world.plan(base, full(WTE, V + 3, H) | full("lm_head.weight", V + 3, H), GPT2, **fields)
+    assert plan.config_edits == {"vocab_size": V + 3}
+    assert {output.shape for output in plan.outputs} == {(V + 3, H)}
+
+
+@pytest.mark.parametrize("alone", [WTE, "lm_head.weight"])
+@pytest.mark.parametrize("other", ["lm_head.weight", "score.bias"])
+def test_what_has_a_row_for_each_token_is_resized_with_an_embedding_of_another_name(
+    alone: str, other: str, world: World
+) -> None:
+    base = {WTE: values(V, H), "lm_head.weight": values(V, H, seed=8), "score.bias": values(V)}
+    held = full(alone, V + 3, H) | (full("lm_head.weight", V + 3, H) if other == "score.bias" else {})
+    refused = world.refuse(base, held, GPT2)
+    assert refused.code == "shape-mismatch"
+    assert f"found vocabularies of {V + 3} and {V}, expected one size" in str(refused)
+
+
+def test_another_tensor_of_another_size_is_no_resized_vocabulary(world: World) -> None:
+    """Its name or its rows are not those of an embedding of tokens."""
+    base = {"transformer.wpe.weight": values(V, H), "vision.embeddings.weight": values(V - 1, H)}
+    for name in base:
+        saved = {"modules_to_save": [name.removesuffix(".weight")]}
+        assert world.refuse(base, full(name, V + 3, H), GPT2, **saved).code == "shape-mismatch"
+
+
 @pytest.mark.parametrize("size", [V + 3, V - 2])
 def test_a_resized_vocabulary_edits_the_config(size: int, world: World) -> None:
     held = full(f"{EMBED}.weight", size, H) | full("lm_head.weight", size, H)
@@ -61,6 +95,12 @@ def test_a_resized_vocabulary_edits_the_config(size: int, world: World) -> None:
 def test_a_resized_vocabulary_edits_the_text_models_part(world: World) -> None:
     held = full(f"{EMBED}.weight", V + 1, H) | full("lm_head.weight", V + 1, H)
     plan = world.plan(UNTIED, held, {"text_config": {"vocab_size": V}})
+    assert plan.config_edits == {"text_config.vocab_size": V + 1}
+
+
+def test_a_resized_vocabulary_is_said_where_the_config_leaves_it_to_a_class(world: World) -> None:
+    held = full(f"{EMBED}.weight", V + 1, H) | full("lm_head.weight", V + 1, H)
+    plan = world.plan(UNTIED, held, {"text_config": {"x": 1}})
     assert plan.config_edits == {"text_config.vocab_size": V + 1}
 
 
@@ -202,7 +242,7 @@ def test_a_nested_tied_model_that_stores_both_is_untied_too(world: World) -> Non
     base = {key: value for key, value in UNTIED.items() if "embed" not in key}
     base["model.language_model.embed_tokens.weight"] = values(V, H)
     plan = world.plan(base, lora("lm_head", V, H), model)
-    assert plan.config_edits["text_config.tie_word_embeddings"] is False
+    assert plan.config_edits == {"tie_word_embeddings": False, "text_config.tie_word_embeddings": False}
 
 
 def test_a_tied_model_whose_head_is_not_trained_keeps_its_config(world: World) -> None:

@@ -84,6 +84,33 @@ def test_a_merge_that_fails_leaves_no_parents_of_out_that_it_made(
     assert list((place.root / "a").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["x" * 240, "x" * 255, "ü" * 127])
+def test_out_may_have_any_name_that_a_file_may_have(name: str, place: Place) -> None:
+    out = place.root / "a" / name
+    with pytest.raises(KeyboardInterrupt):
+        place.merge(out, resume=True, progress=interrupted)
+    assert not out.exists()
+    place.merge(out, resume=True, verify=True)
+    assert [path.name for path in (place.root / "a").iterdir()] == [name]
+    assert sorted(content(out)) == ENTRIES
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_outs_with_long_names_do_not_meet(place: Place) -> None:
+    outs = [place.root / ("x" * 250 + end) for end in "ab"]
+    with Staging(outs[0], overwrite=False), Staging(outs[1], overwrite=False):
+        pass
+
+
+def test_an_out_whose_name_no_file_may_have_fails_at_once_and_leaves_nothing(place: Place) -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.ENAMETOOLONG)):
+        place.merge(place.root / "a" / "b" / ("x" * 256), progress=lambda *_: pytest.fail("it was begun"))
+    assert nothing_left(place)
+
+
 def test_out_may_be_a_relative_path(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.root)
     place.merge(Path("out"))
@@ -231,8 +258,9 @@ def test_a_file_system_without_locks_is_a_failure_of_the_environment(
 
     opened: list[int] = []
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OSError, match="No locks available"), Staging(place.out, overwrite=False):
+    with pytest.raises(OSError, match="No locks available"), Staging(place.out / "a", overwrite=False):
         pass
+    assert nothing_left(place)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(opened[0])
 
@@ -551,6 +579,17 @@ def test_a_disk_without_room_for_a_shard_is_said_to_be_so_with_its_path_and_size
         OSError, match=rf"No space left on device, {shard.nbytes} bytes wanted: '{shard.path}'"
     ):
         shard.allocate()
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_cannot_reserve_blocks_gets_the_size_alone(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", unable)
+    check_pages(tmp_path / "f", write_pages(tmp_path / "f"))
 
 
 def test_a_shard_that_is_closed_is_written_to_no_more(tmp_path: Path) -> None:

@@ -120,13 +120,13 @@ def _class_of(node: ast.expr, scope: Scope, depth: int) -> str:
 
 
 def does_something(place: Place, does: Sequence[str]) -> str:
-    """Why a governed place is no act; `does` narrows it to raise, return, call:NAME or assign:NAME."""
+    """Why a governed place is no act; `does` narrows it to raise, return, assign:NAME, call:NAME or NAME."""
     node = place.node
     acts = _acts(node)
     if not does:
         idle = isinstance(node, (ast.Pass, ast.Expr)) or (isinstance(node, ast.Call) and not acts)
         return "it only speaks" if idle or not acts else ""
-    return "" if acts & set(does) else f"it does not do {', '.join(does)}"
+    return "" if acts & {*does, *(f"call:{name}" for name in does)} else f"it does not do {', '.join(does)}"
 
 
 def _acts(node: ast.AST) -> set[str]:

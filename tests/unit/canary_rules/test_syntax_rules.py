@@ -249,6 +249,15 @@ def test_a_branch_must_act() -> None:
     assert not holds("def f(kind):\n    if kind == 1:\n        return 2", **rule, does=["raise"])
 
 
+@pytest.mark.parametrize("does", ["turn", "m.turn", "call:turn", "assign:m", "raise"])
+def test_what_a_branch_does_is_said_by_name(does: str) -> None:
+    rule = {"kind": "branch", "function": "f", "mentions": ["is_turned"], "does": [does]}
+    assert holds("def f(m):\n    if m.is_turned:\n        m = m.turn(0)\n    return m", **rule) is (
+        does != "raise"
+    )
+    assert not holds("def f(m):\n    if m.is_turned:\n        n = m.other(0)\n    return m", **rule)
+
+
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
