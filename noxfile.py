@@ -26,15 +26,19 @@ CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 ASK_THE_LIBRARIES = ["tests/e2e", "tests/unit/test_relay.py", "--ignore=tests/e2e/test_smollm2.py"]
 
 
-def install(session: nox.Session, versions: str = "newest") -> None:
-    """Installs loudmerge for development, with the pins of pyproject.toml."""
+def install(session: nox.Session, versions: str = "newest", *, seeded: bool = True) -> None:
+    """Installs loudmerge for development, with the pins of pyproject.toml.
+
+    seeded: another session's torch of this version will do, whichever index it came from.
+    """
     torch = os.environ.get("LOUDMERGE_TORCH") or PINS["torch"]
     index = os.environ.get("LOUDMERGE_TORCH_INDEX")
     beside = ["--extra-index-url", index] if index else []
     # Their torch is the same 700 MB: taken from another, before and after.
     environments = [str(one) for one in Path(session.virtualenv.location).parent.iterdir() if one.is_dir()]
     share = ("python", "-m", "loudmerge.compat.links", session.virtualenv.location, *environments)
-    session.run(*share, torch, env={"PYTHONPATH": "src"})
+    if seeded:
+        session.run(*share, torch, env={"PYTHONPATH": "src"})
     # Most of what is installed is never imported.
     session.install("--no-compile", *beside, "-e", ".[dev]", torch, *PINS[versions])
     session.run(*share)
@@ -126,7 +130,8 @@ def releases(session: nox.Session) -> None:
 @nox.session
 def e2e_gpu(session: nox.Session) -> None:
     """Qwen3-30B-A3B end to end on a GPU; arguments after -- (see --help)."""
-    install(session)
+    # Another session's torch may be a build for CPU alone: an installer takes its version for this one's.
+    install(session, seeded=False)
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     session.run(
         "python", "-m", "loudmerge.compat.gpu", *session.posargs, env={"CUDA_VISIBLE_DEVICES": device}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loudmerge.compat import table
 from loudmerge.compat.arguments import at_least_one
-from loudmerge.compat.cell import PARTS
+from loudmerge.compat.cell import PARTS, source
 from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.children import exit_on_signals
 from loudmerge.compat.environment import Installer
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(matrix: Matrix, given: argparse.Namespace, older: tuple[CellResult, ...] | None) -> int:
     root = Path.cwd()
     installer = Installer.of(root, os.environ, uv=given.uv)
-    options = Options(root, given.results, given.jobs, installer, tuple(given.parts))
+    options = Options(root, given.results, given.jobs, installer, source(root), tuple(given.parts))
     rows = run(matrix, given.cells, options, _tell)
     overview = table.write(rows, root / HOME, older)
     short = failures(matrix.chosen(given.cells), rows)

@@ -15,6 +15,7 @@ its word. `losses` says what counts as lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,13 @@ SHOWN = (OK, FAILED, NOT_INSTALLED)
 
 TESTS_KEPT = 0.9
 """Of the tests that passed before, the share that has to pass now: what is not found does not fail."""
+
+MERGES = ("kl_trained_merged", "kl_float32_merge", "kl_bfloat16_arithmetic")
+"""The figures that say how far a merge is off."""
+WORSE = 10.0
+"""So many times the older figure is worse; less may be another processor's rounding."""
+ROUNDING = 1e-8
+"""Nats a token: below it a KL is float32's own rounding."""
 
 NAMED = 8
 """So many losses are named, the others counted."""
@@ -104,6 +112,7 @@ def losses(head: CellResult, base: CellResult, without: Collection[str] = ()) ->
         *(f"family {name}" for name in _worse(head.families, base.families)),
         *(f"adapter of {name}" for name in _worse(head.crossed, crossed)),
         *_counts(head, base),
+        *_farther(head, base),
         *_fewer(head.tests, base.tests),
         *tests,
     )
@@ -128,6 +137,21 @@ def _counts(head: CellResult, base: CellResult) -> list[str]:
         f"{name} {now[0]} / {now[1]}, before {was[0]} / {was[1]}"
         for name, (now, was) in pairs.items()
         if now is not None and was is not None and now[1] - now[0] > was[1] - was[0]
+    ]
+
+
+def _farther(head: CellResult, base: CellResult) -> list[str]:
+    """Of checks that failed before, too: `kl_float32_merge 1.2, before 2e-08`. A bound lets one grow."""
+    if head.figures is None or base.figures is None:
+        return []
+    short = {each.check for each in head.shortfalls} & {each.check for each in base.shortfalls}
+    pairs = {
+        name: (getattr(head.figures, name), getattr(base.figures, name)) for name in MERGES if name in short
+    }
+    return [
+        f"{name} {now:.2g}, before {was:.2g}"
+        for name, (now, was) in pairs.items()
+        if math.isfinite(was) and not now < WORSE * max(was, ROUNDING)
     ]
 
 
@@ -156,15 +180,15 @@ def rows_and_changes(
 
 def adapterless(rows: Sequence[CellResult]) -> frozenset[str]:
     """The cells that trained none: not to its end, or a released one of the same versions ran for both."""
-    released = [_packages(row) for row in rows if row.lane == RELEASED]
+    released = [packages(row) for row in rows if row.lane == RELEASED]
     return frozenset(
         row.cell
         for row in rows
-        if row.figures is None or (row.lane != RELEASED and _packages(row) in released)
+        if row.figures is None or (row.lane != RELEASED and packages(row) in released)
     )
 
 
-def _packages(row: CellResult) -> list[str | None]:
+def packages(row: CellResult) -> list[str | None]:
     """The versions that make a cell what it is; two of the same may have run on different Pythons."""
     return [row.versions.get(name) for name in PACKAGES]
 

@@ -236,21 +236,31 @@ class Laboratory:
         except Unreachable as error:
             raise EnvironmentFailed(f"{cell.name}: {error}") from error
         with tempfile.TemporaryDirectory() as scratch:
-            return self._ask(made, version, question, Path(scratch))
+            return self._ask(made, cell.versions, version, question, Path(scratch))
 
-    def _ask(self, made: Environment, version: str, question: Question, scratch: Path) -> Finding:
+    def _ask(
+        self, made: Environment, pins: Mapping[str, str], version: str, question: Question, scratch: Path
+    ) -> Finding:
+        """pins: what the environment has to hold, whatever it was made of."""
         line = [str(made.python), *question.command(scratch)]
         environ = environment.sealed(os.environ)
+        try:
+            installed = made.running()
+        except (NotInstalled, Unreachable) as error:
+            return Finding(version, None, f"its environment does not say what it holds: {error}")
+        others = environment.differing(installed, pins)
+        if others:
+            return Finding(version, None, f"its environment was changed since: {others}", installed)
         try:
             with Children() as children:
                 done = children.run(line, seconds=SECONDS, cwd=self.root, env=environ)
         except subprocess.TimeoutExpired:
-            return Finding(version, None, f"no answer after {SECONDS} s", made.versions())
+            return Finding(version, None, f"no answer after {SECONDS} s", installed)
         answer = question.read(scratch, done.returncode)
         if answer is None:
             said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-            return Finding(version, None, f"crashed ({done.returncode}): {said[:400]}", made.versions())
-        return Finding(version, answer.state, answer.shown, made.versions())
+            return Finding(version, None, f"crashed ({done.returncode}): {said[:400]}", installed)
+        return Finding(version, answer.state, answer.shown, installed)
 
 
 def bisect(

@@ -30,12 +30,16 @@ from loudmerge.training import ADAPTER, BASE
 TESTS, JOURNEY, FAMILIES, CROSS = "tests", "journey", "families", "cross"
 PARTS = (TESTS, JOURNEY, FAMILIES, CROSS)
 
-UNIT_TESTS = (
-    "tests/unit",
-    # They are about upstream's source, this matrix and other tools, whatever is installed.
-    *(f"--ignore=tests/unit/{room}" for room in ("canary", "canary_rules", "compat", "conformance")),
-)
+ASIDE = tuple(f"tests/unit/{room}" for room in ("canary", "canary_rules", "compat", "conformance"))
+"""They are about upstream's source, this matrix and other tools, whatever is installed."""
+UNIT_TESTS = ("tests/unit", *(f"--ignore={room}" for room in ASIDE))
 FAMILY_TESTS = ("tests/e2e/test_families.py",)
+MODULES = ("*.py", "compat/*.py")
+TESTED = (
+    *("pyproject.toml", "tests/*.py", "tests/unit/**/*", "tests/support/**/*"),
+    *("tests/e2e/conftest.py", *FAMILY_TESTS),
+)
+"""Files that `source` reads: of loudmerge, and of the checkout."""
 PYTEST = (
     *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:loudmerge.canary.plugin"),
     *("-p", "loudmerge.compat.counted"),
@@ -65,11 +69,19 @@ class Job:
         return cls(document["part"], Path(document["root"]), Path(document["directory"]), others)
 
 
-def source() -> str:
-    """SHA-256, hexadecimal, of the modules that merge: what other ones showed says nothing of these."""
-    here = Path(loudmerge.__file__).parent
-    texts = (file.name.encode() + b"\0" + file.read_bytes() for file in sorted(here.glob("*.py")))
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+def source(root: Path) -> str:
+    """SHA-256, hexadecimal, of what decides what a part shows: what others showed says nothing of these.
+
+    The modules that merge, those of the matrix (the recipe among them), and the tests of `root` that it runs.
+    """
+    found = hashlib.sha256()
+    for where, patterns in ((Path(loudmerge.__file__).parent, MODULES), (root, TESTED)):
+        files = {file for pattern in patterns for file in where.glob(pattern) if file.is_file()}
+        for file in sorted(files):
+            place = file.relative_to(where)
+            if "__pycache__" not in place.parts and not any(map(place.is_relative_to, ASIDE)):
+                found.update(f"{place}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def digest(out: Path) -> dict[str, str]:
@@ -134,6 +146,7 @@ def run_journey(job: Job) -> dict[str, Any]:
         "orientation": shown.orientation,
         "merged": list(shown.merged),
         "losses": list(shown.losses),
+        "unmoved": shown.unmoved,
         "digest": digest(shown.out),
     }
 

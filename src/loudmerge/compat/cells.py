@@ -33,8 +33,12 @@ MOST: Mapping[str, float] = {
     "kl_trained_merged_share": 1.0,
     "kl_base_merged_within": 1.0,
     "delta_kept_at_least": 1.0,
+    "top1_at_least": 1.0,
 }
-"""The numbers of Expectation that need not be whole, and the most that each can be: three are shares."""
+"""The numbers of Expectation that need not be whole, and the most that each can be: four are shares."""
+
+COUNTS = ("samples_of", "merged", "tests_at_least", "suite_at_least", "families_at_least")
+"""Those that are whole, from 1 on."""
 
 
 class MatrixError(ValueError):
@@ -45,7 +49,9 @@ class MatrixError(ValueError):
 class Expectation:
     """What a cell must show; the names and units are those of result.Figures.
 
-    kl_trained_merged_share, kl_base_merged_within: shares of kl_base_trained. samples: "all", or how many.
+    kl_trained_merged_share, kl_base_merged_within: shares of kl_base_trained. samples: "all", or how many, of
+    samples_of. merged: per-expert projections. tests_at_least, suite_at_least: that passed, all and of
+    verdict.SUITE. families_at_least: merged, not refused.
     """
 
     path: str
@@ -55,7 +61,13 @@ class Expectation:
     kl_trained_merged_share: float
     kl_base_merged_within: float
     delta_kept_at_least: float
+    top1_at_least: float
     samples: str | int
+    samples_of: int
+    merged: int
+    tests_at_least: int
+    suite_at_least: int
+    families_at_least: int
 
 
 EXPECTED = tuple(item.name for item in fields(Expectation))
@@ -185,10 +197,17 @@ def _expectation(where: str, values: Mapping[str, Any]) -> Expectation:
         raise MatrixError(f"{where}: orientation: found {found!r}, expected one of {list(orientations)}")
     for key, most in MOST.items():
         _number(f"{where}: {key}", known[key], most)
+    for key in COUNTS:
+        if not _is_count(known[key]):
+            raise MatrixError(f"{where}: {key}: found {known[key]!r}, expected a whole number from 1")
     samples = known["samples"]
-    if samples != "all" and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+    if samples != "all" and not _is_count(samples):
         raise MatrixError(f'{where}: samples: found {samples!r}, expected "all", or a number from 1')
     return Expectation(**known)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _number(where: str, value: Any, most: float) -> None:

@@ -152,6 +152,11 @@ class Environment:
         """Of transformers, peft, trl, torch and python, as they were installed; none without a stamp."""
         return {str(name): str(version) for name, version in self.stamped().get("versions", {}).items()}
 
+    def running(self) -> dict[str, str]:
+        """Of the same, as they are there now: it may have been changed since. Raises NotInstalled."""
+        found: dict[str, str] = json.loads(answer([str(self.python), "-I", "-c", _VERSIONS]))
+        return found
+
     def make(self, root: Path, requirements: Sequence[str], installer: Installer, log: Path) -> bool:
         """Makes it, unless it is there with the same stamp; says whether it did.
 
@@ -169,7 +174,7 @@ class Environment:
         seeded = self._seed(stamp)
         logged(installer.install(self.python, wanted), log)
         _share(self.directory, log)
-        versions = json.loads(answer([str(self.python), "-I", "-c", _VERSIONS]))
+        versions = self.running()
         others = differing(versions, _pinned(stamp.requirements))
         if others:
             raise NotInstalled(f"the installer left {others}: see the log")

@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from loudmerge.compat.result import Tests
-from loudmerge.compat.verdict import REFUSED
+from loudmerge.compat.verdict import REFUSED, SUITE
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
@@ -75,8 +75,9 @@ def tests(cases: Iterable[Case]) -> Tests:
     cases = tuple(cases)
     failed = tuple(case.id for case in cases if case.outcome == FAILED)
     skips = Counter(case.reason for case in cases if case.outcome == SKIPPED)
-    passed = sum(case.outcome == PASSED for case in cases)
-    return Tests(passed, len(failed), skips.total(), dict(skips), failed)
+    passed = [case for case in cases if case.outcome == PASSED]
+    suite = sum(case.place == SUITE for case in passed)
+    return Tests(len(passed), len(failed), skips.total(), dict(skips), failed, suite)
 
 
 def families(cases: Sequence[Case]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """What the installed versions do, as one JSON document: runs inside an environment that `bisect` made.
 
 `python -m loudmerge.compat.observe layout FILE` asks PEFT alone (seconds); `… journey FILE` trains, merges
-and compares as a cell does.
+and compares as a cell does; `… both FILE` does both.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def travelled(directory: Path) -> dict[str, Any]:
         orientation=found.orientation,
         merged=found.merged,
         figures=found.figures,
+        unmoved=found.unmoved,
     )
     return result.to_json()
 
@@ -117,11 +118,15 @@ def travelled(directory: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m loudmerge.compat.observe")
-    parser.add_argument("what", choices=("layout", "journey"))
+    parser.add_argument("what", choices=("layout", "journey", "both"))
     parser.add_argument("file", type=Path)
     asked = parser.parse_args(arguments)
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        found = (layout if asked.what == "layout" else travelled)(Path(scratch))
+        if asked.what != "journey":
+            found |= layout(Path(scratch, "layout"))
+        if asked.what != "layout":
+            found |= travelled(Path(scratch, "journey"))
     asked.file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return 0
 

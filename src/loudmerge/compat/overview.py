@@ -249,9 +249,10 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def why(row: CellResult) -> str:
-    """What the run says of a row that stopped early, or is of another run; and of which day it is."""
+    """What the run says of a row that stopped early, or is of another run; and of which day and source."""
     said = row.detail or ("" if row.figures else "no reason was recorded")
-    return "; ".join(part for part in (said, row.date and f"of {row.date}") if part)
+    of = ", ".join(part for part in (row.date, row.source and f"source {row.source[:12]}") if part)
+    return "; ".join(part for part in (said, row.date and f"of {of}") if part)
 
 
 def marked(column: Column, row: CellResult) -> bool:

@@ -24,6 +24,8 @@ LAYOUT = ("path", "orientation", "lora_b_layout")
 OUTCOMES = (junit.FAILED, junit.SKIPPED, junit.PASSED)
 COUNTS = ("merged", "samples")
 CHECKS = (*LAYOUT, *COUNTS, *NUMBERS)
+OF_A_JOURNEY = ("path", "orientation", *COUNTS, *NUMBERS)
+"""What a training, merge and comparison shows."""
 
 VALUES: Mapping[str, str] = {
     "path": "|".join(PATHS),
@@ -135,8 +137,10 @@ class Checks:
         return ", ".join(map(str, self.checks))
 
     def command(self, scratch: Path) -> Sequence[str]:
-        cheap = all(check.name in LAYOUT for check in self.checks)
-        return _observe("layout" if cheap else "journey", scratch)
+        names = {check.name for check in self.checks}
+        if names <= set(LAYOUT):
+            return _observe("layout", scratch)
+        return _observe("both" if names - set(OF_A_JOURNEY) else "journey", scratch)
 
     def read(self, scratch: Path, code: int) -> Answer | None:
         found = _observed(scratch, code)

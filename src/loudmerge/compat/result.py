@@ -22,6 +22,7 @@ ASIDE: Mapping[str, Any] = {
     "date": "",
     "errors": {},
     "source": "",
+    "unmoved": 0,
 }
 """The keys of CELL.json that a row is not compared by, as they are where it has none: an older row has fewer.
 Every other key has to be there: without it a row would show less, and nobody would see it."""
@@ -55,7 +56,10 @@ NUMBERS = tuple(item.name for item in fields(Figures) if item.name != "samples")
 
 @dataclass(frozen=True)
 class Tests:
-    """What pytest counted. skips: how often for each reason. failures: node ids."""
+    """What pytest counted. skips: how often for each reason. failures: node ids.
+
+    suite: how many of verdict.SUITE passed.
+    """
 
     __test__: ClassVar[bool] = False  # pytest would take it for a class of tests
     passed: int
@@ -63,6 +67,7 @@ class Tests:
     skipped: int
     skips: Mapping[str, int] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
+    suite: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ class CellResult:
     errors: by check, why a part that ran shows nothing, or what else makes it none of this cell.
     detail: one line for a row without figures (what pip said, which host). stages: seconds of each part.
     date: the day, in UTC, that a row is of which outlives its run: `2026-11-29`; else empty.
-    source: of the loudmerge that ran, as cell.source names it; empty where none did.
+    source: of the checkout that ran, as cell.source names it; empty where none did.
+    unmoved: how many of the samples the base says, too.
     """
 
     cell: str
@@ -106,6 +112,7 @@ class CellResult:
     date: str = ""
     errors: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
+    unmoved: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The document of CELL.json: figures and counts that were not taken are null.
@@ -134,6 +141,7 @@ class CellResult:
             "date": self.date,
             "errors": dict(self.errors),
             "source": self.source,
+            "unmoved": self.unmoved,
         }
 
     @classmethod
@@ -167,6 +175,7 @@ class CellResult:
             date=read.text("date"),
             errors=read.texts("errors"),
             source=read.text("source"),
+            unmoved=read.whole("unmoved"),
         )
 
 
@@ -185,8 +194,8 @@ def read_figures(document: Mapping[str, Any]) -> Figures | None:
 
 
 def read_tests(document: Mapping[str, Any]) -> Tests:
-    """The counts of `tests`; ValueError naming the key that is missing or wrong."""
-    read = Reader(document)
+    """The counts of `tests`; ValueError naming the key that is missing or wrong. `suite` may be missing."""
+    read = Reader({"suite": 0, **document})
     skips = Reader(read.mapping("skips"))
     return Tests(
         passed=read.whole("passed"),
@@ -194,6 +203,7 @@ def read_tests(document: Mapping[str, Any]) -> Tests:
         skipped=read.whole("skipped"),
         skips={reason: skips.whole(reason) for reason in skips.document},
         failures=tuple(read.listed("failures", str)),
+        suite=read.whole("suite"),
     )
 
 

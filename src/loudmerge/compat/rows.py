@@ -41,7 +41,7 @@ def of_parts(
     """The row of a cell that ran. parts: what each part wrote, empty for one that did not run.
 
     versions: of its environment, when that was made. installed_in: seconds that it took. source: of the
-    loudmerge that ran. It is still to be judged.
+    checkout that ran. It is still to be judged.
     """
     journey = parts[JOURNEY]
     stages = {"environment": round(installed_in, 1)}
@@ -67,6 +67,7 @@ def of_parts(
         errors={CHECKS.get(part, part): error for part, error in errors.items()}
         | ({VERSIONS: "; ".join(f"{part}: {says}" for part, says in others.items())} if others else {}),
         source=source,
+        unmoved=journey.get("unmoved", 0),
     )
 
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.compat import document, rows
-from loudmerge.compat.cell import CROSS, FAMILIES, JOURNEY, PARTS, TESTS, Job, source
+from loudmerge.compat.cell import CROSS, FAMILIES, JOURNEY, PARTS, TESTS, Job
 from loudmerge.compat.cells import Cell, Matrix
 from loudmerge.compat.children import Children
 from loudmerge.compat.commands import NotInstalled, Unreachable
 from loudmerge.compat.environment import Environment, Installer, pins, pins_of, requirements, sealed
 from loudmerge.compat.result import NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult
-from loudmerge.compat.verdict import judged
+from loudmerge.compat.verdict import all_crossed, judged
 
 MOST_INSTALLATIONS = 2
 """They share the disk and the index: more at a time take as long."""
@@ -55,16 +55,16 @@ class PartFailed(RuntimeError):
 class Options:
     """Where and how cells run. root: the checkout. jobs: how many parts at a time. parts: which, of PARTS.
 
-    source: of the loudmerge that runs, as cell.source names it.
+    source: of the checkout, as cell.source names it when the run begins.
     """
 
     root: Path
     results: Path
     jobs: int
     installer: Installer
+    source: str
     parts: tuple[str, ...] = PARTS
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-    source: str = field(default_factory=source)
 
     @property
     def home(self) -> Path:
@@ -126,7 +126,8 @@ def run(matrix: Matrix, names: Sequence[str], options: Options, tell: Tell) -> t
     _run_parts(running, own, {}, options, tell, last=not crosses)
     if crosses:
         _run_parts(running, [CROSS], _trained(matrix, options, tell), options, tell, last=True)
-    return _rows(matrix, prepared, options)
+    full = not names and set(options.parts) == set(PARTS)
+    return _rows(matrix, prepared, options, full=full)
 
 
 def _begun(cell: Cell) -> CellResult:
@@ -309,8 +310,10 @@ def _in_environment(job: Job, name: str, options: Options, children: Children) -
         raise PartFailed(f"{UNREAD}: {error}") from error
 
 
-def _rows(matrix: Matrix, prepared: Sequence[Prepared], options: Options) -> tuple[CellResult, ...]:
-    """A row for every cell of the matrix, judged and written."""
+def _rows(
+    matrix: Matrix, prepared: Sequence[Prepared], options: Options, *, full: bool
+) -> tuple[CellResult, ...]:
+    """A row for every cell of the matrix, judged and written. full: all parts of all cells were asked for."""
     found = {one.cell.name: _row(one, options) for one in prepared if one.twin is None}
     found |= {one.cell.name: rows.of_twin(one.cell, found[one.twin]) for one in prepared if one.twin}
     for cell in matrix.cells:
@@ -319,6 +322,8 @@ def _rows(matrix: Matrix, prepared: Sequence[Prepared], options: Options) -> tup
             earlier = rows.of_earlier(cell, file, options.installer.torch, options.source)
             found[cell.name] = (_left_row(cell, options) if earlier.status == NOT_RUN else None) or earlier
     judgements = tuple(judged(cell.expects, found[cell.name]) for cell in matrix.cells)
+    if full:
+        judgements = all_crossed(judgements)
     for row in judgements:
         _keep(row, options)
     return judgements

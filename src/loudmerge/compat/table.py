@@ -2,6 +2,8 @@
 
     python -m loudmerge.compat.table RESULTS_DIR [--against DIR] [--readme README.md [--check]]
 
+Each row is judged by what it shows and matrix.toml expects, whatever status its file names.
+
 Exit 1: a cell regressed against the older results, or is new and not ok; a result cannot be read; or the
 README is not current. Exit 2: the arguments, or a file that is read, are wrong.
 """
@@ -12,19 +14,25 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 
 from loudmerge import __version__
-from loudmerge.compat import document, markdown, page, readme
+from loudmerge.compat import document, markdown, page, readme, rows
 from loudmerge.compat.against import rows_and_changes
-from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
+from loudmerge.compat.cells import FILE, Cell, Matrix, MatrixError, load
+from loudmerge.compat.environment import differing
 from loudmerge.compat.overview import Overview
 from loudmerge.compat.result import FAILED, NOT_RUN, CellResult, Shortfall
+from loudmerge.compat.verdict import RAN, VERSIONS, all_crossed, judged
 
 MARKDOWN, PAGE = "COMPAT.md", "compat.html"
 UNREADABLE = "unreadable"
 """The check that a CELL.json falls short of which cannot be read."""
+
+DAYS = 60
+"""How old a row that names its day may be: the GPU's, which is carried from one table to the next. The GPU's
+workflow runs weekly; one that has left no row for so long says nothing of today's code."""
 
 
 class ResultError(ValueError):
@@ -68,12 +76,25 @@ def survey(
 def read(directory: Path) -> dict[str, CellResult]:
     """Cell -> its result, of all CELL.json in a folder. Raises ResultError where there is no such folder.
 
-    A file that cannot be read is a failed row that says so.
+    A file that cannot be read is a failed row that says so, one of more than DAYS ago is not run.
     """
     if not directory.is_dir():
         raise ResultError(f"{directory}: no such folder, expected one of CELL.json files")
-    results = (_read(file) for file in sorted(directory.glob("*.json")))
+    today = datetime.now(timezone.utc).date()
+    results = (_of_late(_read(file), today) for file in sorted(directory.glob("*.json")))
     return {result.cell: result for result in results}
+
+
+def _of_late(row: CellResult, today: date) -> CellResult:
+    """The row, or that there is none of late. A day that is none is no reason to believe one."""
+    try:
+        late = not row.date or today - date.fromisoformat(row.date) <= timedelta(DAYS)
+    except ValueError:
+        late = False
+    if late:
+        return row
+    detail = f"its last run is more than {DAYS} days ago"
+    return CellResult(row.cell, row.lane, NOT_RUN, row.versions, detail=detail, date=row.date)
 
 
 def read_older(directory: Path) -> tuple[CellResult, ...]:
@@ -119,6 +140,27 @@ def _placed(found: CellResult, expected: CellResult) -> CellResult:
     return replace(found, lane=expected.lane, versions=expected.versions)
 
 
+def _judged(matrix: Matrix, found: Sequence[CellResult]) -> tuple[CellResult, ...]:
+    """The rows by what the matrix expects now, whatever status their files name.
+
+    A row that its own run failed stays so. One that is kept of an earlier run has merged what there was then.
+    """
+    cells = {cell.name: cell for cell in matrix.cells}
+    judgements = {row.cell: _by(cells[row.cell], row) if row.cell in cells else row for row in found}
+    now = [row for row in judgements.values() if not row.detail.startswith(rows.KEPT)]
+    judgements |= {row.cell: row for row in all_crossed(now)}
+    return tuple(judgements.values())
+
+
+def _by(cell: Cell, row: CellResult) -> CellResult:
+    if row.status not in RAN or _unreadable(row):
+        return row
+    others = differing(row.versions, cell.versions) if cell.is_pinned else ""
+    told = replace(row, errors={**row.errors, VERSIONS: f"the row: {others}"}) if others else row
+    found = judged(cell.expects, told)
+    return found if found.shortfalls else row
+
+
 def _expected(matrix: Matrix) -> tuple[CellResult, ...]:
     return tuple(
         CellResult(cell.name, cell.lane, NOT_RUN, cell.versions, detail="there is no result of it")
@@ -155,10 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _arguments(arguments)
     try:
         matrix = load(given.matrix)
-        rows = in_order(read(given.results), _expected(matrix))
+        found = _judged(matrix, in_order(read(given.results), _expected(matrix)))
         older = None if given.against is None else read_older(given.against)
-        overview = write(rows, given.out or given.results.parent, older, lag=dict(given.lag))
-        problems = [*_broken(rows), *_failing(overview, matrix), *_readme(given, overview)]
+        overview = write(found, given.out or given.results.parent, older, lag=dict(given.lag))
+        problems = [*_broken(found), *_failing(overview, matrix), *_readme(given, overview)]
     except (MatrixError, OSError, ResultError, readme.ReadmeError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

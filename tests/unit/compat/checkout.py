@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import loudmerge
+from loudmerge.compat.cell import source
 from loudmerge.compat.cells import Cell
 from loudmerge.compat.environment import STAMP, Environment, Installer, Stamp, requirements
 from loudmerge.compat.runner import Options
@@ -94,7 +95,7 @@ def _wheel(directory: Path, name: str, version: str) -> None:
 
 
 def options(root: Path, parts: Sequence[str]) -> Options:
-    return Options(root, root / ".compat" / "results", 2, Installer.of(root, {}), tuple(parts))
+    return Options(root, root / ".compat" / "results", 2, Installer.of(root, {}), source(root), tuple(parts))
 
 
 def holds(place: Environment, name: str, version: str) -> None:

@@ -15,7 +15,13 @@ kl_float32_merge_at_most = 1e-8
 kl_trained_merged_share = 1e-3
 kl_base_merged_within = 0.01
 delta_kept_at_least = 0.99
+top1_at_least = 0.95
 samples = "all"
+samples_of = 3
+merged = 192
+tests_at_least = 10
+suite_at_least = 1
+families_at_least = 1
 """
 
 FIGURES = Figures(
@@ -38,7 +44,13 @@ EXPECTED = Expectation(
     kl_trained_merged_share=1e-3,
     kl_base_merged_within=0.01,
     delta_kept_at_least=0.99,
+    top1_at_least=0.95,
     samples="all",
+    samples_of=3,
+    merged=192,
+    tests_at_least=10,
+    suite_at_least=1,
+    families_at_least=1,
 )
 
 VERSIONS = {"transformers": "5.5.0", "peft": "0.19.1", "trl": "0.25.1"}
@@ -53,9 +65,9 @@ def result(**changes: Any) -> CellResult:
         versions={**VERSIONS, "torch": "2.13.0+cpu", "python": "3.11.7"},
         path="fused",
         orientation="standard",
-        merged=(96, 96),
+        merged=(192, 192),
         figures=FIGURES,
-        tests=Tests(10, 0, 0),
+        tests=Tests(10, 0, 0, suite=1),
         families={"qwen3_moe": "ok"},
         crossed={"two": "ok"},
         seconds=12.5,

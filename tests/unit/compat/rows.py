@@ -55,7 +55,7 @@ FIGURES = Figures(
     samples=(3, 3),
     delta_kept=0.99914,
 )
-TESTS = Tests(1203, 0, 17, {"no CUDA device": 12, "asks PEFT <= 0.18 | its merge": 5})
+TESTS = Tests(1203, 0, 17, {"no CUDA device": 12, "asks PEFT <= 0.18 | its merge": 5}, suite=52)
 STAGES = {"tests": 61.4, "families": 48.2, "journey": 22.9, "crossed": 4.1}
 
 
@@ -92,7 +92,7 @@ PER_EXPERT = replace(
     path="per-expert",
     orientation=None,
     families={name: OK for name in FAMILIES if name not in ("afmoe", "gemma4_text", "qwen3_5_moe_text")},
-    tests=Tests(1180, 0, 41, {"no CUDA device": 12, "transformers 4 has no fused experts": 29}),
+    tests=Tests(1180, 0, 41, {"no CUDA device": 12, "transformers 4 has no fused experts": 29}, suite=52),
 )
 BROKEN = replace(
     STANDARD,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -145,6 +146,28 @@ def test_a_check_that_fails_by_more_than_before_has_regressed() -> None:
         REGRESSED,
         "failed → failed: merged 0 / 192, before 191 / 192, samples 0 / 3, before 1 / 3",
     )
+
+
+def far(check: str, value: float, status: str = FAILED) -> CellResult:
+    """A row whose one figure is this, and falls short where the row does."""
+    short = (Shortfall(check, f"{value:.3g}", "less"),) if status == FAILED else ()
+    figures = replace(rows.FIGURES, **{check: value})  # type: ignore[arg-type]
+    return replace(rows.SWAPPED, status=status, shortfalls=short, figures=figures)
+
+
+@pytest.mark.parametrize("check", ["kl_float32_merge", "kl_trained_merged", "kl_bfloat16_arithmetic"])
+def test_a_merge_that_is_off_ten_times_as_far_as_before_has_regressed(check: str) -> None:
+    change = compare(far(check, 1.2), far(check, 2e-8))
+    assert (change.word, change.detail) == (REGRESSED, f"failed → failed: {check} 1.2, before 2e-08")
+    assert compare(far(check, math.nan), far(check, 2e-8)).word == REGRESSED
+    assert compare(far(check, 9e-8), far(check, 2e-8)).word == SAME
+    assert compare(far(check, 9e-8), far(check, 1e-12)).word == SAME, "float32's rounding"
+
+
+def test_a_merge_within_its_bound_may_be_off_farther_than_before() -> None:
+    now = far("kl_float32_merge", 9e-9, OK)
+    assert compare(now, far("kl_float32_merge", 1e-12, OK)).word == SAME
+    assert compare(far("kl_base_trained", 0.1), far("kl_base_trained", 0.4)).word == SAME
 
 
 def test_fewer_counts_than_before_are_no_loss_where_all_of_them_are_there() -> None:

@@ -237,8 +237,10 @@ def observed(scratch: Path, **values: object) -> Path:
 def test_only_checks_of_the_layout_need_no_training(tmp_path: Path) -> None:
     cheap = Checks((Check.parse("orientation=swapped"), Check.parse("path")))
     dear = Checks((Check.parse("orientation=swapped"), Check.parse("kl_float32_merge<=1e-8")))
+    mixed = Checks((Check.parse("lora_b_layout=rank_major"), Check.parse("kl_base_trained>=0.5")))
     assert "layout" in cheap.command(tmp_path)
     assert "journey" in dear.command(tmp_path)
+    assert "both" in mixed.command(tmp_path)
     assert dear.text == "orientation=swapped, kl_float32_merge<=1e-8"
 
 
@@ -259,9 +261,9 @@ def test_a_cells_expectation_is_asked_of_its_figures_not_of_tests_that_did_not_r
 ) -> None:
     cell = next(cell for cell in matrix.cells if cell.expects.orientation == "swapped")
     asked = Expected(cell.name, cell.expects)
-    good = CellResult("", "", OK, {}, path="fused", orientation="swapped", merged=(9, 9), figures=FIGURES)
+    good = CellResult("", "", OK, {}, path="fused", orientation="swapped", merged=(192, 192), figures=FIGURES)
     assert asked.read(observed(tmp_path, **good.to_json()), 0) == Answer((), "all as expected")
-    bad = CellResult("", "", OK, {}, path="fused", orientation="standard", merged=(8, 9), figures=FIGURES)
+    bad = CellResult("", "", OK, {}, path="fused", orientation="standard", merged=(191, 192), figures=FIGURES)
     answer = asked.read(observed(tmp_path, **bad.to_json()), 0)
     assert answer is not None
     assert answer.state == ("merged", "orientation")
@@ -323,20 +325,23 @@ class Bed:
 
     root: Path
 
-    def put(self, version: str, script: str, transformers: str = "5.5.0", trl: str = "0.25.1") -> None:
-        """An environment of a peft version whose Python is this shell script."""
+    def put(
+        self, version: str, script: str, transformers: str = "5.5.0", trl: str = "0.25.1", **held: str
+    ) -> None:
+        """An environment of a peft version whose Python is this shell script. held: what it holds instead."""
         pins = {"transformers": transformers, "peft": version, "trl": trl}
         made = Environment(self.root / ".compat" / "env" / name_of(pins))
         made.python.parent.mkdir(parents=True)
-        made.python.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
+        says = f"""if [ "$2" = -c ]; then echo '{json.dumps({**pins, **held})}'; exit; fi"""
+        made.python.write_text(f"#!/bin/sh\n{says}\n{script}\n", "utf-8")
         made.python.chmod(0o755)
         stamp = Stamp.of(self.root, requirements(pins), Installer.of(self.root, os.environ))
         document = {"stamp": asdict(stamp), "versions": {"peft": version}}
         (made.directory / STAMP).write_text(json.dumps(document), "utf-8")
 
-    def says(self, version: str, orientation: str) -> None:
+    def says(self, version: str, orientation: str, **held: str) -> None:
         """An environment that has observed this."""
-        self.put(version, f"""echo '{{"orientation": "{orientation}"}}' > "$4" """)
+        self.put(version, f"""echo '{{"orientation": "{orientation}"}}' > "$4" """, **held)
 
     def crashes(self, version: str, **pins: str) -> None:
         """An environment whose packages cannot be imported."""
@@ -372,8 +377,8 @@ def test_the_first_changed_release_is_answered_with_what_was_found(
     assert shown.out.splitlines() == [
         "peft 0.19.1 is the first version where it changes.",
         "asked: orientation=swapped; with transformers 5.5.0, trl 0.25.1 (tf5.5.0-peft0.18.1-trl0.25.1)",
-        "  0.19.0  orientation swapped [peft 0.19.0]",
-        "  0.19.1  orientation standard [peft 0.19.1]",
+        "  0.19.0  orientation swapped [transformers 5.5.0, peft 0.19.0, trl 0.25.1]",
+        "  0.19.1  orientation standard [transformers 5.5.0, peft 0.19.1, trl 0.25.1]",
         "tried: 0.18.1, 0.19.1, 0.19.0",
     ]
     assert shown.err.count("…\n") == 3, "each is tried once"
@@ -409,8 +414,27 @@ def test_ends_that_do_not_differ_end_with_3_and_say_so(bed: Bed, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("peft 0.18.1 and 0.19.1 do not differ in this: there is nothing to search")
     assert lines[2:4] == [
-        f"  {version}  orientation standard [peft {version}]" for version in ("0.18.1", "0.19.1")
+        f"  {version}  orientation standard [transformers 5.5.0, peft {version}, trl 0.25.1]"
+        for version in ("0.18.1", "0.19.1")
     ]
+
+
+def test_an_environment_that_was_changed_since_it_was_made_is_not_tried(
+    bed: Bed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its answer would be another version's. One that does not say what it holds is none either."""
+    bed.says("0.18.1", "swapped", trl="0.25.1")
+    bed.says("0.19.0", "swapped", peft="0.21.2")
+    bed.says("0.19.1", "standard")
+    assert main(ASKED, Shelf()) == 0
+    text = capsys.readouterr().out
+    assert "0.19.0 cannot be tried" in text
+    changed = "  0.19.0  not tried: its environment was changed since: peft 0.21.2, expected 0.19.0"
+    assert changed in text
+    silent = Environment(bed.root / ".compat" / "env" / "tf5.5.0-peft0.19.1-trl0.25.1").python
+    silent.write_text("#!/bin/sh\necho ModuleNotFoundError: torch >&2\nexit 1\n", "utf-8")
+    assert main([*ASKED, "--cell", "tf5.5.0-peft0.18.1-trl0.25.1"], Shelf()) == 5
+    assert "does not say what it holds: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_a_cell_in_which_an_end_cannot_be_tried_gives_way_to_the_next(
@@ -471,7 +495,7 @@ def test_a_pytest_node_is_run_in_each_environment(bed: Bed, capsys: pytest.Captu
     assert main([*ENDS, "--node", "test_it.py::test_of_the_version"], Shelf()) == 0
     text = capsys.readouterr().out
     assert text.startswith("peft 0.19.1 is the first version where it changes.")
-    assert "  0.19.0  1 passed [peft 0.19.0]" in text
+    assert "  0.19.0  1 passed [transformers 5.5.0, peft 0.19.0, trl 0.25.1]" in text
     assert "  0.19.1  1 failed: test_of_the_version: AssertionError: it is the new one" in text
 
 
@@ -535,6 +559,20 @@ def test_observe_says_what_the_installed_peft_writes_for_fused_experts(tmp_path:
     rows, columns = observe.FUSED_SHAPES["gate_up_proj"]
     a, b = (rows, columns) if swapped else (columns, rows)
     assert f"gate_up_proj: lora_A {[experts * rank, a]}, lora_B {[b, experts * rank]}" in shown["evidence"]
+
+
+def test_observe_says_both_where_both_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cheap, and what a training shows: as a mixed question reads it."""
+    shown = CellResult(
+        "", "", OK, {}, path="fused", orientation="swapped", merged=(192, 192), figures=FIGURES
+    )
+    monkeypatch.setattr(observe, "travelled", lambda _: shown.to_json())
+    asked = Checks((Check.parse("lora_b_layout"), Check.parse("kl_base_trained>=0.5"), Check.parse("merged")))
+    (what,) = {"layout", "journey", "both"} & set(asked.command(tmp_path))
+    assert observe.main([what, str(tmp_path / "found.json")]) == 0
+    answer = asked.read(tmp_path, 0)
+    assert answer is not None
+    assert answer.state == (observe.layout(tmp_path / "again")["lora_b_layout"] or "none", "met", "192/192")
 
 
 def test_observe_does_not_answer_where_the_file_and_the_live_module_disagree(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loudmerge.compat import journey
 from loudmerge.compat.cells import LANES, MatrixError, load
 
 EXPECT = """
@@ -15,7 +16,13 @@ kl_float32_merge_at_most = 1e-8
 kl_trained_merged_share = 1e-3
 kl_base_merged_within = 0.01
 delta_kept_at_least = 0.99
+top1_at_least = 0.95
 samples = "all"
+samples_of = 3
+merged = 192
+tests_at_least = 10
+suite_at_least = 1
+families_at_least = 1
 """
 ONE = 'transformers = "5.5.0", peft = "0.19.1", trl = "0.25.1"'
 FUSED = 'path = "fused", orientation = "standard"'
@@ -81,6 +88,18 @@ def test_a_cell_may_say_otherwise_than_the_defaults(tmp_path: Path) -> None:
         (f"released = [{{ {ONE}, {FUSED}, samples = 0 }}]", "samples: found 0, expected"),
         (f"released = [{{ {ONE}, {FUSED}, samples = -1 }}]", "samples: found -1, expected"),
         (f"released = [{{ {ONE}, {FUSED}, samples = nan }}]", "samples: found nan, expected"),
+        (
+            f"released = [{{ {ONE}, {FUSED}, merged = 9.5 }}]",
+            "merged: found 9.5, expected a whole number from 1",
+        ),
+        (
+            f"released = [{{ {ONE}, {FUSED}, tests_at_least = 0 }}]",
+            "tests_at_least: found 0, expected a whole",
+        ),
+        (
+            f"released = [{{ {ONE}, {FUSED}, top1_at_least = 2 }}]",
+            "top1_at_least: found 2, expected a number",
+        ),
         (
             f"released = [{{ {ONE}, {FUSED}, kl_float32_merge_at_most = inf }}]",
             r"'0.25.1'\]: kl_float32_merge_at_most: found inf, expected a finite number over 0",
@@ -159,6 +178,15 @@ def test_the_shipped_matrix_holds_what_was_promised() -> None:
     }
     assert [name for name, cell in cells.items() if cell.optional] == ["dev"]
     assert all(cell.expects.kl_base_trained_at_least >= 0.5 for cell in cells.values())
+
+
+def test_the_shipped_matrix_expects_what_its_recipe_makes() -> None:
+    """The file is read without torch, the recipe is not."""
+    recipe = journey.CELL_RECIPE
+    for cell in load(SHIPPED).cells:
+        assert cell.expects.merged == recipe.layers * recipe.experts * 3
+        assert cell.expects.samples_of == journey.SAMPLES
+        assert (cell.expects.suite_at_least, cell.expects.top1_at_least) == (52, 0.95)
 
 
 def test_cells_are_chosen_by_name_in_the_matrix_s_order() -> None:

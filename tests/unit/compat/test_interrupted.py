@@ -60,7 +60,7 @@ def test_a_row_is_written_when_its_last_part_has_run(root: Path, sent: signal.Si
         checkout.in_place(root, each)
         python = checkout.options(root, ()).environment(each.name).python
         python.write_text(python.read_text("utf-8").replace("PYTHONPATH", f"CELL={each.name} PYTHONPATH"))
-        row = result(cell=each.name, versions={**each.versions, "torch": "2.13.0"}, source=source())
+        row = result(cell=each.name, versions={**each.versions, "torch": "2.13.0"}, source=source(root))
         (results / f"{each.name}.json").write_text(json.dumps(row.to_json()), "utf-8")
     environ = {**os.environ, "PYTHONPATH": str(Path(loudmerge.__file__).parents[1])}
     command = [sys.executable, "-m", "loudmerge.compat", "-j", "2", "--parts", "tests"]
@@ -99,7 +99,7 @@ def test_a_run_that_ends_before_a_cell_has_run_leaves_no_earlier_row(
     """Of no cell that was asked for; once it is known, nor of the one that runs for it."""
     options = checkout.options(root, ("tests",))
     for name in ("one", "two", "latest"):
-        row = result(cell=name, versions={**VERSIONS, "torch": "2.13.0"}, source=source())
+        row = result(cell=name, versions={**VERSIONS, "torch": "2.13.0"}, source=source(root))
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / f"{name}.json").write_text(json.dumps(row.to_json()), "utf-8")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loudmerge.compat import junit
+from loudmerge.compat.verdict import SUITE
 
 FAMILY_TESTS = """
 import pytest
@@ -82,6 +83,15 @@ def test_counts_reasons_and_names(cases: dict[str, tuple[junit.Case, ...]]) -> N
     assert tests.skips == {"no such thing here": 2, "known": 1}
     failed = ("test_fails", "test_fails_to_clean_up", "test_fails_twice")
     assert tests.failures == tuple(f"test_unit.py::{name}" for name in failed)
+
+
+def test_the_suite_of_the_original_repair_is_counted_where_it_passed() -> None:
+    suite = [
+        junit.Case(SUITE, f"test_{n}", outcome) for n, outcome in enumerate(("passed", "passed", "skipped"))
+    ]
+    others = [junit.Case("tests.unit.test_delta", "test_a", "passed")]
+    assert junit.tests([*suite, *others]).suite == 2
+    assert Path(f"{SUITE.replace('.', '/')}.py").is_file()
 
 
 def test_a_family_has_its_worst(cases: dict[str, tuple[junit.Case, ...]]) -> None:

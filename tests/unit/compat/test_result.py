@@ -41,7 +41,7 @@ def test_a_row_reads_back_as_it_was_written(row: CellResult) -> None:
 def test_the_keys_of_the_contract_stand_at_the_top() -> None:
     document = through_json(result())
     assert document.keys() >= CONTRACT
-    assert document["merged"] == {"applied": 96, "attempted": 96}
+    assert document["merged"] == {"applied": 192, "attempted": 192}
     assert document["samples"] == {"matched": 3, "total": 3}
     assert document["tests"].items() >= {"passed": 10, "failed": 0, "skipped": 0}.items()
 

@@ -17,12 +17,13 @@ from tests.unit.compat.made import EXPECTED, FIGURES, VERSIONS, cell, result
 
 TORCH = "torch==2.13.0"
 PARTS: Mapping[str, Mapping[str, Any]] = {
-    "tests": {"tests": {**asdict(Tests(10, 0, 2, {"why": 2})), "failures": []}, "seconds": 30.5},
+    "tests": {"tests": {**asdict(Tests(10, 0, 2, {"why": 2}, suite=1)), "failures": []}, "seconds": 30.5},
     "journey": {
         "figures": {**asdict(FIGURES), "samples": [3, 3]},
         "path": "fused",
         "orientation": "standard",
-        "merged": [96, 96],
+        "merged": [192, 192],
+        "unmoved": 1,
         "seconds": 20.0,
     },
     "families": {"families": {"mixtral": "ok"}, "failures": [], "seconds": 40.0},
@@ -36,8 +37,9 @@ def of_parts(**changes: Mapping[str, Any]) -> CellResult:
 
 def test_a_row_holds_what_each_part_showed() -> None:
     row = of_parts()
-    assert (row.figures, row.path, row.orientation, row.merged) == (FIGURES, "fused", "standard", (96, 96))
-    assert row.tests == Tests(10, 0, 2, {"why": 2})
+    assert (row.figures, row.path, row.orientation, row.merged) == (FIGURES, "fused", "standard", (192, 192))
+    assert row.unmoved == 1
+    assert row.tests == Tests(10, 0, 2, {"why": 2}, suite=1)
     assert (row.families, row.crossed) == ({"mixtral": "ok"}, {"two": "ok"})
     assert row.stages == {"environment": 35.0, "tests": 30.5, "journey": 20.0, "families": 40.0, "cross": 5.0}
     assert row.seconds == 130.5
@@ -97,7 +99,7 @@ def test_an_environment_of_other_versions_than_the_cell_pins_is_no_reason_to_exp
 
 def test_a_failed_family_test_of_no_family_is_a_failed_test() -> None:
     row = of_parts(families={"families": {"mixtral": "ok"}, "failures": ["a.py::b"]})
-    assert row.tests == Tests(10, 1, 2, {"why": 2}, ("a.py::b",))
+    assert row.tests == Tests(10, 1, 2, {"why": 2}, ("a.py::b",), 1)
 
 
 def test_a_twin_says_whose_run_it_was() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import loudmerge
 from loudmerge.compat import runner
-from loudmerge.compat.cell import digest, source
+from loudmerge.compat.cell import PARTS, digest, source
 from loudmerge.compat.cells import Matrix, MatrixError
 from loudmerge.compat.environment import Installer, requirements
 from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult
@@ -65,7 +65,7 @@ def test_a_cell_s_tests_run_in_its_environment(root: Path, run_cells: Run) -> No
     assert (tests.passed, tests.failed, tests.skips) == (1, 0, {"nothing to ask": 1})
     assert rows["one"].versions["peft"] == "0.19.1"
     assert {"environment", "tests"} == rows["one"].stages.keys()
-    assert [each.check for each in rows["one"].shortfalls] == ["journey", "families"]
+    assert [each.check for each in rows["one"].shortfalls] == ["journey", "tests", "families"]
     assert (rows["two"].status, rows["two"].detail) == (NOT_RUN, "not asked for")
 
 
@@ -151,7 +151,7 @@ def trained(root: Path, name: str, seed: int) -> Path:
     directory = checkout.options(root, ()).directory(name)
     built = reference.build(Case(FAMILIES[0], seed, fused=("down",)), directory / "journey")
     loudmerge.merge(built.base, built.adapter, directory / "out")
-    of = {"versions": [], "source": source()}
+    of = {"versions": [], "source": source(root)}
     journey = {"digest": digest(directory / "out"), "seconds": 1.0, "of": of}
     (directory / "journey.json").write_text(json.dumps(journey), "utf-8")
     return directory
@@ -239,9 +239,9 @@ def test_what_other_versions_showed_is_not_kept(root: Path, run_cells: Run) -> N
     left = checkout.options(root, ()).directory("one")
     left.mkdir(parents=True)
     pins = ["torch==2.13.0", "transformers==5.5.0", "peft==0.19.1", "trl==0.25.1"]
-    of = {"versions": pins, "source": source()}
+    of = {"versions": pins, "source": source(root)}
     same = {"families": {"mixtral": "ok"}, "failures": [], "seconds": 2.0, "of": of}
-    older = {"versions": [*pins[:2], "peft==0.18.1", pins[3]], "source": source()}
+    older = {"versions": [*pins[:2], "peft==0.18.1", pins[3]], "source": source(root)}
     other = {"crossed": {"two": "ok"}, "seconds": 1.0, "of": older}
     edited = {"error": "by another loudmerge", "seconds": 1.0, "of": {**of, "source": "0" * 64}}
     for part, document in {"families": same, "cross": other, "tests": edited}.items():
@@ -250,6 +250,37 @@ def test_what_other_versions_showed_is_not_kept(root: Path, run_cells: Run) -> N
     assert row.stages.keys() == {"environment", "families"}
     assert (row.families, row.crossed, row.detail) == ({"mixtral": "ok"}, {}, "")
     assert row.versions.items() >= {**VERSIONS, "torch": "2.13.0"}.items()
+
+
+def test_a_part_that_ran_before_the_tests_were_edited_is_none_of_the_row(root: Path, run_cells: Run) -> None:
+    """They may fail now: what they showed before stands for nothing."""
+    checkout.in_place(root, ONE)
+    assert run_cells("one", parts=("tests",))["one"].tests is not None
+    (root / "tests" / "unit" / "test_tiny.py").write_text("def test_a(): assert 0\n", "utf-8")
+    row = run_cells("one", parts=("cross",))["one"]
+    assert row.tests is None
+    assert row.stages.keys() == {"environment", "cross"}
+
+
+def test_a_full_run_in_which_an_adapter_was_not_merged_falls_short(
+    root: Path, run_cells: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of some cells, or of some parts, merges what there is."""
+    for each in (ONE, TWO):
+        checkout.in_place(root, each)
+    shown = {
+        name: result(cell=name, versions=each.versions, stages={"cross": 1.0}, crossed={})
+        for name, each in (("one", ONE), ("two", replace(TWO)))
+    }
+    monkeypatch.setattr(runner, "_row", lambda one, _: shown[one.cell.name])
+    monkeypatch.setattr(runner, "_run_parts", lambda *_, **__: None)
+    for parts, names, status in (
+        (PARTS, (), FAILED),
+        (PARTS, ("one", "two"), OK),
+        (("tests", "journey"), (), OK),
+    ):
+        rows = run_cells(*names, parts=parts)
+        assert {row.status for row in rows.values()} == {status}
 
 
 def test_an_environment_that_cannot_be_made_is_a_row_that_says_so(run_cells: Run) -> None:
@@ -314,7 +345,7 @@ def test_a_row_that_is_kept_is_judged_by_today_s_expectations(root: Path, run_ce
         cell="two",
         versions={**TWO.versions, "torch": "2.13.0"},
         orientation="swapped",
-        source=source(),
+        source=source(root),
     )
     (results / "two.json").write_text(json.dumps(two.to_json()), "utf-8")
     checkout.in_place(root, ONE)
@@ -332,7 +363,7 @@ def test_a_row_that_another_source_wrote_over_comes_back_with_its_own(root: Path
     trained(root, "one", 1)
     before = run_cells(parts=("tests", "cross"))["two"]
     directory = checkout.options(root, ()).directory("two")
-    of = {"versions": ["torch==2.13.0", *requirements(TWO.versions)], "source": source()}
+    of = {"versions": ["torch==2.13.0", *requirements(TWO.versions)], "source": source(root)}
     families, journey = {"families": {"mixtral": "ok"}, "of": of}, {"path": "fused", "of": of}
     (directory / "families.json").write_text(json.dumps(families), "utf-8")
     (directory / "journey.json").write_text(json.dumps(journey), "utf-8")
@@ -351,16 +382,12 @@ def test_a_row_that_another_source_wrote_over_comes_back_with_its_own(root: Path
 
 
 @pytest.mark.parametrize(
-    ("by", "torch", "asks"),
-    [
-        (source(), "torch==2.13.0", False),
-        ("edited", "torch==2.13.0", True),
-        (source(), "torch==2.12.0", True),
-    ],
+    ("edited", "torch", "asks"),
+    [("", "torch==2.13.0", False), ("edited", "torch==2.13.0", True), ("", "torch==2.12.0", True)],
     ids=["same", "edited", "torch"],
 )
 def test_the_last_stage_is_of_the_heads_that_the_others_were_of(
-    root: Path, run_cells: Run, by: str, torch: str, asks: bool
+    root: Path, run_cells: Run, edited: str, torch: str, asks: bool
 ) -> None:
     """One may have moved since: here no host is asked, which none would answer."""
     heads = {name: f"git+https://h.invalid/{name}@{'a' * 40}" for name in VERSIONS}
@@ -368,7 +395,7 @@ def test_the_last_stage_is_of_the_heads_that_the_others_were_of(
     checkout.in_place(root, replace(dev, versions=heads))
     left = checkout.options(root, ()).directory("dev")
     left.mkdir(parents=True)
-    of = {"versions": [torch, *requirements(heads)], "source": by}
+    of = {"versions": [torch, *requirements(heads)], "source": edited or source(root)}
     families = {"families": {"mixtral": "ok"}, "failures": [], "seconds": 2.0, "of": of}
     (left / "families.json").write_text(json.dumps(families), "utf-8")
     (left / "journey.json").write_text("{", "utf-8")

@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult, Tests
-from loudmerge.compat.verdict import judged
+from loudmerge.compat.result import (
+    FAILED,
+    NOT_INSTALLED,
+    NOT_RUN,
+    OK,
+    UNREACHABLE,
+    CellResult,
+    Shortfall,
+    Tests,
+)
+from loudmerge.compat.verdict import all_crossed, judged
 from tests.unit.compat.made import EXPECTED, result
 
 
@@ -29,7 +38,9 @@ def test_a_cell_that_shows_all_is_ok() -> None:
         ("path", {"path": "per-expert"}),
         ("orientation", {"orientation": "swapped"}),
         ("orientation", {"orientation": None}),
-        ("merged", {"merged": (95, 96)}),
+        ("merged", {"merged": (191, 192)}),
+        ("merged", {"merged": (1, 1)}),
+        ("merged", {"merged": (193, 193)}),
         ("merged", {"merged": (0, 0)}),
         ("merged", {"merged": None}),
         ("kl_float32_merge", {"kl_float32_merge": 1.1e-8}),
@@ -39,7 +50,13 @@ def test_a_cell_that_shows_all_is_ok() -> None:
         ("delta_kept", {"delta_kept": 0.98}),
         ("samples", {"samples": (2, 3)}),
         ("samples", {"samples": (0, 0)}),
+        ("samples", {"samples": (1, 1)}),
+        ("samples", {"samples": (4, 4)}),
+        ("top1_agreement", {"top1_agreement": 0.9}),
+        ("unmoved", {"unmoved": 3}),
         ("tests", {"tests": Tests(9, 1, 0, {}, ("a::b",))}),
+        ("tests", {"tests": Tests(9, 0, 2999, {"why": 2999}, suite=1)}),
+        ("tests", {"tests": Tests(10, 0, 0)}),
         ("tests", {"tests": Tests(0, 0, 3, {"why": 3})}),
         ("tests", {"tests": None}),
         ("families", {"families": {"mixtral": "ok", "qwen3_moe": "its logits differ"}}),
@@ -129,16 +146,66 @@ def test_a_shortfall_says_what_was_found_and_what_was_expected() -> None:
     row = judged(EXPECTED, result(kl_trained_merged=0.5, samples=(1, 3), tests=Tests(9, 1, 0, {}, ("a::b",))))
     assert [(each.found, each.expected) for each in row.shortfalls] == [
         ("0.5", "at most 0.001 of kl_base_trained, 0.00186"),
-        ("1 / 3", "3 the same"),
+        ("1 / 3", "3 of 3 the same"),
         ("1 failed: a::b", "none"),
     ]
+
+
+def test_some_samples_may_be_the_base_s_too() -> None:
+    assert checks(result(unmoved=2)) == []
+
+
+def test_too_few_families_fall_short_though_each_is_merged() -> None:
+    row = judged(replace(EXPECTED, families_at_least=2), result())
+    assert [(each.check, each.found, each.expected) for each in row.shortfalls] == [
+        ("families", "1 merged, 0 refused by design", "2 merged")
+    ]
+
+
+def crossing(name: str, *others: str, **changes: Any) -> CellResult:
+    """The row of a cell whose last stage ran."""
+    versions = {"transformers": "5.5.0", "peft": name, "trl": "0.25.1"}
+    crossed = dict.fromkeys(others, OK)
+    return result(
+        **{"cell": name, "versions": versions, "crossed": crossed, "stages": {"cross": 1.0}, **changes}
+    )
+
+
+def test_in_a_full_run_each_cell_has_merged_what_all_others_trained() -> None:
+    a, b, c = crossing("a", "b", "c"), crossing("b", "a", "c"), crossing("c", "b")
+    found = all_crossed((a, b, c))
+    assert found[:2] == (a, b)
+    assert [(each.check, each.found) for each in found[2].shortfalls] == [("crossed", "nothing of a")]
+    assert found[2].status == FAILED
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        crossing("a", figures=None),
+        crossing("a", stages={"journey": 1.0}),
+        crossing("a", source="another"),
+        crossing("a", status=NOT_RUN),
+        crossing("a", versions=crossing("b").versions),
+        crossing("a", lane="gpu", stages={"train": 1.0}),
+    ],
+    ids=["untrained", "no-last-stage", "other-source", "not-run", "twin", "gpu"],
+)
+def test_what_another_cell_did_not_train_for_it_is_not_missing(other: CellResult) -> None:
+    row = crossing("b")
+    assert all_crossed((other, row))[1] == row
+
+
+def test_what_is_missing_is_said_once() -> None:
+    died = crossing("b", shortfalls=(Shortfall("crossed", "failed: Killed", "a run to its end"),))
+    assert all_crossed((crossing("a", "b"), died))[1] == died
 
 
 def test_a_refusal_by_design_is_no_shortfall() -> None:
     refused = {"longcat_flash": "refused by design: experts-incomplete"}
     assert checks(result(families={"mixtral": "ok", **refused})) == []
     row = judged(EXPECTED, result(families=refused))
-    assert [each.found for each in row.shortfalls] == ["all 1 refused by design"]
+    assert [each.found for each in row.shortfalls] == ["0 merged, 1 refused by design"]
 
 
 def test_a_cell_may_expect_less() -> None:

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from loudmerge.compat.cells import FILE, load
-from loudmerge.compat.result import FAILED, OK, CellResult
+from loudmerge.compat.cells import FILE, Cell, load
+from loudmerge.compat.result import FAILED, OK, CellResult, Tests
+from tests.unit.compat.made import result
 
 ROOT = Path(__file__).parents[3]
 FILES = [ROOT / ".github" / "workflows" / f"{name}.yml" for name in ("ci", "gpu", "matrix")]
@@ -211,6 +212,7 @@ class Ran(NamedTuple):
 
 
 NOX = """#!/bin/sh
+if [ -n "$SAYS" ]; then echo "$*"; exit; fi
 [ -n "$ROW" ] || exit 1
 echo "$ROW" > ".compat/results/$CELL.json"
 """
@@ -323,6 +325,16 @@ def test_the_gpu_s_row_is_the_newest_and_on_a_pull_request_the_base_s(
     assert left == ({} if expected is None else {"gpu-a.json": f"{expected}\n"})
 
 
+def test_a_gpu_run_of_some_layers_leaves_the_row_of_all_of_them(tmp_path: Path) -> None:
+    """By hand, the day before: without it the cell would be gone, and the comparison would fail."""
+    (tmp_path / ".compat" / "base").mkdir(parents=True)
+    (tmp_path / ".compat" / "base" / "gpu-all.json").write_text("then\n", "utf-8")
+    ran = run(tmp_path, script("matrix", "table", GPU), RUNS=r"9\n", HAS="9", GIVES="now", EVENT="push")
+    assert ran.code == 0, ran.stderr
+    left = {file.name: file.read_text("utf-8") for file in (tmp_path / ".compat" / "results").iterdir()}
+    assert left == {"gpu-all.json": "then\n", "gpu-a.json": "now\n"}
+
+
 def test_a_github_that_does_not_answer_is_not_taken_for_having_no_gpu_rows(tmp_path: Path) -> None:
     ran = run(tmp_path, script("matrix", "table", GPU), RUNS_FAIL="1", EVENT="schedule")
     assert ran.code != 0
@@ -335,11 +347,44 @@ def test_the_gpu_s_rows_are_among_the_results_that_are_compared_with() -> None:
     assert names.index("base") < names.index(GPU) < names.index("results")
 
 
-def test_the_gpu_s_workflow_fails_without_a_gpu_and_leaves_its_row() -> None:
+E2E = "Train, merge, reload, compare"
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, "--require"),
+        (
+            {"WEIGHTS": "Qwen/Qwen3-30B-A3B", "LAYERS": "2"},
+            "--require --weights=Qwen/Qwen3-30B-A3B --layers=2",
+        ),
+        (
+            {"LEARNING_RATE": "1e-3", "DIRECTORY": "/a disk"},
+            "--require --learning-rate=1e-3 --directory=/a disk",
+        ),
+    ],
+    ids=["none", "weights", "others"],
+)
+def test_the_gpu_s_workflow_fails_without_a_gpu_and_takes_the_command_s_options(
+    tmp_path: Path, given: dict[str, str], options: str
+) -> None:
+    """What the workflow's inputs are called is what the command calls them."""
+    file = ROOT / ".github" / "workflows" / "gpu.yml"
+    (step,) = [step for step in steps(file) if step.given.get("name") == E2E]
+    empty = dict.fromkeys(step.given["env"], "")
+    ran = run(tmp_path, script("gpu", "e2e", E2E), **{**empty, **given}, ROW="x", SAYS="1")
+    assert ran.stdout == f"-s e2e_gpu -- {options}\n"
+    given_by_hand = {str(key): value for key, value in workflow(file).items()}["True"]  # YAML's `on`
+    inputs = given_by_hand["workflow_dispatch"]["inputs"]
+    values = [f"${{{{ inputs.{name} }}}}" for name in inputs]
+    assert sorted(step.given["env"].values()) == sorted(values)
+    text = (ROOT / "src" / "loudmerge" / "compat" / "gpu.py").read_text("utf-8")
+    assert all(f'"--{name}"' in text for name in inputs)
+
+
+def test_the_gpu_s_workflow_names_the_gpu_there_is() -> None:
     (job,) = jobs(ROOT / ".github" / "workflows" / "gpu.yml").values()
-    commands = [step["run"] for step in job["steps"] if "run" in step]
-    assert "nox -s e2e_gpu -- --require" in commands
-    assert [command for command in commands if command.startswith("nvidia-smi ||")]
+    assert [step for step in job["steps"] if step.get("run", "").startswith("nvidia-smi ||")]
 
 
 CROSS = "Merge what the other cells trained"
@@ -399,13 +444,16 @@ def test_every_workflow_that_installs_torch_takes_the_repository_s_index() -> No
 
 
 class Session:
-    """What a session of noxfile.py installs."""
+    """What a session of noxfile.py runs and installs."""
 
     def __init__(self) -> None:
         self.virtualenv = SimpleNamespace(location=str(ROOT / "src"))
         self.installed: list[str] = []
+        self.ran: list[tuple[str, ...]] = []
+        self.posargs: list[str] = []
 
-    def run(self, *_: str, **__: object) -> None: ...
+    def run(self, *arguments: str, **__: object) -> None:
+        self.ran.append(arguments)
 
     def install(self, *arguments: str) -> None:
         self.installed += arguments
@@ -434,6 +482,17 @@ def test_sessions_install_torch_from_the_further_index(
         assert session.installed[session.installed.index("--extra-index-url") + 1] == index
 
 
+@pytest.mark.parametrize(("name", "seeds"), [("demo", True), ("lint", True), ("e2e_gpu", False)])
+def test_a_session_on_a_gpu_takes_no_other_session_s_torch(
+    noxfile: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str, seeds: bool
+) -> None:
+    """2.13.0 may be 2.13.0+cpu there, which an installer takes for what was asked for."""
+    monkeypatch.setenv("LOUDMERGE_TORCH", "torch==2.13.0")
+    session = Session()
+    noxfile[name].func(session)
+    assert any("loudmerge.compat.links" in ran and "torch==2.13.0" in ran for ran in session.ran) == seeds
+
+
 RENDER = "Render, and compare with the base"
 
 
@@ -451,8 +510,32 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def rows() -> tuple[CellResult, ...]:
-    cells = load(ROOT / FILE).cells
-    return tuple(CellResult(cell.name, cell.lane, OK, cell.versions) for cell in cells)
+    """Of the cells there are, each with what it must show."""
+    return tuple(shown(cell) for cell in load(ROOT / FILE).cells)
+
+
+def shown(cell: Cell) -> CellResult:
+    wanted = cell.expects
+    return result(
+        cell=cell.name,
+        lane=cell.lane,
+        versions=cell.versions,
+        path=wanted.path,
+        orientation=wanted.orientation,
+        merged=(wanted.merged, wanted.merged),
+        tests=Tests(wanted.tests_at_least, 0, 0, suite=wanted.suite_at_least),
+        families={f"family_{number}": OK for number in range(wanted.families_at_least)},
+    )
+
+
+def test_a_row_that_was_edited_fails_the_job_whatever_its_status_says(checkout: Path) -> None:
+    first, *others = rows()
+    put(checkout / ".compat" / "results", replace(first, merged=(0, 96)), *others)
+    put(checkout / ".compat" / "base", first, *others)
+    (checkout / "lag.txt").touch()
+    ran = run(checkout, script("matrix", "table", RENDER), PYTHONPATH="src", BASE="true")
+    assert ran.code == 1
+    assert f"{first.cell}: regressed: ok → failed: merged" in ran.stderr
 
 
 def test_the_table_goes_to_the_summary_and_is_green_where_nothing_regressed(checkout: Path) -> None:
