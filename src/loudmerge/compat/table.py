@@ -11,6 +11,7 @@ README is not current. Exit 2: the arguments, or a file that is read, are wrong.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from pathlib import Path
 from loudmerge import __version__
 from loudmerge.compat import document, markdown, page, readme, rows
 from loudmerge.compat.against import rows_and_changes
-from loudmerge.compat.cells import FILE, Cell, Matrix, MatrixError, load
+from loudmerge.compat.cells import FILE, LATEST, PACKAGES, RELEASED, Cell, Matrix, MatrixError, load
 from loudmerge.compat.environment import differing
 from loudmerge.compat.overview import Overview
 from loudmerge.compat.result import FAILED, NOT_RUN, CellResult, Shortfall
@@ -50,8 +51,8 @@ def write(
     """Writes COMPAT.md and compat.html into out_dir, which it makes; returns what they say.
 
     results: all rows in order, also those of cells that were not run. against: older results; a cell that
-    only they have is a row, not run. lag: package -> a release newer than any cell's.
-    generated: now if not given.
+    only they have is a row, not run. lag: package -> a release newer than any cell's; what the lane `latest`
+    ran with where nothing is given. generated: now if not given.
     """
     overview = survey(results, against, lag=lag, generated=generated)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,28 @@ def survey(
     """What `write` would write, as a value."""
     rows, changes = (tuple(results), {}) if against is None else rows_and_changes(results, against)
     when = generated or datetime.now(timezone.utc)
-    return Overview(rows, when, __version__, changes, lag or {})
+    return Overview(rows, when, __version__, changes, lag or _seen(rows))
+
+
+def _seen(results: Sequence[CellResult]) -> dict[str, str]:
+    """What the lane that pins nothing ran with, and is newer than in any row that does."""
+    pinned = [row.versions for row in results if row.lane == RELEASED]
+    newest = {
+        package: max((_numbers(versions.get(package, "")) for versions in pinned), default=[sys.maxsize])
+        for package in PACKAGES
+    }
+    return {
+        package: version
+        for row in results
+        if row.lane == LATEST and row.status in RAN
+        for package, version in row.versions.items()
+        if package in newest and _numbers(version) > newest[package]
+    }
+
+
+def _numbers(version: str) -> list[int]:
+    """Of a release: 5.24.0 comes after 5.5.0. There is no library for it where the table is made."""
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def read(directory: Path) -> dict[str, CellResult]:

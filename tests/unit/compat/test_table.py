@@ -126,6 +126,28 @@ def test_torch_date_version_lag_and_counts_stand_above(text: str) -> None:
     assert f"loudmerge {__version__}, 2026-11-25 01:30 UTC." in text
 
 
+@pytest.mark.parametrize(
+    ("ran", "lag"),
+    [
+        (
+            {"transformers": "5.100.0", "peft": "0.22.0", "trl": "0.25.1"},
+            {"transformers": "5.100.0", "peft": "0.22.0"},
+        ),
+        ({"transformers": "5.5.0", "peft": "0.9.0", "trl": "0.25.1"}, {}),
+        ({"transformers": "5.100.0"}, {"transformers": "5.100.0"}),
+    ],
+)
+def test_where_nobody_says_the_lag_it_is_what_the_latest_lane_ran_with(
+    ran: dict[str, str], lag: dict[str, str]
+) -> None:
+    latest = replace(rows.STANDARD, cell="latest", lane="latest", versions=ran)
+    pinned = (rows.SWAPPED, rows.STANDARD)
+    assert survey((*pinned, latest)).lag == lag
+    assert survey((*pinned, replace(latest, status=NOT_RUN))).lag == {}
+    assert survey((latest,)).lag == {}
+    assert survey((*pinned, latest), lag={"trl": "9"}).lag == {"trl": "9"}
+
+
 def test_different_torches_are_each_named_with_their_cells() -> None:
     other = replace(rows.STANDARD, versions={**rows.STANDARD.versions, "torch": "2.12.0"})
     overview = survey([rows.SWAPPED, other])
