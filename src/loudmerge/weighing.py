@@ -103,6 +103,7 @@ def weigh(sites: Iterable[FusedSite]) -> Weighed:
     for site in sites:
         if site.experts > 1 and site.rank > 1:
             by_leaf[site.leaf].append(site)
+    most = max(map(len, by_leaf.values()), default=0)
     found: dict[str, SiteTraces | None] = {}
     looked: tuple[tuple[FusedSite, SiteTraces], ...] = ()
     verdicts: dict[str, Verdict] = {}
@@ -113,7 +114,8 @@ def weigh(sites: Iterable[FusedSite]) -> Weighed:
             in_order = ((one, found.get(one.name)) for same in by_leaf.values() for one in same)
             looked = tuple((one, traces) for one, traces in in_order if traces is not None)
             verdicts = combined(looked)
-            if verdicts and not any(one.open(LAYERS[-1] / layers) for one in verdicts.values()):
+            growth = max(1.0, min(LAYERS[-1], most) / layers)
+            if verdicts and not any(one.open(growth) for one in verdicts.values()):
                 break
     return Weighed(verdicts, looked)
 

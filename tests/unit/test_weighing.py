@@ -132,13 +132,16 @@ def test_more_layers_are_read_where_few_do_not_settle_it_but_not_all(tmp_path: P
     assert found.verdicts["down_proj"].sites == LAYERS[-1]
 
 
-def test_no_more_layers_are_read_where_all_would_show_nothing(tmp_path: Path) -> None:
-    """As of an adapter that was not trained: its lora_B is all zeros."""
+@pytest.mark.parametrize(("layers", "looked_at"), [(48, 4), (3, 2)])
+def test_no_more_layers_are_read_where_all_would_show_nothing(
+    layers: int, looked_at: int, tmp_path: Path
+) -> None:
+    """As of an adapter that was not trained, with a lora_B of zeros. Of three layers, one is left."""
     one = trained(TOLD)
     untrained = {key: value * 0 if ".lora_B." in key else value for key, value in one.tensors.items()}
     site = sites_of(read_adapter(replace(one, tensors=untrained).write(tmp_path / "adapter")))[0]
-    found = weigh([replace(site, name=f"layers.{n}.down_proj") for n in range(48)])
-    assert found.verdicts["down_proj"].sites == 4
+    found = weigh([replace(site, name=f"layers.{n}.down_proj") for n in range(layers)])
+    assert found.verdicts["down_proj"].sites == looked_at
     assert found.verdicts["down_proj"].says is None
 
 
