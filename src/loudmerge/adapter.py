@@ -270,7 +270,7 @@ class _Sorter:
         head's name again: `save_embedding_layers`, or a resized vocabulary.
         """
         for entry in self._unnamed_rows:
-            same = [rows.entry for rows in self.rows if _alike(rows.entry, entry)]
+            same = [rows.entry for rows in self.rows if alike(rows.entry, entry)]
             if len(same) == 1:
                 self.copies.append((same[0], entry))
                 continue
@@ -352,7 +352,8 @@ class _Sorter:
         self.problems.append(Problem(code, str(entry), found, expected, hint))
 
 
-def _alike(first: TensorEntry, second: TensorEntry) -> bool:
+def alike(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two tensors can have the same bytes."""
     return (first.dtype, first.shape) == (second.dtype, second.shape)
 
 

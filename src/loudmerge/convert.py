@@ -120,14 +120,13 @@ def convert(
     if to not in LAYOUTS:
         raise ValueError(f"to is {to!r}, expected one of {', '.join(LAYOUTS)}")
     where, target = Path(adapter), Path(out)
-    found = read_adapter(where)
-    trained_on = _named_base(found.config) if base is None else Path(base)
+    trained_on = _named_base(read_adapter(where).config) if base is None else Path(base)
     refuse_inputs(target, [where, *([trained_on] if trained_on is not None else [])])
     refuse_existing(target, overwrite=overwrite)
     planned = None
     if trained_on is not None:
         planned = plan(trained_on, adapter, orientation=orientation, lora_b_layout=lora_b_layout)
-        found = planned.adapter
+    found = planned.adapter if planned is not None else read_adapter(where)
     sites = planned.sites if planned is not None else _told(found, orientation, lora_b_layout, to)
     family = planned.family if planned is not None else Family()
     with TensorReader() as reader:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, TokenRows
+from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, TokenRows, alike
 from loudmerge.adapter_config import ends_with
 from loudmerge.checkpoint import TEXT_CONFIGS, Checkpoint
 from loudmerge.closing import closing, is_head
@@ -188,11 +188,13 @@ class Draft:
 
         The modules around and in a head have one bias: `cls.predictions.bias`, and that of its `decoder`.
         """
-        name = re.sub(r"\.decoder\.bias$", ".bias", full.name)
+
+        def outer(name: str) -> str:
+            return re.sub(r"\.decoder\.bias$", ".bias", name)
+
         for other in self.adapter.full:
-            inner = re.sub(r"\.decoder\.bias$", ".bias", other.name)
-            alike = (other.entry.dtype, other.entry.shape) == (full.entry.dtype, full.entry.shape)
-            if other is not full and inner == name and alike and self.names.find(other.name) is not None:
+            same = outer(other.name) == outer(full.name) and alike(other.entry, full.entry)
+            if other is not full and same and self.names.find(other.name) is not None:
                 return other.entry
         return None
 

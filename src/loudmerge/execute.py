@@ -27,7 +27,7 @@ from loudmerge.plan import MergePlan, OutputTensor
 from loudmerge.preflight import check_weights
 from loudmerge.readahead import ReadAhead
 from loudmerge.resume import Finished, ShardRecord
-from loudmerge.rounding import DROPPED, SAMPLE_ROWS, SAMPLES, Dither, chosen, dither_table
+from loudmerge.rounding import DROPPED, Dither, chosen, dither_table, sampled
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 from loudmerge.writer import ShardFile, page_aligned
 
@@ -292,13 +292,12 @@ class Worker:
         if dtype not in DROPPED or not updates or piece.output.head:
             return "nearest"
         kept, rows = Kept(), piece.output.shape[-2]
-        for first in range(0, rows, max(SAMPLE_ROWS, rows // SAMPLES)):
-            count = min(SAMPLE_ROWS, rows - first)
+        for first, last in sampled(rows):
             if piece.rows == rows:
-                sample = values[first : first + count]
+                sample = values[first:last]
             else:
                 offset = piece.offset + (first - piece.first) * piece.columns
-                sample = self._read(piece._replace(first=first, rows=count, offset=offset), "sample")
+                sample = self._read(piece._replace(first=first, rows=last - first, offset=offset), "sample")
             rounded = self._bytes("rounded", sample.numel() * dtype.itemsize, self._device)
             rounded = rounded.view(dtype).view(sample.shape)
             for update in updates:

@@ -31,7 +31,7 @@ from loudmerge.recompute import (
     read_tensor,
 )
 from loudmerge.redraw import Redraw, make_table
-from loudmerge.rounding import CLOSING_KEEPS, NEAREST_KEEPS, SAMPLE_ROWS, SAMPLES
+from loudmerge.rounding import CLOSING_KEEPS, NEAREST_KEEPS, sampled
 
 BLOCK = 1 << 17
 """Elements worked on at a time: 1 MiB of float64."""
@@ -207,9 +207,9 @@ class Judge:
 
     def sampled(self) -> float:
         """The share that the nearest keeps of the update of the rows that `auto` looks at; nan for a few."""
-        dtype, rows, count, along, total = self._written[2], self._matrix.rows, 0, 0.0, 0.0
-        for first in range(0, rows, max(SAMPLE_ROWS, rows // SAMPLES)):
-            weight, delta, value = self._sum(first, min(first + SAMPLE_ROWS, rows))
+        dtype, count, along, total = self._written[2], 0, 0.0, 0.0
+        for first, last in sampled(self._matrix.rows):
+            weight, delta, value = self._sum(first, last)
             change = bounds.rounded(value, dtype).double().sub_(weight)
             along += float(torch.dot(change.view(-1), delta.view(-1)))
             total += float(torch.dot(delta.view(-1), delta.view(-1)))

@@ -38,13 +38,19 @@ NEAREST_KEEPS = 0.99
 CLOSING_KEEPS = 0.5
 """Where the nearest keeps as much of what a last layer's MLP writes through, `auto` leaves it to chance."""
 
-SAMPLES, SAMPLE_ROWS = 2, 32
+_SAMPLES, _SAMPLE_ROWS = 2, 32
 """How many runs of how many rows tell what rounding to the nearest keeps of a matrix's update."""
 
 SEGMENT = 4096
 """Columns that are read from consecutive places of the table."""
 
 _WORD = (1 << 32) - 1
+
+
+def sampled(rows: int) -> Iterator[tuple[int, int]]:
+    """The first row, and the one after the last, of each run of a matrix's rows that `auto` looks at."""
+    for first in range(0, rows, max(_SAMPLE_ROWS, rows // _SAMPLES)):
+        yield first, min(first + _SAMPLE_ROWS, rows)
 
 
 def chosen(kept: float, *, closing: bool) -> str:
