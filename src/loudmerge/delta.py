@@ -29,7 +29,6 @@ BALANCED_FROM = 1 << 15
 class Factors:
     """One site's factors, ready to slice: left (experts, out, rank), right (experts, rank, in).
 
-    Views of the pair: a copy of all experts would cost more memory and time than the slices that are used.
     A dense pair has one expert.
     """
 
@@ -50,17 +49,18 @@ def factors(site: Site, lora_a: Tensor, lora_b: Tensor) -> Factors:
     """
     experts = max(site.num_experts, 1)
     a = lora_a.to(torch.float32).view(experts, site.rank, -1)
-    b = unpack_lora_b(lora_b.to(torch.float32), experts, site.rank, site.lora_b_layout)
+    b = unpack_lora_b(lora_b, experts, site.rank, site.lora_b_layout).to(torch.float32)
     if site.reads_input:
         return Factors(b, a, site.scaling, site.peft_rounds_delta)
     return Factors(a.transpose(1, 2), b.transpose(1, 2), site.scaling, site.peft_rounds_delta)
 
 
 def unpack_lora_b(lora_b: Tensor, experts: int, rank: int, layout: LoraBLayout | None) -> Tensor:
-    """(b, rank * experts) -> (experts, b, rank), a view."""
+    """(b, rank * experts) -> (experts, b, rank)."""
     if layout is LoraBLayout.GROUPED_BY_EXPERT:
         return lora_b.view(-1, experts, rank).permute(1, 0, 2)
-    return lora_b.view(-1, rank, experts).permute(2, 0, 1)
+    # Copied: every number of an expert lies in another cache line, so that each expert's would read them all.
+    return lora_b.view(-1, experts).T.contiguous().view(experts, -1, rank)
 
 
 @dataclass
