@@ -18,6 +18,7 @@ from queue import LifoQueue
 import torch
 from torch import Tensor
 
+from loudmerge.compiled import kernel
 from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.layout import Axes
@@ -47,7 +48,10 @@ COMPILED_BYTES = 1 << 30
 """Bytes to be computed from which on the compiled kernel is worth being loaded to round to the nearest: that
 takes half a second once, which it saves with each of them on two cores."""
 
-WRITERS = 4
+AHEAD = 256 << 20
+"""Elements that are copied while one core loads the compiled kernel: otherwise the disk would be idle."""
+
+WRITERS = 8
 """How many threads may wait for the disk beside those that compute."""
 
 SMALL_BYTES = 64 << 20
@@ -98,6 +102,10 @@ def execute(
     ):
         notes = check_weights(plan, reader, pool)
         worker = Worker(plan, reader, torch.device(device), notes, background, threads)
+        ahead = 0
+        if worker.compiled:
+            pool.submit(kernel)
+            ahead = AHEAD
         begun = _begin(plan, directory, worker.outcome, finished)
         done = total - sum(output.nbytes for _, outputs in begun for output in outputs)
         unsynced = 0
@@ -105,7 +113,7 @@ def execute(
         finishes: list[Future[None]] = []
         for shard, outputs in begun:
             shards.enter_context(shard)
-            for nbytes in _in_order(pool, worker, shard, outputs, threads_of_pool):
+            for nbytes in _in_order(pool, worker, shard, interleaved(outputs, ahead), threads_of_pool):
                 done += nbytes
                 unsynced += 0 if shard.direct else nbytes
                 if unsynced >= SYNC_BYTES:
@@ -113,6 +121,7 @@ def execute(
                     unsynced = 0
                 if progress is not None:
                     progress("merge", done, total)
+            ahead = 0
             finishes.append(syncer.submit(_finish, shard, syncs, worker.outcome.record(outputs), finished))
             syncs = []
             if len(finishes) >= OPEN_SHARDS:
@@ -160,14 +169,14 @@ def _finish(
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, worker: Worker, shard: ShardFile, outputs: Sequence[OutputTensor], threads: int
+    pool: ThreadPoolExecutor, worker: Worker, shard: ShardFile, pieces: Iterable[Piece], threads: int
 ) -> Iterator[int]:
     """Runs a shard's pieces with a bounded number in flight, and yields each one's bytes.
 
     So are their factors bounded: those of the next layer are asked for as the last one's are done with.
     """
     waiting: deque[tuple[Piece, Future[int]]] = deque()
-    for piece in interleaved(outputs):
+    for piece in pieces:
         while waiting and worker.factor_bytes([piece, *(one for one, _ in waiting)]) > FACTOR_BYTES:
             yield waiting.popleft()[1].result()
         waiting.append((piece, pool.submit(worker.run, piece, shard, worker.prepare(piece))))
@@ -197,8 +206,10 @@ class Worker:
         self._device = device
         self._local = threading.local()
         self._factors = ReadAhead(plan.sites, reader, device, background, FACTOR_BYTES)
-        computed = sum(output.nbytes for output in plan.outputs if not output.is_copied)
-        self._compiled = computed >= COMPILED_BYTES
+        computed = (output for output in plan.outputs if not output.is_copied)
+        halves = sum(output.nbytes for output in computed if output.source.dtype == output.dtype == "BF16")
+        nearest = plan.rounding in {"auto", "balanced", "nearest"} and device.type == "cpu"
+        self.compiled = nearest and halves >= COMPILED_BYTES
         self._spaces: LifoQueue[Workspace] = LifoQueue()
         for _ in range(computing):
             self._spaces.put(Workspace(device))
@@ -275,7 +286,7 @@ class Worker:
             dither = Dither(dither_table(self._device), piece.output.key, max(piece.matrix, 0))
         for update in updates:
             space, first = self._local.space, piece.first
-            total.add(update.apply(values, first, rounding, space, result, dither, compiled=self._compiled))
+            total.add(update.apply(values, first, rounding, space, result, dither, compiled=self.compiled))
         if updates:
             self._record(piece, total, rounding)
         return total

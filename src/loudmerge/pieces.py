@@ -50,15 +50,20 @@ def split(output: OutputTensor) -> Iterator[Piece]:
             yield Piece(output, matrix, first, held, columns, offset, tuple(by_matrix[matrix]))
 
 
-def interleaved(outputs: Sequence[OutputTensor]) -> Iterator[Piece]:
+def interleaved(outputs: Sequence[OutputTensor], ahead: int = 0) -> Iterator[Piece]:
     """The pieces of a shard: what is only copied lies between what is computed, as evenly as it goes.
 
     Copying waits for the disk, and computing leaves it idle.
+    ahead: so many elements are copied before any is computed.
     """
     copied = [output for output in outputs if output.is_copied]
     computed = [output for output in outputs if not output.is_copied]
     to_copy, to_compute = (sum(math.prod(one.shape) for one in them) for them in (copied, computed))
     copies = (piece for output in copied for piece in split(output))
+    while ahead > 0 and (copy := next(copies, None)) is not None:
+        yield copy
+        ahead -= copy.rows * copy.columns
+        to_copy -= copy.rows * copy.columns
     behind = 0
     for piece in (piece for output in computed for piece in split(output)):
         yield piece

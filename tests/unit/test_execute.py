@@ -120,6 +120,32 @@ def test_the_bytes_do_not_depend_on_threads_or_pieces(
     assert found[1] == found[2] == (world.path / "large" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "compiled"),
+    [
+        (torch.bfloat16, {"rounding": "nearest"}, True),
+        (torch.bfloat16, {"rounding": "auto"}, True),
+        (torch.bfloat16, {"rounding": "peft"}, False),
+        (torch.bfloat16, {"rounding": "nearest", "dtype": "float32"}, False),
+        (torch.float16, {"rounding": "nearest"}, False),
+    ],
+)
+def test_much_to_be_computed_has_the_kernel_loaded_while_the_rest_is_copied(
+    dtype: torch.dtype, options: dict[str, str], compiled: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is of use. The bytes are the same."""
+    base, adapter = mixed(dtype)
+    fields: dict[str, Any] = {"target_parameters": BOTH, **options}
+    world.run(base, adapter, name="little", **fields)
+    loaded = []
+    monkeypatch.setattr(module, "COMPILED_BYTES", 1)
+    monkeypatch.setattr(module, "kernel", lambda: loaded.append(True))
+    world.run(base, adapter, name="much", **fields)
+    assert loaded == [True] * compiled
+    little, much = (world.path / name / "model.safetensors" for name in ("little", "much"))
+    assert little.read_bytes() == much.read_bytes()
+
+
 @pytest.mark.parametrize("axes", list(Axes))
 @pytest.mark.usefixtures("small_pieces")
 def test_a_fused_tensor_larger_than_a_piece_is_updated_in_all_of_its_matrices(

@@ -67,19 +67,27 @@ def test_dora_needs_the_whole_matrix_in_one_piece(monkeypatch: pytest.MonkeyPatc
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(0, 900), st.integers(1, 5)), max_size=8),
     st.integers(8, 60),
+    st.integers(0, 2000),
 )
 def test_what_is_copied_lies_between_what_is_computed(
-    kinds: list[tuple[bool, int, int]], piece_bytes: int
+    kinds: list[tuple[bool, int, int]], piece_bytes: int, ahead: int
 ) -> None:
-    """Every piece once, what is computed in its order, and copies never a piece further than their share."""
+    """Every piece once, what is computed in its order, and copies never a piece further than their share.
+
+    But for those that are asked for ahead of all.
+    """
     outputs = [output((1, rows, columns), stacked=computed) for computed, rows, columns in kinds]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE_BYTES", piece_bytes)
         wanted = [piece for one in outputs for piece in split(one)]
-        found = list(interleaved(outputs))
+        found = list(interleaved(outputs, ahead))
     assert Counter(map(repr, found)) == Counter(map(repr, wanted))
     computed = [piece for piece in found if not piece.output.is_copied]
     assert computed == [piece for piece in wanted if not piece.output.is_copied]
+    while found and found[0].output.is_copied and ahead > 0:
+        ahead -= found[0].rows * found[0].columns
+        del found[0]
+    assert ahead <= 0 or not any(piece.output.is_copied for piece in found)
     to_copy = sum(piece.rows * piece.columns for piece in found if piece.output.is_copied)
     to_compute = sum(piece.rows * piece.columns for piece in computed)
     largest = max((piece.rows * piece.columns for piece in found), default=0)
