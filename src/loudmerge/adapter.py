@@ -35,7 +35,6 @@ _LORA_KEY = re.compile(
     r"|lora_magnitude_vector(?:\.weight)?)$"
 )
 _ROWS_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta$")
-_FULL_KEY = re.compile(r"^base_model\.model\.(?P<name>.+\.(?:weight|bias)|.+)$")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,14 @@ def details_option(command: Command) -> Command:
     return click.option("--details", is_flag=True, help=described)(command)
 
 
+def layout_options(command: Command) -> Command:
+    """--orientation and --lora-b-layout, which everything takes that may refuse an ambiguous layout."""
+    packing = "How the columns of a fused lora_B are packed."
+    command = choice("--lora-b-layout", "auto rank_major grouped_by_expert", packing)(command)
+    reads = "Which axis of a fused expert parameter lora_A reads."
+    return choice("--orientation", "auto standard swapped", reads)(command)
+
+
 def input_options(command: Command) -> Command:
     """OUT, --base and --adapter, which verify and compare take."""
     command = click.option(

@@ -30,7 +30,7 @@ _QUANTISED_SUFFIXES = (
 )
 
 
-TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
+_TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
 """Where multimodal configs keep the text model's fields."""
 
 
@@ -60,9 +60,18 @@ class Checkpoint:
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
         """The part of the config that describes the text model: all of it, where it has no parts."""
-        found: Mapping[str, Any] = self.config
-        while parts := [found[name] for name in TEXT_CONFIGS if isinstance(found.get(name), dict)]:
-            found = parts[0]
+        return self.text_parts[-1][1]
+
+    @property
+    def text_parts(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """The config and, each in the one before, the parts that lead to the text model's, which is the last.
+
+        Each with what leads there: `thinker_config.text_config.`
+        """
+        found: list[tuple[str, Mapping[str, Any]]] = [("", self.config)]
+        while names := [name for name in _TEXT_CONFIGS if isinstance(found[-1][1].get(name), dict)]:
+            place, part = found[-1]
+            found.append((f"{place}{names[0]}.", part[names[0]]))
         return found
 
     @property
@@ -166,7 +175,7 @@ def _numbering_problems(path: Path, names: Sequence[str]) -> Iterable[Problem]:
 
     A file without a number may lie beside the set, mtp.safetensors for one.
     """
-    numbered = [match for name in names if (match := re.search(r"-of-0*(\d+)\.safetensors$", name))]
+    numbered = [match for name in names if (match := re.search(r"-of-0*(\d{1,9})\.safetensors$", name))]
     totals = {int(match[1]) for match in numbered}
     if len(totals) == 1 and len(numbered) != max(totals):
         yield Problem(

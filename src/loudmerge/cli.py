@@ -23,13 +23,14 @@ from loudmerge.arguments import (
     choice,
     details_option,
     input_options,
+    layout_options,
     local_directory,
     output_options,
 )
-from loudmerge.errors import EnvironmentFailed, MergeRefused
+from loudmerge.canary.command import canary_command
+from loudmerge.errors import MergeRefused
 from loudmerge.terminal import (
     DONE,
-    ENVIRONMENT,
     MISMATCH,
     USAGE,
     Failure,
@@ -87,15 +88,12 @@ def commands() -> None:
 @click.argument("base", type=Name())
 @click.argument("adapter", type=Name())
 @click.argument("out", type=Name(path_type=Path))
-@choice("--orientation", "auto standard swapped", "Which axis of a fused expert parameter lora_A reads.")
-@choice(
-    "--lora-b-layout", "auto rank_major grouped_by_expert", "How the columns of a fused lora_B are packed."
-)
+@layout_options
 @choice("--dtype", "keep bfloat16 float16 float32", "The dtype of the floating-point tensors of OUT.")
 @choice(
     "--rounding",
     "auto nearest balanced stochastic peft",
-    "How a sum is rounded. auto: so that the whole update is kept; peft: as merge_and_unload does.",
+    "How a sum is rounded. auto: what disturbs the output least; peft: as merge_and_unload does.",
 )
 @click.option(
     "--device",
@@ -124,33 +122,18 @@ def merge_command(
     base: str,
     adapter: str,
     out: Path,
-    orientation: str,
-    lora_b_layout: str,
-    dtype: str,
-    rounding: str,
-    device: str,
-    threads: int | None,
     dry_run: bool,
     resume: bool,
-    overwrite: bool,
     push_to: str | None,
     no_verify: bool,
     details: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Merge ADAPTER into BASE: plan, refuse or merge, verify, then publish OUT in one step."""
     _check_merge(resume=resume, dry_run=dry_run, details=details, push_to=push_to, no_verify=no_verify)
     terminal = Terminal(as_json, quiet)
-    options: dict[str, Any] = {
-        "orientation": orientation,
-        "lora_b_layout": lora_b_layout,
-        "dtype": dtype,
-        "rounding": rounding,
-        "device": device,
-        "threads": threads,
-        "overwrite": overwrite,
-    }
 
     def action(progress: Progress | None) -> Outcome:
         from loudmerge.hub import push, push_target
@@ -178,16 +161,19 @@ def merge_command(
 @commands.command("inspect", short_help="Say what an adapter is, and by what evidence.")
 @click.argument("adapter", type=Name())
 @click.option("--base", type=Name(), metavar="BASE", help="The checkpoint the adapter belongs to.")
+@layout_options
 @click.option("--html", type=Name(dir_okay=False, path_type=Path), help="Write it as a page, too.")
 @output_options
-def inspect_command(*, adapter: str, base: str | None, html: Path | None, as_json: bool, quiet: bool) -> None:
+def inspect_command(
+    *, adapter: str, base: str | None, html: Path | None, as_json: bool, quiet: bool, **laid: Any
+) -> None:
     """Say what ADAPTER is: sites, ranks, layout, and the evidence for it."""
 
     def action(_: Progress | None) -> Outcome:
         from loudmerge.inspect import inspect
 
         found = local_directory(base, "--base") if base else None
-        result = inspect(local_directory(adapter, "ADAPTER"), found)
+        result = inspect(local_directory(adapter, "ADAPTER"), found, **laid)
         if html is not None:
             from loudmerge.inspect_page import render
 
@@ -240,16 +226,19 @@ def convert_command(
 
 @commands.command("verify", short_help="Recompute a merged checkpoint and compare.")
 @input_options
+@layout_options
 @details_option
 @output_options
-def verify_command(*, out: Path, base: str, adapter: str, details: bool, as_json: bool, quiet: bool) -> None:
+def verify_command(
+    *, out: Path, base: str, adapter: str, details: bool, as_json: bool, quiet: bool, **laid: Any
+) -> None:
     """Recompute every tensor of OUT by a second way, and compare."""
 
     def action(progress: Progress | None) -> Outcome:
         from loudmerge.verify import verify
 
         found = local_directory(base, "--base"), local_directory(adapter, "--adapter")
-        result = verify(out, *found, progress=progress)
+        result = verify(out, *found, progress=progress, **laid)
         return _outcome(_shown(result, details=details), ok=result.ok)
 
     run(Terminal(as_json, quiet), action)
@@ -258,31 +247,15 @@ def verify_command(*, out: Path, base: str, adapter: str, details: bool, as_json
 @commands.command("compare", short_help="Compare the behaviour of base, adapter and merge.")
 @input_options
 @click.option("--adapter-only", is_flag=True, help="OUT is ADAPTER converted: compare base with either.")
-@choice("--orientation", "auto standard swapped", "With --adapter-only: as ADAPTER was converted.")
-@choice(
-    "--lora-b-layout",
-    "auto rank_major grouped_by_expert",
-    "With --adapter-only: as ADAPTER was converted.",
-)
+@layout_options
 @output_options
 def compare_command(
-    *,
-    out: Path,
-    base: str,
-    adapter: str,
-    adapter_only: bool,
-    orientation: str,
-    lora_b_layout: str,
-    as_json: bool,
-    quiet: bool,
+    *, out: Path, base: str, adapter: str, adapter_only: bool, as_json: bool, quiet: bool, **laid: Any
 ) -> None:
     """Load BASE, BASE with ADAPTER, and OUT; report KL, top-1 agreement and greedy samples.
 
     With --adapter-only OUT is what `convert` made of ADAPTER: BASE with ADAPTER against BASE with OUT.
     """
-    laid: dict[str, Any] = {"orientation": orientation, "lora_b_layout": lora_b_layout}
-    if not adapter_only and set(laid.values()) != {"auto"}:
-        raise click.UsageError("--orientation and --lora-b-layout go with --adapter-only; OUT has a report.")
 
     def action(_: Progress | None) -> Outcome:
         inputs = local_directory(base, "--base"), local_directory(adapter, "--adapter")
@@ -293,7 +266,7 @@ def compare_command(
             return _outcome(same, ok=same.ok)
         from loudmerge.compare import compare
 
-        result = compare(out, *inputs)
+        result = compare(out, *inputs, **laid)
         return _outcome(result, ok=result.ok)
 
     run(Terminal(as_json, quiet), action)
@@ -314,77 +287,7 @@ def demo_command(*, directory: Path | None, as_json: bool, quiet: bool) -> None:
     run(Terminal(as_json, quiet), action)
 
 
-@commands.command("canary", short_help="Check that upstream still keeps what must hold.")
-@click.option(
-    "--guards",
-    type=Name(path_type=Path),
-    help="The directory of the guard files. Default: canary/guards here, else those loudmerge ships.",
-)
-@click.option("--strict", is_flag=True, help="An upstream that cannot be asked fails.")
-@click.option(
-    "--source",
-    "overrides",
-    multiple=True,
-    metavar="UPSTREAM=DIR_OR_ARCHIVE_OR_URL",
-    help="Read an upstream or a package from there.",
-)
-@click.option(
-    "--ref",
-    "refs",
-    multiple=True,
-    metavar="UPSTREAM=REF",
-    help="Judge its guards at this ref, not at their own.",
-)
-@click.option("--markdown", type=Name(dir_okay=False, path_type=Path), help="Write a report there.")
-@click.option(
-    "--annotations", is_flag=True, help="Annotate the guards' lines on GitHub. So it does in its workflows."
-)
-@output_options
-def canary_command(
-    *,
-    guards: Path | None,
-    strict: bool,
-    overrides: tuple[str, ...],
-    refs: tuple[str, ...],
-    markdown: Path | None,
-    annotations: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Read upstream's source and say, guard by guard, what of it still holds."""
-
-    def action(_: Progress | None) -> Outcome:
-        with _canary_extra():
-            from loudmerge.canary.guards import default_directory, load_guards
-            from loudmerge.canary.report import Reports
-            from loudmerge.canary.run import CanaryReport, at_refs, parse_ref
-            from loudmerge.canary.run import run as run_canary
-            from loudmerge.canary.sources import SourceOptions, parse_overrides
-        with argument("--guards"):
-            found = load_guards(guards or default_directory(Path()))
-        with argument("--ref"):
-            found = at_refs(found, [parse_ref(text) for text in refs])
-        with argument("--source"):
-            places = parse_overrides(overrides, {name for guard in found for name in guard.names})
-        verdicts = run_canary(found, sources=SourceOptions.from_environment(places))
-        report = CanaryReport(verdicts, strict)
-        # To stderr: stdout is the result. GitHub's runner reads both.
-        for line in Reports.from_environment(markdown, annotations=annotations).write(report, found):
-            click.echo(line, err=True)
-        return Outcome(report, MISMATCH if report.missing else ENVIRONMENT if report.unasked else DONE)
-
-    run(Terminal(as_json, quiet), action)
-
-
-@contextmanager
-def _canary_extra() -> Iterator[None]:
-    """Says which extra is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("loudmerge"):
-            raise
-        raise EnvironmentFailed(f'{error.name} is missing: pip install "loudmerge[canary]"') from error
+commands.add_command(canary_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -225,7 +225,7 @@ def _columns(b: Tensor, groupings: Tensor) -> list[list[float]]:
 
 def _at_a_time(orders: Tensor, elements: int) -> tuple[Tensor, ...]:
     """The orders in parts, where each needs so many elements: one step for all of a small pair."""
-    return torch.split(orders, max(1, ELEMENTS // elements))
+    return torch.split(orders, max(1, ELEMENTS // max(1, elements)))
 
 
 def _most_trained(norms: Tensor, rank: int) -> Tensor:

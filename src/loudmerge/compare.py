@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,12 +20,10 @@ from loudmerge.behaviour import Passages, Run
 from loudmerge.checkpoint import Checkpoint, open_checkpoint
 from loudmerge.device import found_device
 from loudmerge.errors import EnvironmentFailed, Mismatch
-from loudmerge.merge import plan
-from loudmerge.outreport import read_report, recorded_options
 from loudmerge.plan import MergePlan
 from loudmerge.relay import MemoryAxes, read_sites, relay
-from loudmerge.sidefiles import REPORT
 from loudmerge.tensorfile import DTYPES
+from loudmerge.verify import plan_again
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,21 +219,26 @@ def compare(
     base: str | Path,
     adapter: str | Path,
     *,
+    orientation: str = "auto",
+    lora_b_layout: str = "auto",
     prompts: Sequence[str] | None = None,
     device: str = "cpu",
     tokens: int = 512,
 ) -> Comparison:
     """Runs base, base + adapter (by the installed PEFT) and `out` on the same text and compares.
 
-    out, base, adapter: local directories. prompts: run and continued instead of the default prompts and text.
-    device: "cpu", "cuda[:N]" or "auto". tokens: how many tokens to run. Takes the memory of one model in
-    float32 (4 bytes a parameter) and four sets of logits (4 bytes * tokens * vocabulary each).
-    Raises MergeRefused as `plan` does; Mismatch when `out` lacks a tensor; EnvironmentFailed when the extra
-    `compare` is missing, or the installed transformers and peft cannot load base + adapter faithfully.
+    out, base, adapter: local directories. orientation, lora_b_layout: as for `verify`.
+    prompts: run and continued instead of the default prompts and text. device: "cpu", "cuda[:N]" or "auto".
+    tokens: how many tokens to run. Takes the memory of one model in float32 (4 bytes a parameter) and four
+    sets of logits (4 bytes * tokens * vocabulary each).
+    Raises MergeRefused and Mismatch as `verify` does; Mismatch also when `out` lacks a tensor;
+    EnvironmentFailed when the extra `compare` is missing, or the installed transformers and peft cannot load
+    base + adapter faithfully.
     """
     models.require_packages()
     merged_file = open_checkpoint(Path(out))
-    merge_plan = plan(base, adapter, **_options(Path(out)))
+    laid = {"orientation": orientation, "lora_b_layout": lora_b_layout}
+    merge_plan, _ = plan_again(Path(out), base, adapter, **laid)
     with models.quietly():
         return _compare(merged_file, merge_plan, prompts, found_device(device), tokens)
 
@@ -334,9 +337,3 @@ def _samples(passages: Passages, trained: Run, merged: Run, rounded: Run) -> tup
         )
         for prompt, (ours, theirs, reference) in zip(passages.prompts, runs, strict=True)
     )
-
-
-def _options(out: Path) -> dict[str, Any]:
-    """The options that OUT was merged with, by its report; none for a merge by another tool."""
-    report = read_report(out / REPORT)
-    return {} if report is None else asdict(recorded_options(report, out / REPORT))

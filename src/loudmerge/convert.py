@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,30 +15,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loudmerge import __version__
-from loudmerge.adapter import ONE_SAVE, WEIGHTS, Adapter, LoraPair, read_adapter
+from loudmerge.adapter import WEIGHTS, read_adapter
 from loudmerge.adapter_config import CONFIG, AdapterConfig
 from loudmerge.checkpoint import CONFIG as BASE_CONFIG
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.experts import split_expert_name
 from loudmerge.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
-from loudmerge.hypotheses import FusedModule, FusedParameter
-from loudmerge.layout import Axes, Orientation, Span
+from loudmerge.layout import Axes, Span
 from loudmerge.merge import Pathish, plan
 from loudmerge.outpath import refuse_existing, refuse_inputs
-from loudmerge.packing import Packing
 from loudmerge.plan import MergePlan, Site
-from loudmerge.relayout import Factored, factored, joined
+from loudmerge.preflight import check_weights
+from loudmerge.relayout import Factored, dtype_of_all, factored, joined
 from loudmerge.rewrite import (
     LAYOUTS,
     PER_EXPERT,
     Draft,
     ExpertLora,
-    registration,
     write_apart,
     write_fused,
 )
+from loudmerge.sidefiles import is_weights
 from loudmerge.tensorfile import TensorReader
-from loudmerge.weighing import FusedSite, fused_site, placed, weigh
+from loudmerge.threads import cores
+from loudmerge.told import told_sites
 from loudmerge.writer import Staging
 
 Linears = Mapping[tuple[str, int], Site]
@@ -111,6 +112,7 @@ def convert(
 ) -> Conversion:
     """Writes the directory `out`: the adapter in the layout `to`, one of LAYOUTS; all else stays as it is.
 
+    Files of other weights are left out, as by a merge.
     base: the checkpoint it was trained on, by whose shapes the adapter's own layout is found, as for a merge;
     by default the one that adapter_config.json names, if that is a directory here. Without any the caller has
     to know the orientation, and only fused layouts can be read and written.
@@ -121,30 +123,23 @@ def convert(
         raise ValueError(f"to is {to!r}, expected one of {', '.join(LAYOUTS)}")
     where, target = Path(adapter), Path(out)
     trained_on = _named_base(read_adapter(where).config) if base is None else Path(base)
-    refuse_inputs(target, [where, *([trained_on] if trained_on is not None else [])])
+    refuse_inputs(target, [where] if trained_on is None else [where, trained_on])
     refuse_existing(target, overwrite=overwrite)
-    planned = None
-    if trained_on is not None:
+    if trained_on is None:
+        planned, found, family = None, read_adapter(where), Family()
+        sites = told_sites(found, orientation, lora_b_layout, to)
+    else:
         planned = plan(trained_on, adapter, orientation=orientation, lora_b_layout=lora_b_layout)
-    found = planned.adapter if planned is not None else read_adapter(where)
-    sites = planned.sites if planned is not None else _told(found, orientation, lora_b_layout, to)
-    family = planned.family if planned is not None else Family()
-    with TensorReader() as reader:
+        found, family, sites = planned.adapter, planned.family, planned.sites
+    with TensorReader() as reader, ThreadPoolExecutor(cores()) as pool:
+        check_weights(found, sites, reader, pool)
         tensors = {name: reader.read(entry) for name, entry in found.entries.items()}
     reading = _Reading(sites, family, planned, tensors)
     experts = reading.fused()
     if to != PER_EXPERT:
         experts += reading.linears()
     if not experts and not reading.apart:
-        raise MergeRefused(
-            Problem(
-                "unsupported-adapter",
-                str(where),
-                "no LoRA on experts",
-                "some, to be converted",
-                "Leave it as it is: only LoRA on experts has a layout.",
-            )
-        )
+        raise MergeRefused(_nothing(where))
     draft = Draft(found.config, tensors, reading.taken)
     if to == PER_EXPERT:
         write_apart(draft, experts, reading.layers)
@@ -154,67 +149,21 @@ def convert(
     return Conversion(where, trained_on, target, to, _before(sites), draft.sites, len(draft.tensors), files)
 
 
+def _nothing(adapter: Path) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        str(adapter),
+        "no LoRA on experts",
+        "some, to be converted",
+        "Leave it as it is: only LoRA on experts has a layout.",
+    )
+
+
 def _named_base(config: AdapterConfig) -> Path | None:
     """The checkpoint that the adapter says it was trained on, None where that is not here."""
     name = config.raw.get("base_model_name_or_path")
     here = isinstance(name, str) and bool(name) and Path(name, BASE_CONFIG).is_file()
     return Path(str(name)) if here else None
-
-
-def _told(adapter: Adapter, orientation: str, packing: str, to: str) -> tuple[Site, ...]:
-    """The fused sites of an adapter whose base is not there: its layout is what the caller says."""
-    modules: dict[str, list[LoraPair]] = defaultdict(list)
-    for pair in adapter.pairs:
-        if adapter.config.targeted_parameters(pair.module):
-            modules[pair.module].append(pair)
-    if not modules or orientation == "auto" or to == PER_EXPERT:
-        hint = "Give --base."
-        if modules and to != PER_EXPERT:
-            hint = "Give --base, or say --orientation standard or swapped, as the adapter is now."
-        raise MergeRefused(
-            Problem("ambiguous-layout", str(adapter.path), "no base", "a base, whose shapes tell", hint)
-        )
-    places = [
-        _told_parameter(adapter.config, pair, f"{module}.{leaf}")
-        for module, pairs in modules.items()
-        # The parameter registered first is wrapped first, innermost.
-        for leaf, pair in zip(
-            sorted(adapter.config.targeted_parameters(module), key=registration),
-            sorted(pairs, key=lambda pair: -pair.depth),
-            strict=True,
-        )
-    ]
-    decider = Packing(adapter.config, packing, [], weigh(fused_site(*place) for place in places).verdicts)
-    packings = [decider.decide(*place) for place in places]
-    if decider.problems:
-        raise MergeRefused(decider.problems)
-    return tuple(
-        Site(
-            pair,
-            parameter.name,
-            module.num_experts,
-            parameter.rank,
-            adapter.config.scaling_for(parameter.name),
-            True,
-            Orientation(orientation),
-            packed,
-        )
-        for (module, parameter, pair), packed in zip(places, packings, strict=True)
-    )
-
-
-def _told_parameter(
-    config: AdapterConfig, pair: LoraPair, name: str
-) -> tuple[FusedModule, FusedParameter, LoraPair]:
-    """See `placed`. Raises MergeRefused `rank-mismatch` where the rank of the config does not fit."""
-    rank = config.rank_for(name)
-    experts, left = divmod(pair.a.shape[0], rank)
-    if left or pair.b.shape[1] != pair.a.shape[0]:
-        found = f"{pair.a.shape[0]} rows and {pair.b.shape[1]} columns"
-        raise MergeRefused(
-            Problem("rank-mismatch", f"{pair.a} and {pair.b}", found, f"a multiple of {rank}", ONE_SAVE)
-        )
-    return placed(FusedSite(name, name.rpartition(".")[2], pair, experts, rank))
 
 
 def _slots(planned: MergePlan) -> Slots:
@@ -346,8 +295,10 @@ class _Reading:
             raise MergeRefused(_differ(linears, "ranks that differ" if not extras else "a bias or DoRA"))
         pairs = {expert: self._take(site) for expert, site in mine.items()}
         a, b = next(iter(pairs.values()))
-        up = b.new_zeros(self._slots.num_experts, *b.shape)
-        down = a.new_zeros(self._slots.num_experts, *a.shape)
+        # The experts' own dtypes may differ, and one tensor holds all of them.
+        down_dtype, up_dtype = map(dtype_of_all, zip(*pairs.values(), strict=True))
+        up = b.new_zeros(self._slots.num_experts, *b.shape, dtype=up_dtype)
+        down = a.new_zeros(self._slots.num_experts, *a.shape, dtype=down_dtype)
         for expert, (a_e, b_e) in pairs.items():
             up[expert], down[expert] = b_e, a_e
         return Factored(up, down)
@@ -392,9 +343,14 @@ def _before(sites: Iterable[Site]) -> dict[str, str]:
 
 
 def _publish(adapter: Path, out: Path, draft: Draft, *, overwrite: bool) -> tuple[str, ...]:
-    """Writes OUT in one step, with the other files of the adapter's directory."""
+    """Writes OUT in one step, with the other files of the adapter's directory.
+
+    Not with other weights: adapter_model.bin, say, would be the adapter in the layout that it had.
+    """
     others = [
-        path for path in sorted(adapter.iterdir()) if path.is_file() and path.name not in (WEIGHTS, CONFIG)
+        path
+        for path in sorted(adapter.iterdir())
+        if path.is_file() and path.name != CONFIG and not is_weights(path.name)
     ]
     with Staging(out, overwrite=overwrite) as staging:
         save_file(draft.tensors, staging.weights / WEIGHTS, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from typing import Any
 
 from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, TokenRows, alike
 from loudmerge.adapter_config import ends_with
-from loudmerge.checkpoint import TEXT_CONFIGS, Checkpoint
+from loudmerge.checkpoint import Checkpoint
 from loudmerge.closing import closing, is_head
 from loudmerge.errors import Problem
 from loudmerge.evidence import Layout
@@ -21,8 +21,8 @@ from loudmerge.misplaced import missing_base
 from loudmerge.names import Names
 from loudmerge.plan import Counts, MergePlan, Options, OutputTensor, Site, Term
 from loudmerge.siblings import is_extra_layer
-from loudmerge.sites import Placed, Placement
-from loudmerge.tensorfile import DTYPE_CODES, FLOAT_CODES, TensorEntry
+from loudmerge.sites import Placed, Placement, wrong_dtype
+from loudmerge.tensorfile import DTYPE_CODES, FLOAT_CODES, MERGEABLE_CODES, TensorEntry
 
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -214,12 +214,12 @@ class Draft:
         """Whether rows fit the tensor that they are for; if not, that is a problem."""
         if len(entry.shape) != 2 or entry.shape[1] != rows.entry.shape[1]:
             self.problems.append(wrong_shape(str(rows.entry), rows.entry.shape, entry))
-        elif rows.indices and (min(rows.indices) < 0 or max(rows.indices) >= entry.shape[0]):
+        elif wrong := [index for index in rows.indices if not 0 <= index < entry.shape[0]]:
             self.problems.append(
                 Problem(
                     "shape-mismatch",
                     str(rows.entry),
-                    f"token index {max(rows.indices)}",
+                    f"token index {wrong[0]}",
                     f"indices under {entry.shape[0]}, the rows of {entry}",
                     "Is this the base that the adapter was trained on?",
                 )
@@ -229,6 +229,10 @@ class Draft:
         return False
 
     def _change(self, entry: TensorEntry, where: TensorEntry, kind: str, value: object) -> None:
+        # A bias is added to in float32, which would lose what a float64 holds.
+        problem = wrong_dtype(entry, MERGEABLE_CODES if kind == "bias" else FLOAT_CODES)
+        if problem is not None:
+            self.problems.append(problem)
         if kind in self.changes[entry.name]:
             self.problems.append(_changed_twice(where, entry))
         self.changes[entry.name][kind] = value
@@ -305,7 +309,7 @@ class Draft:
         everywhere: there in any case. Of `tie_word_embeddings` transformers 5 asks the whole config and 4 the
         text model's, and what a part does not say is its class's default.
         """
-        *above, text = _text_parts(self.base.config)
+        *above, text = self.base.text_parts
         places = [place for place, part in above if everywhere or field in part] + [text[0]]
         self.edits.update({f"{place}{field}": value for place in places})
 
@@ -320,15 +324,6 @@ def _parts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, M
         if isinstance(part, dict) and "." not in name:  # a name with a dot would be taken for a path
             yield f"{prefix}{name}.", part
             yield from _parts(part, f"{prefix}{name}.")
-
-
-def _text_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The config and, each in the one before, the parts that lead to the text model's, which is the last."""
-    found = [("", config)]
-    while names := [name for name in TEXT_CONFIGS if isinstance(found[-1][1].get(name), dict)]:
-        place, part = found[-1]
-        found.append((f"{place}{names[0]}.", part[names[0]]))
-    return found
 
 
 def _left_out(names: Sequence[str], shown: int = 10) -> Iterable[str]:

@@ -100,7 +100,7 @@ def execute(
         ThreadPoolExecutor(1, "loudmerge-factors") as background,
         ThreadPoolExecutor(threads_of_pool, "loudmerge") as pool,
     ):
-        notes = check_weights(plan, reader, pool)
+        notes = check_weights(plan.adapter, plan.sites, reader, pool)
         worker = Worker(plan, reader, torch.device(device), notes, background, threads)
         ahead = 0
         if worker.compiled:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loudmerge.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ from loudmerge.names import Names
 from loudmerge.tensorfile import TensorEntry
 
 _EXPERT_KEY = re.compile(
-    r"^(?P<group>.+\.experts|experts)\.(?:(?P<expert>\d+)\.)?(?P<leaf>\w+?)(?:\.weight)?$"
+    r"^(?P<group>.+\.experts|experts)\.(?:(?P<expert>\d{1,9})\.)?(?P<leaf>\w+?)(?:\.weight)?$"
 )
 
 
@@ -150,15 +150,18 @@ class Experts:
         slots: dict[tuple[str, int], Slot] = {}
         problems = []
         for projection in projections:
+            missing = []
             for expert in range(count):
                 entry = found.apart.get((projection, expert))
                 if entry is None:
-                    problems.append(_incomplete(name, projection, expert, count))
+                    missing.append(expert)
                     continue
                 first = dims.setdefault(projection, _matrix(entry))
                 if entry.shape != first:
                     problems.append(_odd_shape(entry, projection, expert, first))
                 slots[projection, expert] = Slot(entry, -1, Axes.OUT_IN, Span(0, first[0]))
+            if missing:
+                problems.append(_incomplete(name, projection, missing, count))
         if problems:
             raise MergeRefused(problems)
         return ExpertGroup(name, count, slots, dims)
@@ -296,10 +299,11 @@ def _two_names(entry: TensorEntry, first: TensorEntry) -> Problem:
     )
 
 
-def _incomplete(name: str, projection: str, expert: int, count: int) -> Problem:
+def _incomplete(name: str, projection: str, missing: Sequence[int], count: int) -> Problem:
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return Problem(
         "experts-incomplete",
-        f"{name}, {projection} of expert {expert}",
+        f"{name}, {projection} of expert {missing[0]}{more}",
         "no such tensor in any shard",
         f"every projection of {count} experts",
         "Get the checkpoint again.",

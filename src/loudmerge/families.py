@@ -96,7 +96,7 @@ class Family:
 
 def major_minor(version: str) -> tuple[int, int]:
     """The first two numbers of a version: (5, 24) of "5.24.0", (5, 0) of "5"."""
-    match = re.match(r"(\d+)(?:\.(\d+))?(?=\.|$)", version)
+    match = re.match(r"(\d{1,9})(?:\.(\d{1,9}))?(?=\.|$)", version)
     if match is None:
         raise ValueError(f"{version!r} is no version of transformers, such as 5.24")
     return int(match[1]), int(match[2] or 0)

@@ -18,7 +18,7 @@ from loudmerge.errors import Problem
 from loudmerge.names import INDEX
 from loudmerge.provenance import knows_embed_scale
 from loudmerge.sites import Placement
-from loudmerge.tensorfile import TensorEntry, TensorReader
+from loudmerge.tensorfile import FLOAT_CODES, TensorEntry, TensorReader
 
 SCALED = frozenset({"embed_tokens", "embed_tokens_per_layer", "shared"})
 """Embeddings that multiply their rows by `embed_scale` in the models below."""
@@ -114,7 +114,8 @@ def lost_biases(draft: Draft) -> Iterator[Problem]:
     with TensorReader() as reader:
         for trained, bias in _computed_without(draft):
             entry = draft.final(bias)
-            if "bias" in draft.changes.get(bias.name, {}) or reader.read(entry).any():
+            changed = "bias" in draft.changes.get(bias.name, {})
+            if changed or entry.dtype not in FLOAT_CODES or reader.read(entry).any():
                 yield _lost_bias(trained, entry)
 
 

@@ -262,7 +262,7 @@ def _card(out: Path, report: Mapping[str, Any], base: str, adapter: str) -> str:
         base=_shown(base),
         adapter=_shown(adapter),
         base_model=hub_id.repo if hub_id else None,
-        readme=readme.read_text(encoding="utf-8") if readme.is_file() else None,
+        readme=readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None,
     )
 
 

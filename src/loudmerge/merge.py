@@ -241,8 +241,9 @@ def peak_rss_bytes() -> int:
     status = Path("/proc/self/status")
     if status.is_file():
         # Unlike getrusage's figure, this one does not start from that of the process that forked us.
-        for line in status.read_text("ascii").splitlines():
-            if line.startswith("VmHWM:"):
+        # Bytes, as the name of a process is in it, of any encoding.
+        for line in status.read_bytes().splitlines():
+            if line.startswith(b"VmHWM:"):
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

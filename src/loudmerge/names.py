@@ -11,7 +11,7 @@ from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import Family
 from loudmerge.tensorfile import TensorEntry
 
-INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+INDEX = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")
 """A layer's or an expert's number in a name."""
 
 

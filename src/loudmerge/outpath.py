@@ -1,13 +1,14 @@
-"""Which OUT is refused: one that exists, one that holds what nobody means to replace, an input."""
+"""Where OUT may not be, and the directories around it: what exists, an input, what others own."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem
 from loudmerge.sidefiles import walk
 
 
@@ -48,6 +49,23 @@ def remove_parents(made: Sequence[Path]) -> None:
     for directory in made:
         with suppress(OSError):
             directory.rmdir()
+
+
+def own_directory(path: Path) -> int:
+    """A descriptor of a directory, which is made where there is none.
+
+    Raises EnvironmentFailed for a link in its place: what it leads to is no merge's, to remove or fill.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise EnvironmentFailed(
+            f"{path}: found a link or a file, expected a directory that merges make. Neither it nor "
+            "what it leads to was written to. Remove it, or take another OUT."
+        ) from error
 
 
 def _refuse_ground(out: Path) -> None:

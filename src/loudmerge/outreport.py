@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +70,23 @@ def recorded_options(report: Mapping[str, Any] | None, file: Path) -> Options:
     except ValueError as error:
         raise Mismatch(f"{file} is no report of a merge: {error}") from error
     return options
+
+
+def check_layout(plan: MergePlan, report: Mapping[str, Any], file: Path, asked: Iterable[str]) -> None:
+    """Raises Mismatch where the plan reads the adapter otherwise than the merge did, by OUT's report.
+
+    asked: the options of the layout that were given. What nobody asks for is not compared: the same adapter
+    in another way of saving it has another layout.
+    """
+    said = _mapping(report.get("layout"))
+    for name in asked:
+        found, expected = said.get(name), getattr(plan.layout, name)
+        if found != expected:
+            option = f"--{name.replace('_', '-')}"
+            raise Mismatch(
+                f"{file}: found that the adapter was read as {_text(found)}, expected {_text(expected)}, as "
+                f"{option} says. Leave {option} out to check the merge that the report tells of."
+            )
 
 
 def check_status(report: Mapping[str, Any]) -> Iterator[TensorMismatch]:
@@ -175,7 +192,9 @@ def _check_kept(recorded: Any, merged: Sequence[Recomputed]) -> Iterator[TensorM
 def _agree(said: Any, *names: str) -> bool:
     """Whether all of these have one number, and there is nothing else."""
     held = _mapping(said)
-    return held.keys() == set(names) and len({*held.values()}) == 1 and type(held[names[0]]) is int
+    if held.keys() != set(names) or not all(type(value) is int for value in held.values()):
+        return False
+    return len({*held.values()}) == 1
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -185,7 +204,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 def _close(recorded: Any, expected: float) -> bool:
     if type(recorded) not in (int, float):
         return False
-    return bool(abs(recorded - expected) <= KEPT_TOLERANCE * max(1.0, abs(expected)))
+    try:
+        apart = abs(float(recorded) - expected)
+    except OverflowError:  # a JSON integer may be larger than any float
+        return False
+    return apart <= KEPT_TOLERANCE * max(1.0, abs(expected))
 
 
 def _mismatch(name: str, found: Any, expected: Any) -> TensorMismatch:

@@ -9,9 +9,11 @@ from functools import partial
 
 import torch
 
+from loudmerge.adapter import Adapter
+from loudmerge.adapter_config import AdapterConfig
 from loudmerge.delta import factors, unpack_lora_b
 from loudmerge.errors import MergeRefused, Problem
-from loudmerge.plan import MergePlan, Site
+from loudmerge.plan import Site
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 
 CHUNK_BYTES = 4 << 20
@@ -21,7 +23,9 @@ SHOWN_EXPERTS = 4
 """How many experts are named, of those with values that are not finite."""
 
 
-def check_weights(plan: MergePlan, reader: TensorReader, pool: Executor) -> tuple[str, ...]:
+def check_weights(
+    adapter: Adapter, sites: Sequence[Site], reader: TensorReader, pool: Executor
+) -> tuple[str, ...]:
     """Reads every tensor of the adapter once, in the threads of `pool`; returns what a person should know.
 
     Raises MergeRefused: `non-finite` for a NaN or an infinity, `unconsumed-adapter-tensor` when the second
@@ -29,18 +33,18 @@ def check_weights(plan: MergePlan, reader: TensorReader, pool: Executor) -> tupl
     """
     problems: list[Problem] = []
     zero = set()
-    stacked = {e.name: site for site in plan.sites if site.num_experts > 1 for e in site.pair.entries}
-    entries = list(plan.adapter.entries.values())
+    stacked = {e.name: site for site in sites if site.num_experts > 1 for e in site.pair.entries}
+    entries = list(adapter.entries.values())
     for entry, (bad, empty) in zip(entries, pool.map(partial(_look, reader), entries), strict=True):
         if bad:
             problems.append(_non_finite(entry, bad, stacked.get(entry.name), reader))
         elif empty:
             zero.add(entry.name)
-    problems += _unequal_copies(plan, reader)
-    problems += _wrong_conversions(plan, reader)
+    problems += _unequal_copies(adapter, reader)
+    problems += _wrong_conversions(adapter.config, sites, reader)
     if problems:
         raise MergeRefused(problems)
-    return tuple(_untrained(plan.sites, zero))
+    return tuple(_untrained(sites, zero))
 
 
 def _look(reader: TensorReader, entry: TensorEntry) -> tuple[int, bool]:
@@ -89,8 +93,8 @@ def _named(experts: Sequence[int]) -> str:
     return f"expert{'s' if len(experts) > 1 else ''} {shown}{more}"
 
 
-def _unequal_copies(plan: MergePlan, reader: TensorReader) -> Iterable[Problem]:
-    for first, copy in plan.adapter.copies:
+def _unequal_copies(adapter: Adapter, reader: TensorReader) -> Iterable[Problem]:
+    for first, copy in adapter.copies:
         if not torch.equal(reader.read(first), reader.read(copy)):
             found = f"other values than {first}"
             yield Problem(
@@ -98,14 +102,15 @@ def _unequal_copies(plan: MergePlan, reader: TensorReader) -> Iterable[Problem]:
             )
 
 
-def _wrong_conversions(plan: MergePlan, reader: TensorReader) -> Iterable[Problem]:
+def _wrong_conversions(
+    config: AdapterConfig, sites: Sequence[Site], reader: TensorReader
+) -> Iterable[Problem]:
     """Per-expert adapters that PEFT >= 0.19 fused on loading: with rslora gate_up counts sqrt(2) times.
 
     It writes rank 2r and alpha 2 alpha (peft/utils/transformers_weight_conversion.py). Its lora_B has blocks
     for gate and up and exact zeros elsewhere, which training would fill.
     """
-    config = plan.adapter.config
-    for site in plan.sites if config.use_rslora else ():
+    for site in sites if config.use_rslora else ():
         alpha = (*config.alphas_for(site.parameter), config.alpha)[0]
         if not site.num_experts or site.rank != 2 * config.rank or alpha != 2 * config.alpha:
             continue

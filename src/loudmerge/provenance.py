@@ -77,7 +77,7 @@ def knows_embed_scale(config: AdapterConfig) -> bool:
     """
     if config.peft_version is None:
         return _newest_field(config) >= (0, 18)
-    match = re.match(r"^(\d+)\.(\d+)(.*)$", config.peft_version)
+    match = re.match(r"^(\d{1,9})\.(\d{1,9})(?!\d)(.*)$", config.peft_version)
     if match is None:
         return False
     release = (int(match[1]), int(match[2]))
@@ -96,7 +96,7 @@ def _written_by(config: AdapterConfig) -> tuple[tuple[int, int, int] | None, str
         if newest == (0, 0) and config.raw.keys() >= _FIELDS_OF_017:
             return (0, 17, 0), "no peft_version and no field newer than PEFT 0.17"
         return None, "no peft_version, and its fields are not those of a PEFT that writes none (<= 0.17)"
-    match = re.match(r"^(\d+)\.(\d+)(?:\.(\d+))?(.*)$", named)
+    match = re.match(r"^(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(?!\d)(.*)$", named)
     if match is None:
         return None, f"peft_version {named!r} is no version"
     version = (int(match[1]), int(match[2]), int(match[3] or 0))

@@ -8,6 +8,7 @@ taken from the pair by reshaping it to (experts, rank, a) and (b, rank, experts)
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -251,10 +252,7 @@ def matrices(number: int, output: OutputTensor) -> list[Matrix]:
     if 0 in shape:
         return []
     rows = shape[0] if shape else 1
-    columns = 1
-    for axis in shape[1:]:
-        columns *= axis
-    return [Matrix(number, output, -1, rows, columns)]
+    return [Matrix(number, output, -1, rows, math.prod(shape[1:]))]
 
 
 class Workspace:

@@ -7,8 +7,9 @@ fused layouts every step is a permutation of elements: no bit changes. loudmerge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ def fused(factors: Factored, orientation: Orientation, packing: LoraBLayout) -> 
     return a.reshape(experts * rank, -1), packed
 
 
+def dtype_of_all(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that holds every value of these: float32 for bfloat16 and float16 together."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
 def joined(parts: Sequence[Factored]) -> Factored:
     """gate's and up's LoRA, out axis first, as one of both: their rows one below the other.
 
@@ -67,7 +73,8 @@ def joined(parts: Sequence[Factored]) -> Factored:
     if all(torch.equal(first.down, other.down) for other in others):
         return Factored(torch.cat([part.up for part in parts], dim=1), first.down)
     experts, rank = first.up.shape[0], sum(part.rank for part in parts)
-    up = first.up.new_zeros(experts, sum(part.up.shape[1] for part in parts), rank)
+    rows = sum(part.up.shape[1] for part in parts)
+    up = first.up.new_zeros(experts, rows, rank, dtype=dtype_of_all(part.up for part in parts))
     row = column = 0
     for part in parts:
         up[:, row : row + part.up.shape[1], column : column + part.rank] = part.up

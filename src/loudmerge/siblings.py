@@ -15,7 +15,7 @@ from loudmerge.families import Family
 from loudmerge.names import Names, template, with_indices
 from loudmerge.sites import Placement
 
-_TEXT_LAYER = re.compile(r"layers\.(\d+)\.(self_attn\.[kv]_(?:proj|norm)\b)?")
+_TEXT_LAYER = re.compile(r"layers\.(\d{1,9})\.(self_attn\.[kv]_(?:proj|norm)\b)?")
 
 
 def missing_siblings(

@@ -7,7 +7,7 @@ checked at the meeting.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from loudmerge.adapter import Adapter, LoraPair
@@ -221,15 +221,14 @@ class _Placer:
     def _place_dense(self, pair: LoraPair, name: str, rank_name: str) -> None:
         parts = split_expert_name(self._family.canonical(name))
         rank = self._config.rank_for(rank_name)
-        expert = parts is not None and parts[1] is not None and parts[0] in self._experts
-        if expert and parts is not None and parts[1] is not None:
-            slot = self._expert_slot(pair, self._experts.group(parts[0]), parts[1], parts[2])
+        if parts is not None and parts[1] is not None and parts[0] in self._experts:
+            expert, slot = True, self._expert_slot(pair, self._experts.group(parts[0]), parts[1], parts[2])
         else:
             entry = self._names.find(name)
             if entry is None:
                 self._missing(pair, name)
                 return
-            slot = self._whole(entry, pair)
+            expert, slot = False, self._whole(entry, pair)
         placed = Placed(
             pair, name, rank, self._config.scaling_for(rank_name), slot, expert, name == rank_name
         )
@@ -302,16 +301,32 @@ class _Placer:
 
 def require_float(entry: TensorEntry) -> None:
     """Raises MergeRefused `unsupported-base` for a weight that float32 arithmetic cannot update."""
-    if entry.dtype not in MERGEABLE_CODES:
+    problem = wrong_dtype(entry, MERGEABLE_CODES)
+    if problem is not None:
+        raise MergeRefused(problem)
+    if 0 in entry.shape:
         raise MergeRefused(
             Problem(
                 "unsupported-base",
                 str(entry),
-                f"a weight of dtype {entry.dtype}",
-                f"one of {', '.join(sorted(MERGEABLE_CODES))}",
-                "Merge into the unquantised checkpoint, in one of these dtypes.",
+                f"a weight of shape {list(entry.shape)}",
+                "at least one number to update",
+                "Is this the base that the adapter was trained on?",
             )
         )
+
+
+def wrong_dtype(entry: TensorEntry, dtypes: Collection[str]) -> Problem | None:
+    """A problem where a base's tensor, which is to be changed, is of none of these dtypes."""
+    if entry.dtype in dtypes:
+        return None
+    return Problem(
+        "unsupported-base",
+        str(entry),
+        f"a weight of dtype {entry.dtype}",
+        f"one of {', '.join(sorted(dtypes))}",
+        "Merge into the unquantised checkpoint, in one of these dtypes.",
+    )
 
 
 def dense_problem(placed: Placed) -> Problem | None:
@@ -345,22 +360,15 @@ def dense_problem(placed: Placed) -> Problem | None:
             f"from {expected[0]} to {expected[1]}, as {slot.entry} has it",
             "Is this the base that the adapter was trained on?",
         )
-    if pair.bias is not None and pair.bias.shape != (out,):
-        return Problem(
-            "shape-mismatch",
-            str(pair.bias),
-            f"{list(pair.bias.shape)}",
-            f"[{out}]",
-            "Is this the base that the adapter was trained on?",
-        )
-    if pair.magnitude is not None and pair.magnitude.shape != (out,):
-        return Problem(
-            "shape-mismatch",
-            str(pair.magnitude),
-            f"{list(pair.magnitude.shape)}",
-            f"[{out}]",
-            "Is this the base that the adapter was trained on?",
-        )
+    for vector in (pair.bias, pair.magnitude):
+        if vector is not None and vector.shape != (out,):
+            return Problem(
+                "shape-mismatch",
+                str(vector),
+                f"{list(vector.shape)}",
+                f"[{out}]",
+                "Is this the base that the adapter was trained on?",
+            )
     return None
 
 

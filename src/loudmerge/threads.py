@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 MOST = 8
 """Threads that compute by default, at most: each needs 20 MB, and so many are faster than a disk."""
+
+_LOCK = threading.Lock()
+_BEFORE: dict[int, int] = {}
+"""torch's number of threads before, by Python thread inside `one_torch_thread`; global, as torch's own is."""
 
 
 def cores(most: int = MOST) -> int:
@@ -24,12 +29,41 @@ def check_threads(threads: object) -> None:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Inside, torch computes with one thread: for callers with threads of their own, or small matrices."""
-    import torch  # noqa: PLC0415 - the demo's command line is read before torch is needed
+    """Inside, torch computes with one thread: for callers with threads of their own, or small matrices.
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    Several Python threads may be inside at once: each has its number back when it leaves, and threads that
+    begin later have theirs when the last one has left.
+    """
+    me = threading.get_ident()
+    if me in _BEFORE:
+        yield
+        return
     try:
+        _enter(me)
         yield
     finally:
-        torch.set_num_threads(before)
+        _leave(me)
+
+
+def _enter(me: int) -> None:
+    import torch  # noqa: PLC0415 - the demo's command line is read before torch is needed
+
+    with _LOCK:
+        before = torch.get_num_threads()
+        if before == 1:
+            # A thread that began while others were inside has its 1 from them.
+            before = next(iter(_BEFORE.values()), before)
+        _BEFORE[me] = before
+        torch.set_num_threads(1)
+
+
+def _leave(me: int) -> None:
+    import torch  # noqa: PLC0415
+
+    with _LOCK:
+        torch.set_num_threads(_BEFORE.pop(me, torch.get_num_threads()))
+        if _BEFORE:
+            # torch gives a new thread the number that was set last, in any: those still inside need a 1.
+            setting = threading.Thread(target=torch.set_num_threads, args=(1,))
+            setting.start()
+            setting.join()

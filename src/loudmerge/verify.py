@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from loudmerge.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
 from loudmerge.outreport import (
     Recomputed,
     check_counts,
+    check_layout,
     check_measured,
     check_status,
     read_report,
@@ -98,29 +99,43 @@ class Verification:
 
 
 def verify(
-    out: str | Path, base: str | Path, adapter: str | Path, *, progress: Progress | None = None
+    out: str | Path,
+    base: str | Path,
+    adapter: str | Path,
+    *,
+    orientation: str = "auto",
+    lora_b_layout: str = "auto",
+    progress: Progress | None = None,
 ) -> Verification:
     """Plans the merge of `base` and `adapter` anew and compares every tensor and file of `out` with it.
 
     The options are those of OUT's merge_report.json; without one the defaults are assumed, with rounding to
-    nearest. What else the report says is compared, too. Raises MergeRefused when base and adapter cannot be
-    merged at all, Mismatch for a report that is none.
+    nearest. orientation, lora_b_layout: how `adapter` is laid, where no file tells; what a report says has to
+    agree. What else it says is compared, too. Raises MergeRefused when base and adapter cannot be merged at
+    all, Mismatch for a report that is none, or that says another layout.
+    """
+    out = Path(out)
+    laid = {"orientation": orientation, "lora_b_layout": lora_b_layout}
+    made, report = plan_again(out, base, adapter, **laid)
+    found = verify_plan(made, out, progress=progress, report=report)
+    return replace(found, notes=(*_assumed(report, laid), *found.notes))
+
+
+def plan_again(
+    out: Path, base: str | Path, adapter: str | Path, **laid: str
+) -> tuple[MergePlan, Mapping[str, Any] | None]:
+    """The plan that `out` was made by, and OUT's report, None where it has none.
+
+    The options are the report's, but for what `laid` says of the layout. Raises as `verify` does.
     """
     from loudmerge.merge import plan
 
-    out = Path(out)
     report = read_report(out / REPORT)
-    options = recorded_options(report, out / REPORT)
-    made = plan(
-        base,
-        adapter,
-        orientation=options.orientation,
-        lora_b_layout=options.lora_b_layout,
-        dtype=options.dtype,
-        rounding=options.rounding,
-    )
-    found = verify_plan(made, out, progress=progress, report=report)
-    return replace(found, notes=(*_assumed(report), *found.notes))
+    asked = {name: value for name, value in laid.items() if value != "auto"}
+    made = plan(base, adapter, **asdict(recorded_options(report, out / REPORT)) | asked)
+    if report is not None:
+        check_layout(made, report, out / REPORT, asked)
+    return made, report
 
 
 def verify_plan(
@@ -170,9 +185,11 @@ def verify_plan(
     )
 
 
-def _assumed(report: Mapping[str, Any] | None) -> Iterator[str]:
+def _assumed(report: Mapping[str, Any] | None, laid: Mapping[str, str]) -> Iterator[str]:
     if report is None:
-        yield f"{REPORT} is missing: assumed that OUT was merged with the default options, rounding nearest"
+        said = "".join(f", {name} {value}" for name, value in laid.items() if value != "auto")
+        assumed = f"the default options, rounding nearest{said}"
+        yield f"{REPORT} is missing: assumed that OUT was merged with {assumed}"
     elif report.get("loudmerge") != __version__:
         yield (
             f"{REPORT} is that of loudmerge {report.get('loudmerge')}, this is {__version__}: what JSON files"

@@ -25,7 +25,7 @@ from torch import Tensor
 from loudmerge import jsonfile
 from loudmerge.checkpoint import INDEX
 from loudmerge.errors import EnvironmentFailed, MergeRefused, is_out_of_memory
-from loudmerge.outpath import make_parents, refuse_existing, remove_parents
+from loudmerge.outpath import make_parents, own_directory, refuse_existing, remove_parents
 from loudmerge.plan import OutputTensor
 
 _PAGE = 4096
@@ -57,13 +57,13 @@ class Staging:
         self.files = self.root / "files"
         self.done = self.root / "done"
         self._replaced = self.root / "replaced"
+        self._discarded = self.root / "discarded"
         self._parents: list[Path] = []
         self._lock = -1
 
     def __enter__(self) -> Staging:
         self._parents = make_parents(self.out)
         try:
-            self.root.mkdir(exist_ok=True)
             self._lock = self._take_lock()
         except OSError:  # Not where another holds the lock: then all of this is that other's.
             remove_parents([self.root, *self._parents])
@@ -75,7 +75,7 @@ class Staging:
                 # A merge that was killed left these; its lock is gone, so nobody writes them any more.
                 shutil.rmtree(left_over, ignore_errors=True)
             for directory in (self.files, self.weights, self.done):
-                directory.mkdir(exist_ok=True)
+                os.close(own_directory(directory))
         except BaseException:
             self._leave(keep=self._resume)
             raise
@@ -90,17 +90,21 @@ class Staging:
         self._leave(keep=self._resume and (harmless or interrupted))
 
     def _leave(self, *, keep: bool) -> None:
-        if not keep:
-            shutil.rmtree(self.root, ignore_errors=True)
-            remove_parents(self._parents)
-        os.close(self._lock)
+        try:
+            # First: where this fails, or is interrupted, the old OUT stays for the next merge to put back.
+            self._settle()
+            if not keep or not self.weights.is_dir():  # There is nothing to go on from once it is published.
+                shutil.rmtree(self.root, ignore_errors=True)
+                remove_parents(self._parents)
+        finally:
+            os.close(self._lock)
 
     def _take_lock(self) -> int:
-        descriptor = os.open(self.root, os.O_RDONLY)
+        descriptor = own_directory(self.root)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed the directory since it was opened.
-            free = self.root.exists() and os.path.samestat(os.fstat(descriptor), self.root.stat())
+            free = self.root.exists() and os.path.samestat(os.fstat(descriptor), self.root.lstat())
         except BlockingIOError:
             free = False
         except OSError:
@@ -114,13 +118,18 @@ class Staging:
         )
 
     def _recover(self) -> None:
-        """Puts back an older OUT that a killed merge had moved aside and not yet replaced."""
-        if not os.path.lexists(self._replaced):
-            return
-        if os.path.lexists(self.out):
-            _remove(self._replaced)
-        else:
-            self._replaced.rename(self.out)
+        """Puts back, or removes, an older OUT that a killed merge had moved aside."""
+        self._settle()
+        if os.path.lexists(self._discarded):
+            _remove(self._discarded)
+
+    def _settle(self) -> None:
+        """Puts back an older OUT that was moved aside and not yet replaced; one that was, is to be removed.
+
+        It is renamed before: what an interrupted removal leaves of it is never taken for an OUT to put back.
+        """
+        if os.path.lexists(self._replaced):
+            self._replaced.rename(self._discarded if os.path.lexists(self.out) else self.out)
 
     def keep_only(self, shards: Collection[str]) -> None:
         """Removes all else from the weights: shards that were begun, and what a killed `publish` brought."""
@@ -144,6 +153,7 @@ class Staging:
         """Makes every file durable and renames the directory to OUT, replacing an older OUT if allowed.
 
         sizes: of each weight file, in bytes. Raises EnvironmentFailed when one is not there in full.
+        Whatever ends this before OUT has its name, leaving the staged directory puts the older OUT back.
         """
         self._check(sizes)
         _sync_tree(self.files)
@@ -154,11 +164,7 @@ class Staging:
         refuse_existing(self.out, overwrite=self._overwrite)
         if os.path.lexists(self.out):
             self.out.rename(self._replaced)
-        try:
-            self.weights.rename(self.out)
-        except OSError:
-            self._recover()
-            raise
+        self.weights.rename(self.out)
         _sync(self.out.parent)
 
     def _check(self, sizes: Mapping[str, int]) -> None:

@@ -117,6 +117,13 @@ def test_an_adapter_that_nobody_trained_is_no_evidence(
     assert verdict(sites).says is None
 
 
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (8, 0)])
+def test_factors_without_numbers_are_no_evidence(rows: int, width: int) -> None:
+    lower = torch.zeros(rows, dtype=torch.bool)
+    found = site_traces(lambda each: torch.ones(len(each) * 4, width), torch.ones(rows, 16), lower, 4, 4)
+    assert verdict([found]).says is None
+
+
 @BOTH
 def test_places_mislead_the_columns_and_not_the_pairs(packing: LoraBLayout) -> None:
     """With as many experts as ranks, places are the other packing's experts."""

@@ -113,6 +113,21 @@ def test_a_missing_matrix_is_named_with_its_expert(expert: int, tmp_path: Path) 
     )
 
 
+def test_many_missing_matrices_are_counted(tmp_path: Path) -> None:
+    """A stray key says how many experts there are."""
+    stray = {f"{MLP}.experts.{E + 5}.up_proj.weight": values(I, H)}
+    error = refused(tmp_path, expert_tensors(E, H, I) | stray)
+    found = [str(problem.where) for problem in error.problems]
+    assert f"{GROUP}, up of expert {E} and 4 more" in found
+    assert len(found) == 3
+
+
+def test_a_number_of_many_digits_is_no_experts(tmp_path: Path) -> None:
+    """int() of 5000 digits raises ValueError."""
+    stray = {f"{MLP}.experts.{'9' * 5000}.up_proj.weight": values(I, H)}
+    assert group_of(tmp_path, expert_tensors(E, H, I) | stray).num_experts == E
+
+
 def test_a_missing_last_expert_is_found_by_the_config(tmp_path: Path) -> None:
     tensors = {key: value for key, value in expert_tensors(E, H, I).items() if ".experts.2." not in key}
     error = refused(tmp_path, tensors, num_experts=3)

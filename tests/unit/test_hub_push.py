@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from loudmerge import EnvironmentFailed, hub
+from loudmerge.sidefiles import is_card_of
 from tests.support.hub_server import connected_hub
 from tests.support.hub_state import HubServer
 
@@ -290,4 +291,17 @@ def test_the_readme_of_the_base_stays_in_the_card_and_in_out(server: HubServer, 
     card = server.head("me/model").files["README.md"].decode()
     assert "license: apache-2.0\n" in card
     assert card.endswith("# The base\n\nIts text.\n")
+    assert (out / "README.md").read_bytes() == readme
+
+
+def test_a_readme_of_the_base_that_is_not_utf_8_is_pushed_and_known_as_its_card(
+    server: HubServer, tmp_path: Path
+) -> None:
+    out = merged(tmp_path / "out", files=sorted([*BASE, "README.md"]))
+    readme = "# Caf\xe9\n\nIts text.\n".encode("latin-1")
+    (out / "README.md").write_bytes(readme)
+    push(out)
+    card = server.head("me/model").files["README.md"]
+    assert card.endswith("# Caf\ufffd\n\nIts text.\n".encode())
+    assert is_card_of(card, readme)
     assert (out / "README.md").read_bytes() == readme

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import loudmerge
-from loudmerge.errors import EnvironmentFailed
+from loudmerge.errors import EnvironmentFailed, MergeRefused
 from loudmerge.writer import ShardFile, Staging
 from tests.unit.builders import Q_PROJ
 from tests.unit.conftest import Killed
@@ -154,6 +155,122 @@ def test_a_killed_merge_that_overwrites_leaves_the_old_out_or_the_new(
         copy.merge(overwrite=True)
         assert same(content(copy.out), reference), moment
         assert not copy.staging.exists()
+
+
+Strike = Callable[[int, Path], BaseException | None]
+
+
+def striking(patch: pytest.MonkeyPatch, strike: Strike, *, after: bool) -> list[Path]:
+    """Renames end with what `strike` says of (number, target), instead of or after their work: targets."""
+    rename = Path.rename
+    targets: list[Path] = []
+
+    def call(source: Path, target: Path) -> Path:
+        error = strike(len(targets), target)
+        targets.append(target)
+        if error is not None and not after:
+            raise error
+        done = rename(source, target)
+        if error is not None:
+            raise error
+        return done
+
+    patch.setattr(Path, "rename", call)
+    return targets
+
+
+def at_number(wanted: int, error: BaseException | None) -> Strike:
+    return lambda number, _: error if number == wanted else None
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_whichever_rename_is_interrupted_the_old_out_or_the_new_stands(
+    error: BaseException,
+    after: bool,
+    resume: bool,
+    place: Place,
+    reference: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = make_old(place)
+    with monkeypatch.context() as patch:
+        targets = striking(patch, at_number(-1, None), after=after)
+        place.merge(overwrite=True)
+    replaced, published = (targets.index(path) for path in (place.staging / "replaced", place.out))
+    assert replaced + 1 == published
+    for at in range(replaced - 1, len(targets)):
+        shutil.rmtree(place.out)
+        assert make_old(place) == old
+        with monkeypatch.context() as patch:
+            striking(patch, at_number(at, error), after=after)
+            with pytest.raises(type(error)):
+                place.merge(overwrite=True, resume=resume)
+        new = at >= published + (not after)
+        assert same(content(place.out), reference) if new else content(place.out) == old, at
+        if not resume and at <= published:
+            assert not place.staging.exists(), at
+        place.merge(overwrite=True, resume=resume)
+        assert same(content(place.out), reference)
+        assert not place.staging.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_out_that_even_interrupted_twice_was_not_put_back_is_put_back_by_the_next_merge(
+    resume: bool, place: Place, old: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the descriptor that holds the lock is closed: a notebook lives on."""
+    with monkeypatch.context() as patch:
+        striking(patch, lambda _, to: KeyboardInterrupt() if to == place.out else None, after=False)
+        with pytest.raises(KeyboardInterrupt):
+            place.merge(overwrite=True, resume=resume)
+    assert not place.out.exists()
+    assert content(place.staging / "replaced") == old
+    place.poison()
+    with pytest.raises(MergeRefused, match=r"^non-finite: "):
+        place.merge(overwrite=True)
+    assert content(place.out) == old
+    assert not place.staging.exists()
+
+
+def test_an_old_out_that_cannot_be_put_back_is_not_removed(
+    place: Place, old: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        full = OSError(errno.EIO, "Input/output error")
+        striking(patch, lambda _, to: full if to == place.out else None, after=False)
+        for _ in range(2):  # the merge, and the next one, which tries to put it back
+            with pytest.raises(OSError, match="Input/output error"):
+                place.merge(overwrite=True)
+            assert content(place.staging / "replaced") == old
+    with Staging(place.out, overwrite=True):
+        assert content(place.out) == old
+    assert content(place.out) == old
+
+
+def test_what_an_interrupted_removal_leaves_of_an_old_out_is_not_put_back(
+    place: Place, old: dict[str, bytes], reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new OUT may have been moved elsewhere by the time the next merge begins."""
+    rmtree = shutil.rmtree
+
+    def removing(path: Path, **options: Any) -> None:
+        if path == place.staging:
+            next(path.rglob("old.safetensors")).unlink()
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    assert "old.safetensors" in old
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", removing)
+        with pytest.raises(KeyboardInterrupt):
+            place.merge(overwrite=True)
+    assert same(content(place.out), reference)
+    place.out.rename(place.root / "elsewhere")
+    place.merge()
+    assert same(content(place.out), reference)
+    assert not place.staging.exists()
 
 
 # --- two merges at once --------------------------------------------------------------------------

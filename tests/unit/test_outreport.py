@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from loudmerge import hub
 from loudmerge.compare import compare
 from loudmerge.convert import convert
-from loudmerge.errors import Mismatch
+from loudmerge.errors import MergeRefused, Mismatch
 from loudmerge.merge import merge
 from loudmerge.outfiles import TensorMismatch
 from loudmerge.verify import Verification, verify
-from tests.unit.builders import lora, values, write_adapter, write_base
+from tests.unit.builders import EXPERTS, fused_lora, lora, values, write_adapter, write_base
 from tests.unit.reference import build
 from tests.unit.test_verify_merged import MERGED, dense
 
@@ -109,6 +109,14 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda report: report["counts"].update(copied=0),
         "counts: found",
     ),
+    "a count's kind": (
+        lambda report: report["counts"]["replaced"].update(attempted=[]),
+        r'counts: found {"copied": .*"attempted": \[\]',
+    ),
+    "a count of tensors' kind": (
+        lambda report: report["adapter_tensors"].update(total={}, consumed={}),
+        'adapter_tensors: found {"consumed": {}, "total": {}}, expected',
+    ),
     "no counts": (
         lambda report: report.pop("counts"),
         "counts: found null, expected {",
@@ -152,6 +160,14 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "overall a little": (
         lambda report: told_kept(report, report["delta_kept"]["overall"] + 2e-4),
         "delta_kept.overall: found",
+    ),
+    "overall without end": (
+        lambda report: told_kept(report, 10**400),
+        "delta_kept.overall: found 1000000.*…, expected",
+    ),
+    "least without end": (
+        lambda report: report["delta_kept"]["least"].update(kept=10**400),
+        'delta_kept.least: found {"kept": 1000000.*…, expected',
     ),
     "least": (
         lambda report: report["delta_kept"]["least"].update(kept=0.5),
@@ -266,6 +282,68 @@ def test_an_update_that_is_as_good_as_none_has_no_part_of_it_to_compare(tmp_path
     }
     weights = {f"{module}.weight": values(64, 48, dtype=torch.bfloat16) for module in matrices}
     found = Place(tmp_path, write_base(tmp_path / "b", weights), write_adapter(tmp_path / "a", held)).verify()
+    assert found.ok, found.summary()
+
+
+SILENT: dict[str, dict[str, Any]] = {
+    "orientation": {},
+    "lora_b_layout": {"auto_mapping": {"unsloth_fixed": True}},
+}
+"""Configs of adapters of a square parameter that do not say this of themselves."""
+SAID: dict[str, Any] = {"orientation": "standard", "lora_b_layout": "grouped_by_expert"}
+OTHER: dict[str, Any] = {"orientation": "swapped", "lora_b_layout": "rank_major"}
+
+
+def laid(root: Path, option: str, **options: str) -> Place:
+    """Experts whose gate_up_proj is square, and an adapter that does not say the option of itself."""
+    held = {f"{EXPERTS}.gate_up_proj": values(4, 12, 12), f"{EXPERTS}.down_proj": values(4, 12, 6)}
+    fields = {"target_parameters": ["experts.gate_up_proj"], **SILENT[option]}
+    adapter = write_adapter(root / "adapter", fused_lora(EXPERTS, [(12, 12)], experts=4), **fields)
+    return Place(root, write_base(root / "base", held, num_experts=4), adapter, **options)
+
+
+@pytest.mark.parametrize("option", SILENT)
+def test_another_tool_s_merge_is_verified_in_the_layout_that_is_said(tmp_path: Path, option: str) -> None:
+    """Its OUT has no report, and neither adapter nor base say how the adapter is laid."""
+    made = laid(tmp_path, option, rounding="nearest", **SAID)
+    (made.out / REPORT).unlink()
+    for call in (verify, compare):
+        with pytest.raises(MergeRefused, match=r"Give --") as caught:
+            call(made.out, made.base, made.adapter, **(SAID | {option: "auto"}))
+        assert caught.value.code == "ambiguous-layout"
+    found = verify(made.out, made.base, made.adapter, **SAID)
+    assert found.ok, found.summary()
+    assert found.notes[0].endswith("nearest, orientation standard, lora_b_layout grouped_by_expert")
+    assert not verify(made.out, made.base, made.adapter, **(SAID | {option: OTHER[option]})).ok
+
+
+@pytest.mark.parametrize("option", SILENT)
+def test_a_layout_that_is_said_and_is_not_that_of_the_report_is_a_mismatch(
+    tmp_path: Path, option: str
+) -> None:
+    made = laid(tmp_path, option, **SAID)
+    read = f'"{SAID[option]}", expected "{OTHER[option]}"'
+    for call in (verify, compare):
+        with pytest.raises(Mismatch, match=f"{REPORT}: found that the adapter was read as {read}, as --"):
+            call(made.out, made.base, made.adapter, **{option: OTHER[option]})
+
+
+@pytest.mark.parametrize("option", SILENT)
+def test_a_layout_that_is_said_may_be_that_of_the_report(tmp_path: Path, option: str) -> None:
+    made = laid(tmp_path, option, **SAID)
+    found = verify(made.out, made.base, made.adapter, **{option: SAID[option]})
+    assert found.ok, found.summary()
+
+
+@pytest.mark.parametrize(("rank", "packing"), [(2, "rank_major"), (1, "grouped_by_expert")])
+def test_what_was_found_by_itself_may_be_said_too(tmp_path: Path, rank: int, packing: str) -> None:
+    """Here by the shapes, and by how PEFT packs; with rank 1 both packings are the same columns."""
+    held = {f"{EXPERTS}.gate_up_proj": values(4, 12, 8), f"{EXPERTS}.down_proj": values(4, 8, 6)}
+    tensors = fused_lora(EXPERTS, [(12, 8)], experts=4, rank=rank)
+    fields = {"target_parameters": ["experts.gate_up_proj"], "r": rank, "peft_version": "0.19.1"}
+    base = write_base(tmp_path / "base", held, num_experts=4)
+    made = Place(tmp_path, base, write_adapter(tmp_path / "adapter", tensors, **fields))
+    found = verify(made.out, base, made.adapter, orientation="standard", lora_b_layout=packing)
     assert found.ok, found.summary()
 
 

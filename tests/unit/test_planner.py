@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -314,7 +316,7 @@ def test_a_full_tensor_of_another_height_is_refused_unless_it_is_a_vocabulary(wo
 # --- token rows ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("indices", [[V], [0, V + 5], [-1]])
+@pytest.mark.parametrize("indices", [[V], [0, V + 5], [-1], [-1, V - 1]])
 def test_an_index_outside_the_vocabulary_is_refused(indices: list[int], world: World) -> None:
     error = world.refuse(TIED, {ROWS: values(len(indices), H)}, trainable_token_indices=indices)
     assert error.code == "shape-mismatch"
@@ -362,6 +364,42 @@ def test_a_lora_bias_needs_a_bias_in_the_base(base: Tensors, code: str, world: W
 
 
 # --- dtypes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [
+        ("bias", (torch.float64, torch.int32, torch.uint16)),
+        ("full", (torch.int32, torch.uint16, torch.bool)),
+        ("rows", (torch.int32, torch.uint16, torch.bool)),
+    ],
+)
+def test_what_was_trained_needs_a_base_tensor_that_holds_it(
+    name: str, dtypes: Sequence[torch.dtype], world: World
+) -> None:
+    changed: dict[str, tuple[str, tuple[int, ...], Tensors, dict[str, Any]]] = {
+        "bias": (f"{Q_PROJ}.bias", (8,), {f"{PREFIX}{Q_PROJ}.lora_B.bias": values(8)}, {"lora_bias": True}),
+        "full": (
+            "score.weight",
+            (3, H),
+            {f"{PREFIX}score.weight": values(3, H)},
+            {"modules_to_save": ["score"]},
+        ),
+        "rows": (f"{EMBED}.weight", (V, H), {ROWS: values(1, H)}, {"trainable_token_indices": [0]}),
+    }
+    key, shape, held, config = changed[name]
+    for dtype in dtypes:
+        base = {**Q, key: torch.ones(shape).to(dtype)}
+        error = world.refuse(base, {**lora(Q_PROJ, 8, H), **held}, **config)
+        assert error.code == "unsupported-base"
+        assert re.search(rf"{key} .*: found a weight of dtype \w+, expected one of BF16,", str(error))
+
+
+@pytest.mark.parametrize("shape", [(0, H), (8, 0)])
+def test_a_lora_for_no_numbers_is_refused(shape: tuple[int, int], world: World) -> None:
+    error = world.refuse({f"{Q_PROJ}.weight": values(*shape)}, lora(Q_PROJ, *shape))
+    assert error.code == "unsupported-base"
+    assert f"found a weight of shape {list(shape)}" in str(error)
 
 
 @pytest.mark.parametrize(

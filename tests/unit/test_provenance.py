@@ -49,6 +49,11 @@ def test_each_release_of_peft_reads_one_axis(version: str, plain: str, transpose
     assert says(config(peft_version=version)).detail == f"peft_version {version}"
 
 
+def test_a_number_of_many_digits_is_no_version() -> None:
+    """int() of 5000 digits raises ValueError."""
+    assert says(config(peft_version=f"0.{'9' * 5000}")).says == ""
+
+
 @pytest.mark.parametrize("version", ["0.18.2.dev0", "0.19.0.dev0", "0.19.0rc1", "0.19.1.dev0"])
 def test_a_development_version_between_two_regimes_says_nothing(version: str) -> None:
     found = says(config(peft_version=version))

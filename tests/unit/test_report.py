@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import loudmerge
 from loudmerge.errors import MergeRefused, Problem
-from loudmerge.merge import planned
+from loudmerge.merge import peak_rss_bytes, planned
 from loudmerge.report import MergeReport, dump, planned_report, refused_report
 from tests.unit.builders import (
     EMBED,
@@ -81,6 +82,18 @@ def test_a_merges_report_has_the_fields_of_the_contract_with_what_was_done(tmp_p
     assert document["verified"] is True
     assert document["seconds"] > 0
     assert document["peak_rss_bytes"] > 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("name", ["zusammenführen".encode(), b"caf\xe9"])
+def test_the_memory_of_a_process_whose_name_is_not_ascii_is_read(name: bytes) -> None:
+    comm = Path("/proc/self/comm")
+    before = comm.read_bytes()
+    comm.write_bytes(name)
+    try:
+        assert peak_rss_bytes() > 1 << 20
+    finally:
+        comm.write_bytes(before.rstrip(b"\n"))
 
 
 def test_every_piece_of_evidence_has_its_source_and_confidence(tmp_path: Path) -> None:

@@ -265,6 +265,40 @@ def test_a_file_system_without_locks_is_a_failure_of_the_environment(
         os.fstat(opened[0])
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", [".", "weights", "files", "done"])
+def test_a_link_in_the_place_of_a_staged_directory_is_not_followed(
+    name: str, resume: bool, place: Place
+) -> None:
+    victim = place.root / "victim"
+    for inner in ("weights", "files", "done"):
+        (victim / inner).mkdir(parents=True)
+        (victim / inner / "precious").write_text("mine")
+    (victim / "precious").write_text("mine")
+    before = content(victim)
+    link = place.staging / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(victim)
+    with pytest.raises(EnvironmentFailed, match=rf"^{link}: found a link or a file.* Remove it, or take"):
+        place.merge(resume=resume)
+    assert content(victim) == before
+    assert not place.out.exists()
+    if name == ".":
+        assert link.readlink() == victim
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_what_is_no_staged_directory_is_named_and_left(kind: str, place: Place) -> None:
+    if kind == "file":
+        place.staging.write_text("mine")
+    else:
+        place.staging.symlink_to(place.root / "gone")
+    with pytest.raises(EnvironmentFailed, match=rf"^{place.staging}: found a link or a file"):
+        place.merge()
+    assert os.path.lexists(place.staging)
+    assert not (place.root / "gone").exists()
+
+
 def test_an_out_that_appears_during_the_merge_is_not_replaced(place: Place) -> None:
     def appear(*_: object) -> None:
         place.out.mkdir(exist_ok=True)
