@@ -17,7 +17,7 @@ from loudmerge.draft import EMBEDDING, HEAD
 from loudmerge.errors import Problem
 from loudmerge.experts import Experts, split_expert_name
 from loudmerge.families import FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
-from loudmerge.names import INDEX, Names, template, with_indices
+from loudmerge.names import NUMBER, Names, template, with_indices
 from loudmerge.siblings import is_extra_layer
 from loudmerge.sites import Placement
 from loudmerge.tensorfile import TensorEntry
@@ -190,7 +190,7 @@ class Announced:
 
 def _layers(name: str) -> str:
     """What precedes a name's first index: `model.layers.` of `model.layers.3.mlp`; "" without an index."""
-    index = INDEX.search(name)
+    index = NUMBER.search(name)
     return name[: index.start()] if index else ""
 
 

@@ -33,8 +33,8 @@ from loudmerge.terminal import (
     DONE,
     MISMATCH,
     USAGE,
+    Ending,
     Failure,
-    Outcome,
     Progress,
     Result,
     Terminal,
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from loudmerge.report import HasDetails
 
 
-def _outcome(result: Result, *, ok: bool) -> Outcome:
-    return Outcome(result, DONE if ok else MISMATCH)
+def _ending(result: Result, *, ok: bool) -> Ending:
+    return Ending(result, DONE if ok else MISMATCH)
 
 
 def _shown(result: HasDetails, *, details: bool) -> Result:
@@ -135,7 +135,7 @@ def merge_command(
     _check_merge(resume=resume, dry_run=dry_run, details=details, push_to=push_to, no_verify=no_verify)
     terminal = Terminal(as_json, quiet)
 
-    def action(progress: Progress | None) -> Outcome:
+    def action(progress: Progress | None) -> Ending:
         from loudmerge.hub import push, push_target
         from loudmerge.merge import merge, planned
 
@@ -144,11 +144,11 @@ def merge_command(
                 push_target(push_to)
         found = local_directory(base, "BASE"), local_directory(adapter, "ADAPTER")
         if dry_run:
-            return Outcome(planned(*found, out, **options), DONE)
+            return Ending(planned(*found, out, **options), DONE)
         report = merge(*found, out, **options, verify=not no_verify, progress=progress, resume=resume)
         if push_to:
             terminal.note(f"pushed to {push(out, push_to, base=base, adapter=adapter)}")
-        return Outcome(_shown(report, details=details), DONE)
+        return Ending(_shown(report, details=details), DONE)
 
     def refused(error: MergeRefused) -> Result:
         from loudmerge.report import refused_report
@@ -169,7 +169,7 @@ def inspect_command(
 ) -> None:
     """Say what ADAPTER is: sites, ranks, layout, and the evidence for it."""
 
-    def action(_: Progress | None) -> Outcome:
+    def action(_: Progress | None) -> Ending:
         from loudmerge.inspect import inspect
 
         found = local_directory(base, "--base") if base else None
@@ -178,7 +178,7 @@ def inspect_command(
             from loudmerge.inspect_page import render
 
             html.write_text(render(result), encoding="utf-8", errors="backslashreplace")
-        return Outcome(result, DONE)
+        return Ending(result, DONE)
 
     run(Terminal(as_json, quiet), action)
 
@@ -215,11 +215,11 @@ def convert_command(
 ) -> None:
     """Rewrite ADAPTER into another layout: the same function, or a refusal."""
 
-    def action(_: Progress | None) -> Outcome:
+    def action(_: Progress | None) -> Ending:
         from loudmerge.convert import convert
 
         found = local_directory(base, "--base") if base else None
-        return Outcome(convert(local_directory(adapter, "ADAPTER"), out, to, base=found, **options), DONE)
+        return Ending(convert(local_directory(adapter, "ADAPTER"), out, to, base=found, **options), DONE)
 
     run(Terminal(as_json, quiet), action)
 
@@ -234,12 +234,12 @@ def verify_command(
 ) -> None:
     """Recompute every tensor of OUT by a second way, and compare."""
 
-    def action(progress: Progress | None) -> Outcome:
+    def action(progress: Progress | None) -> Ending:
         from loudmerge.verify import verify
 
         found = local_directory(base, "--base"), local_directory(adapter, "--adapter")
         result = verify(out, *found, progress=progress, **laid)
-        return _outcome(_shown(result, details=details), ok=result.ok)
+        return _ending(_shown(result, details=details), ok=result.ok)
 
     run(Terminal(as_json, quiet), action)
 
@@ -257,17 +257,17 @@ def compare_command(
     With --adapter-only OUT is what `convert` made of ADAPTER: BASE with ADAPTER against BASE with OUT.
     """
 
-    def action(_: Progress | None) -> Outcome:
+    def action(_: Progress | None) -> Ending:
         inputs = local_directory(base, "--base"), local_directory(adapter, "--adapter")
         if adapter_only:
             from loudmerge.equivalence import compare_adapters
 
             same = compare_adapters(out, *inputs, **laid)
-            return _outcome(same, ok=same.ok)
+            return _ending(same, ok=same.ok)
         from loudmerge.compare import compare
 
         result = compare(out, *inputs, **laid)
-        return _outcome(result, ok=result.ok)
+        return _ending(result, ok=result.ok)
 
     run(Terminal(as_json, quiet), action)
 
@@ -278,11 +278,11 @@ def compare_command(
 def demo_command(*, directory: Path | None, as_json: bool, quiet: bool) -> None:
     """Train a tiny MoE adapter, then merge, verify and compare it. Offline."""
 
-    def action(progress: Progress | None) -> Outcome:
+    def action(progress: Progress | None) -> Ending:
         from loudmerge.demo import run as run_demo
 
         result = run_demo(directory, progress=progress)
-        return _outcome(result, ok=result.ok)
+        return _ending(result, ok=result.ok)
 
     run(Terminal(as_json, quiet), action)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from loudmerge.names import INDEX
+from loudmerge.names import NUMBER
 
 _DOWN = (
     "down_proj",
@@ -47,7 +47,7 @@ def closing(names: Iterable[str], is_extra: Callable[[str], bool] = lambda _: Fa
     """
     stacks: dict[str, dict[int, tuple[str, list[str]]]] = defaultdict(dict)
     for name in names:
-        if (index := INDEX.search(name)) is None:
+        if (index := NUMBER.search(name)) is None:
             continue
         # By all its names: a layer without an MLP may be the last.
         _, found = stacks[name[: index.start()]].setdefault(int(index[0]), (name, []))

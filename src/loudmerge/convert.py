@@ -30,8 +30,8 @@ from loudmerge.relayout import Factored, dtype_of_all, factored, joined
 from loudmerge.rewrite import (
     LAYOUTS,
     PER_EXPERT,
-    Draft,
     ExpertLora,
+    Rewritten,
     write_apart,
     write_fused,
 )
@@ -140,7 +140,7 @@ def convert(
         experts += reading.linears()
     if not experts and not reading.apart:
         raise MergeRefused(_nothing(where))
-    draft = Draft(found.config, tensors, reading.taken)
+    draft = Rewritten(found.config, tensors, reading.taken)
     if to == PER_EXPERT:
         write_apart(draft, experts, reading.layers)
     else:
@@ -342,7 +342,7 @@ def _before(sites: Iterable[Site]) -> dict[str, str]:
     return {"orientation": "/".join(sorted(orientations)), "lora_b_layout": "/".join(sorted(packings))}
 
 
-def _publish(adapter: Path, out: Path, draft: Draft, *, overwrite: bool) -> tuple[str, ...]:
+def _publish(adapter: Path, out: Path, draft: Rewritten, *, overwrite: bool) -> tuple[str, ...]:
     """Writes OUT in one step, with the other files of the adapter's directory.
 
     Not with other weights: adapter_model.bin, say, would be the adapter in the layout that it had.

@@ -15,7 +15,7 @@ from loudmerge.adapter import Adapter
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.draft import Draft
 from loudmerge.errors import Problem
-from loudmerge.names import INDEX
+from loudmerge.names import NUMBER
 from loudmerge.provenance import knows_embed_scale
 from loudmerge.sites import Placement
 from loudmerge.tensorfile import FLOAT_CODES, TensorEntry, TensorReader
@@ -135,7 +135,7 @@ def _computed_without(draft: Draft) -> Iterator[tuple[TensorEntry, TensorEntry]]
                 lost = draft.final(bias) is bias if saved is not None else True
             else:
                 tied = weight is not None and (any(said) or not said)
-                lost = tied and saved is not False and not INDEX.search(bias.name)
+                lost = tied and saved is not False and not NUMBER.search(bias.name)
             if lost:
                 yield entry, bias
 

@@ -22,10 +22,10 @@ from loudmerge.layout import Axes, Span
 from loudmerge.plan import OutputTensor, Term
 from loudmerge.recompute import (
     TORCH_DTYPES,
+    Buffers,
     FactorCache,
     Matrix,
     RawFiles,
-    Workspace,
     bias_patch,
     delta_block,
     read_tensor,
@@ -77,7 +77,7 @@ class _Block(NamedTuple):
 
 
 def check_matrix(
-    matrix: Matrix, rounding: str, files: RawFiles, factors: FactorCache, out: Path, space: Workspace
+    matrix: Matrix, rounding: str, files: RawFiles, factors: FactorCache, out: Path, space: Buffers
 ) -> MatrixResult:
     """Compares every element. rounding: the plan's; where it leaves several, one holds throughout."""
 
@@ -169,7 +169,7 @@ class Judge:
         files: RawFiles,
         factors: FactorCache,
         out: Path,
-        space: Workspace,
+        space: Buffers,
     ) -> None:
         output = matrix.output
         self._matrix, self._rounding, self._files, self._factors = matrix, rounding, files, factors

@@ -11,7 +11,7 @@ from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import Family
 from loudmerge.tensorfile import TensorEntry
 
-INDEX = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")
+NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")
 """A layer's or an expert's number in a name."""
 
 
@@ -49,10 +49,10 @@ class Names:
 
 def template(name: str) -> str:
     """The name without its indices."""
-    return INDEX.sub("*", name)
+    return NUMBER.sub("*", name)
 
 
 def with_indices(module: str, name: str) -> str:
     """`module` with the indices of `name`; renames keep the number and order of indices."""
-    indices = iter(INDEX.findall(name))
-    return INDEX.sub(lambda match: next(indices, match[0]), module)
+    indices = iter(NUMBER.findall(name))
+    return NUMBER.sub(lambda match: next(indices, match[0]), module)

@@ -255,7 +255,7 @@ def matrices(number: int, output: OutputTensor) -> list[Matrix]:
     return [Matrix(number, output, -1, rows, math.prod(shape[1:]))]
 
 
-class Workspace:
+class Buffers:
     """Buffers of one thread, reused from block to block: fresh memory would cost more than the arithmetic."""
 
     def __init__(self) -> None:

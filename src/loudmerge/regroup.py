@@ -21,7 +21,7 @@ from loudmerge.errors import EnvironmentFailed
 from loudmerge.layout import Axes, Span
 from loudmerge.plan import MergePlan, OutputTensor, Site, Term
 from loudmerge.relay import PER_EXPERT, by_expert, laid, read_parameters, rows_on_disk, write
-from loudmerge.rewrite import Draft
+from loudmerge.rewrite import Rewritten
 from loudmerge.tensorfile import TensorReader
 
 _MEMORY = "Install the transformers version that the adapter was trained with."
@@ -66,7 +66,7 @@ def regroup(plan: MergePlan, model: nn.Module, into: Path) -> int:
     with TensorReader() as reader:
         tensors = {name: reader.read(entry) for name, entry in plan.adapter.entries.items()}
         regrouping = _Regrouping(plan, model, reader, tensors)
-        draft = Draft(plan.adapter.config, tensors, ())
+        draft = Rewritten(plan.adapter.config, tensors, ())
         parameters, modules = set[str](), set[str]()
         if any(plan.sites[index].num_experts for index in experts):
             modules = regrouping.apart(draft, experts)
@@ -94,7 +94,7 @@ class _Regrouping:
             for term in output.terms:
                 self._terms[term.site].append((output, term))
 
-    def fused(self, draft: Draft, experts: Sequence[int]) -> set[str]:
+    def fused(self, draft: Rewritten, experts: Sequence[int]) -> set[str]:
         """Adds one pair for each fused parameter; returns their names."""
         by_parameter: dict[str, list[_Part]] = defaultdict(list)
         for index in experts:
@@ -112,7 +112,7 @@ class _Regrouping:
             draft.settle([name], re.escape(name), right.shape[1], parts[0].scaling)
         return set(by_parameter)
 
-    def apart(self, draft: Draft, experts: Sequence[int]) -> set[str]:
+    def apart(self, draft: Rewritten, experts: Sequence[int]) -> set[str]:
         """Adds one pair for each expert's Linear; returns their names."""
         modules = dict(self._model.named_modules())
         names: dict[tuple[int, str], list[str]] = defaultdict(list)

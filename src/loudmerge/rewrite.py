@@ -55,7 +55,7 @@ class ExpertLora:
         return f"{self.module}.{self.leaf}"
 
 
-class Draft:
+class Rewritten:
     """An adapter without the LoRA of its experts, to which that is added in another layout.
 
     tensors: by key. raw: adapter_config.json. replaced: the modules whose own LoRA was taken out.
@@ -129,7 +129,7 @@ class Draft:
             self.raw[_MARKER] = packing.value
 
 
-def write_fused(draft: Draft, found: Sequence[ExpertLora], to: str, family: Family, layers: int) -> None:
+def write_fused(draft: Rewritten, found: Sequence[ExpertLora], to: str, family: Family, layers: int) -> None:
     """One pair for each parameter, those of a module nested, in the orientation that the layout's PEFT reads.
 
     layers: how many layers of the base have experts, for `_targets`.
@@ -168,7 +168,7 @@ def write_fused(draft: Draft, found: Sequence[ExpertLora], to: str, family: Fami
     draft.mark(packing)
 
 
-def write_apart(draft: Draft, found: Sequence[ExpertLora], layers: int) -> None:
+def write_apart(draft: Rewritten, found: Sequence[ExpertLora], layers: int) -> None:
     """One pair for each expert and projection, as PEFT has them for transformers 4.
 
     layers: as for `write_fused`. Raises MergeRefused where nothing tells gate from up.

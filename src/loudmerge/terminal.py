@@ -39,7 +39,7 @@ class Result(Protocol):
     def summary(self) -> str: ...
 
 
-class Outcome(NamedTuple):
+class Ending(NamedTuple):
     """A result and the exit code that it means."""
 
     result: Result
@@ -108,7 +108,7 @@ class Terminal:
 
 def run(
     terminal: Terminal,
-    action: Callable[[Progress | None], Outcome],
+    action: Callable[[Progress | None], Ending],
     refused: Callable[[MergeRefused], Result] | None = None,
 ) -> NoReturn:
     """Runs a command to its exit code. While it runs, what libraries print to stdout goes to stderr."""

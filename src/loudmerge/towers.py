@@ -15,7 +15,7 @@ from loudmerge.adapter import Adapter
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import Family
-from loudmerge.names import INDEX
+from loudmerge.names import NUMBER
 from loudmerge.tensorfile import TensorEntry
 
 Sizes = Mapping[str, tuple[int, int] | None]
@@ -100,7 +100,7 @@ def _roots(keys: Iterable[str], module: str, family: Family) -> list[str]:
     """What precedes the module's name on disk, but for what the usual names leave out. No layer is a part."""
     usual, mark = family.canonical(module), f".{module}."
     found = {key[: key.index(mark) + 1]: None for key in keys if mark in key}
-    return [root for root in found if not INDEX.search(root) and family.canonical(root + module) != usual]
+    return [root for root in found if not NUMBER.search(root) and family.canonical(root + module) != usual]
 
 
 def _usual_root(base: Checkpoint, family: Family, module: str) -> str:
@@ -114,7 +114,7 @@ def _part(base: Checkpoint, family: Family, trained: Sizes, root: str) -> _Part:
     modules = {module for name in held for module in _around(name)}
     names = {family.canonical(family.root + module): sizes for module, sizes in trained.items()}
     misfits = [name for name, sizes in names.items() if _misfits(held.get(f"{name}.weight"), sizes)]
-    lists = {name[: index.start() - 1] for name in names if (index := INDEX.search(name))}
+    lists = {name[: index.start() - 1] for name in names if (index := NUMBER.search(name))}
     has = not modules.isdisjoint(lists | names.keys())
     return _Part(root, family, has, not misfits and names.keys() <= modules, bool(misfits))
 

@@ -35,7 +35,7 @@ from loudmerge.outreport import (
     recorded_options,
 )
 from loudmerge.plan import MergePlan, OutputTensor
-from loudmerge.recompute import FactorCache, Matrix, RawFiles, Workspace, matrices
+from loudmerge.recompute import Buffers, FactorCache, Matrix, RawFiles, matrices
 from loudmerge.report import TensorKept, one_rounding
 from loudmerge.sidefiles import REPORT
 from loudmerge.threads import one_torch_thread
@@ -245,8 +245,8 @@ class _Comparison:
 
     def _compare_matrix(self, matrix: Matrix) -> _Finding:
         if not hasattr(self._local, "space"):
-            self._local.space = Workspace()
-        space: Workspace = self._local.space
+            self._local.space = Buffers()
+        space: Buffers = self._local.space
         result = check_matrix(matrix, self._plan.rounding, self._files, self._factors, self._out, space)
         return matrix.number, (matrix, result)
 

@@ -11,7 +11,7 @@ from loudmerge.errors import Problem
 from loudmerge.experts import Slot
 from loudmerge.layout import Axes, Span
 from loudmerge.misplaced import missing_base
-from loudmerge.names import INDEX, Names
+from loudmerge.names import NUMBER, Names
 from loudmerge.plan import OutputTensor, Site, Term
 from loudmerge.sites import Placed, dense_problem
 from loudmerge.tensorfile import TensorEntry
@@ -271,7 +271,7 @@ def _follow_sizes(draft: Draft, head: TensorEntry | None) -> None:
         entry
         for name, entry in draft.base.entries.items()
         if entry is head
-        or (len(entry.shape) in (1, 2) and entry.shape[0] in sizes and not INDEX.search(canonical[name]))
+        or (len(entry.shape) in (1, 2) and entry.shape[0] in sizes and not NUMBER.search(canonical[name]))
     ]
     resized = [draft.final(entry) for entry in held if draft.final(entry).shape[0] != entry.shape[0]]
     if not resized:

@@ -10,7 +10,7 @@ import click
 
 from loudmerge.arguments import Name, argument, output_options
 from loudmerge.errors import EnvironmentFailed
-from loudmerge.terminal import DONE, ENVIRONMENT, MISMATCH, Outcome, Progress, Terminal, run
+from loudmerge.terminal import DONE, ENVIRONMENT, MISMATCH, Ending, Progress, Terminal, run
 
 
 @click.command("canary", short_help="Check that upstream still keeps what must hold.")
@@ -52,7 +52,7 @@ def canary_command(
 ) -> None:
     """Read upstream's source and say, guard by guard, what of it still holds."""
 
-    def action(_: Progress | None) -> Outcome:
+    def action(_: Progress | None) -> Ending:
         with _extra():
             from loudmerge.canary.guards import default_directory, load_guards
             from loudmerge.canary.report import Reports
@@ -70,7 +70,7 @@ def canary_command(
         # To stderr: stdout is the result. GitHub's runner reads both.
         for line in Reports.from_environment(markdown, annotations=annotations).write(report, found):
             click.echo(line, err=True)
-        return Outcome(report, MISMATCH if report.missing else ENVIRONMENT if report.unasked else DONE)
+        return Ending(report, MISMATCH if report.missing else ENVIRONMENT if report.unasked else DONE)
 
     run(Terminal(as_json, quiet), action)
 
