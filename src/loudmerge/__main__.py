@@ -50,7 +50,17 @@ def run() -> NoReturn:
         sys.stderr.write(f"the environment failed: stdout: {error}\n")
         code = ENVIRONMENT
     sys.stderr.flush()
+    _release_semaphores()
     os._exit(code)
+
+
+def _release_semaphores() -> None:
+    """From Python 3.14 on they are there until an exit handler has run; else a warning follows on stderr.
+
+    tqdm makes one, with its first bar.
+    """
+    if "multiprocessing.synchronize" in sys.modules:
+        sys.modules["multiprocessing.util"]._run_finalizers(0)  # noqa: SLF001
 
 
 def open_streams() -> None:

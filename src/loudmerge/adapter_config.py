@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,8 +256,11 @@ def _is_named(names: str | Iterable[str], module: str) -> bool:
 
 def _is_expression(value: object) -> bool:
     try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
+        with warnings.catch_warnings():
+            # Python 3.10 only warns of flags that do not go first.
+            warnings.simplefilter("error", DeprecationWarning)
+            return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, DeprecationWarning):
         return False
 
 

@@ -63,7 +63,7 @@ def _hash(words: _Words) -> _Words:
 @cache
 def make_table() -> npt.NDArray[np.int32]:
     """What every `Redraw` reads: int32 (2**20,)."""
-    place = np.arange(1 << 20, dtype=np.uint64)
+    place: npt.NDArray[np.uint64] = np.arange(1 << 20, dtype=np.uint64)
     for factor in (0x7FEB352D, 0x846CA68B, 0x9E3779B1, 0x85EBCA77):
         place = (place * np.uint64(factor) + np.uint64(0x5851F)) & np.uint64(0xFFFFF)
         place ^= place >> np.uint64(10)

@@ -97,6 +97,18 @@ def test_the_samples_say_something(found: Journey, reference: Reference) -> None
     assert min(different) >= 6, found.samples
 
 
+def test_the_samples_differ_where_they_can() -> None:
+    """The surest of all is continued twice."""
+
+    def sure(first: int, logit: float) -> behaviour.Continuation:
+        logits = torch.zeros(10, 40)
+        logits[:, 0] = logit
+        return behaviour.Continuation(tuple(range(first, first + 10)), logits.log_softmax(-1))
+
+    assert journey._chosen([sure(0, 9.0), sure(0, 9.0), sure(1, 5.0), sure(2, 6.0)]) == [0, 2, 3]
+    assert journey._chosen([sure(0, 9.0), sure(0, 9.0), sure(1, 5.0)]) == [0, 1, 2]
+
+
 def test_samples_are_continued_at_once_as_each_would_be_alone(reference: Reference) -> None:
     model = AutoModelForCausalLM.from_pretrained(reference.base, dtype=torch.float32)
     model = journey._evaluated(model)

@@ -97,3 +97,19 @@ def test_no_file_gets_the_number_of_a_stream_that_is_closed() -> None:
     """What a library writes to its stderr would be in that file."""
     done = shell(">&- 2>&- <&-", ends("assert os.open(os.devnull, os.O_RDONLY) > 2"))
     assert done.returncode == 4
+
+
+def test_a_semaphore_is_released_at_the_end() -> None:
+    """Else Python says on stderr that it leaked. tqdm makes one; from Python 3.14 on of this kind."""
+    lines = [
+        "import multiprocessing",
+        "from loudmerge import __main__",
+        "lock = multiprocessing.get_context('spawn').RLock()",
+        "def main(): raise SystemExit(0)",
+        "__main__.main = main",
+        "__main__.run()",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

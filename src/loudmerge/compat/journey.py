@@ -355,13 +355,16 @@ def _chosen(continuations: Sequence[Continuation]) -> list[int]:
     """The numbers of the SAMPLES continuations that say most about a merge.
 
     First those of at least VARIED different tokens, then those whose closest choice between two tokens is
-    the least close.
+    the least close. Of prompts that are continued alike, one: the others say nothing more.
     """
 
     def rank(number: int) -> tuple[int, float]:
         return min(len(set(continuations[number].ids)), VARIED), _margin(continuations[number])
 
-    return sorted(sorted(range(len(continuations)), key=rank, reverse=True)[:SAMPLES])
+    best = sorted(range(len(continuations)), key=rank, reverse=True)
+    first = {continuations[number].ids: number for number in reversed(best)}
+    # Stable: those that repeat another go last, and are taken only where there are too few others.
+    return sorted(sorted(best, key=lambda number: first[continuations[number].ids] != number)[:SAMPLES])
 
 
 def _margin(continuation: Continuation) -> float:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -232,10 +233,11 @@ def run(directory: Path, text: str, **environ: str) -> Ran:
     """Runs a script as GitHub does where `shell: bash` is set, `gh` and `nox` doing what they are told to."""
     tools = directory / "tools"
     tools.mkdir()
-    for name, tool in (("gh", GH), ("nox", NOX)):
+    # No link to Python: Python 3.10 would not find its environment, and there tomli, by it.
+    python = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'
+    for name, tool in (("gh", GH), ("nox", NOX), ("python", python)):
         (tools / name).write_text(tool, "utf-8")
         (tools / name).chmod(0o755)
-    (tools / "python").symlink_to(sys.executable)
     files = {name: directory / name.lower() for name in ("CALLS", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
     for file in files.values():
         file.touch()
