@@ -153,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", nargs="*", default=["tiny", "odd", "fakes", "qwen3_moe", "smollm2"])
-    parser.add_argument("--quick", action="store_true", help="Two trainings of few shapes: a minute.")
+    parser.add_argument("--quick", action="store_true", help="Two trainings of few shapes: two minutes.")
     given = parser.parse_args()
     torch.set_num_threads(1)
     draws, other = (2, 1) if given.quick else (DRAWS, OTHER_DRAWS)
