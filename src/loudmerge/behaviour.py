@@ -182,7 +182,7 @@ def logits(model: nn.Module, sequences: Sequence[Tensor], *, together: int = 1) 
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(sequences, tokens) -> (sequences, tokens, vocabulary)."""
+    """(sequences, tokens) -> (sequences, tokens, vocabulary); of whole sequences (sequences, 1, labels)."""
     device = next(model.parameters()).device
     output = model(input_ids=ids.to(device), use_cache=False)
     found: Tensor | None = getattr(output, "logits", None)
@@ -190,7 +190,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
         raise EnvironmentFailed(
             f"{type(model).__name__} gives no logits, expected a model with a language head."
         )
-    return found.to("cpu", torch.float32)
+    return found.to("cpu", torch.float32).reshape(len(ids), -1, found.shape[-1])
 
 
 def check_finite(found: Sequence[Tensor], where: Path, error: type[RuntimeError]) -> None:

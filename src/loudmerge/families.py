@@ -244,7 +244,8 @@ _MISTRAL_LARGE4: tuple[Rename, ...] = (
     (r"^(layers\.\d+)\.attention\.", r"\1.self_attn."),
     (r"^(layers\.\d+)\.feed_forward\.", r"\1.mlp."),
     (r"^(layers\.\d+)\.(experts|shared_experts|gate)\.", r"\1.mlp.\2."),
-    (r"\.wq\.", ".q_proj."),
+    # Of the text model alone: transformers permutes the rows of the vision model's.
+    (r"^(layers\.\d+\.self_attn)\.wq\.", r"\1.q_proj."),
     (r"\.wo\.", ".o_proj."),
     (r"\.wkv_b\.", ".kv_b_proj."),
     (r"\.wkv_a_with_mqa\.", ".kv_a_proj_with_mqa."),
@@ -364,10 +365,13 @@ FAMILIES: Mapping[str, Family] = {
     **_rows(Family(eras=_QWEN3_VL_ERAS), "qwen3_vl_moe", "qwen3_vl_moe_text"),
     **_rows(Family(renames=_ARIA, eras=_ARIA_ERAS), "aria", "aria_text"),
     **_rows(
-        Family(known=False, conv1d=True), "gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp"
+        Family(known=False, conv1d=True),
+        *("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp", "clvp_decoder"),
     ),
     "gpt_neox": Family(known=False, renames=((r"^embed_out\.", "lm_head."),)),  # in memory since 5
     **_rows(Family(known=False, shared=r"\.shared_transf(ormer)?\."), "zamba", "zamba2"),
+    "neomme": Family(known=False, shared=r"\b(un)?embedding_projection\."),
+    "udop": Family(known=False, shared=r"\b(relative_attention_bias|relative_bias)\."),
     **_rows(
         Family(known=False, renames=_VIT),
         *("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_mae", "vivit"),
@@ -380,7 +384,9 @@ FAMILIES: Mapping[str, Family] = {
         Family(known=False),
         *("cohere", "cohere2", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "granite", "llama"),
         *("mistral", "mistral3", "olmo2", "phi", "phi3", "qwen2", "qwen2_5_vl", "qwen2_vl", "qwen3"),
-        *("qwen3_5", "qwen3_vl", "smollm3", "starcoder2"),
+        *("qwen3_5", "qwen3_vl", "smollm3", "starcoder2", "gpt_bigcode", "gpt_neo", "idefics"),
+        *("clvp_encoder", "encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"),
+        "vision-text-dual-encoder",
     ),
     "ernie4_5_vl_moe": Family(
         refused="text and vision experts under one numbering, and routers stored transposed"

@@ -37,6 +37,7 @@ from loudmerge.wrappers import (
     own_forwards,
     plain_attribute,
     settle_scalings,
+    unwrapped,
     wrappers,
 )
 
@@ -85,13 +86,13 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
         adapter = saved if name == "default" else saved / name
         memory = {adapter: f"the live model's adapter {name!r}", weights: "the live model's base"}
         with _named_as_in_memory(memory):
-            with _own_copies(model, base, name):
+            with _own_copy(model, name):
                 # Embeddings are written with the base: what is in memory is what was trained on.
                 model.save_pretrained(saved, selected_adapters=[name], save_embedding_layers=False)
                 _add_lost_biases(adapter, tensors)
                 settle_scalings(adapter, found, name)
                 read_adapter(adapter)
-                base.save_pretrained(weights, state_dict=dict(tensors))  # it takes some out
+            _bare(base).save_pretrained(weights, state_dict=dict(tensors))  # it takes some out
             if tokenizer is not None:
                 tokenizer.save_pretrained(weights)
             source = _keep_disk_layout(weights, base, tensors, with_tokenizer=tokenizer is None)
@@ -175,23 +176,26 @@ def _refuse_base(model: Any, base: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def _own_copies(model: Any, base: Any, name: str) -> Iterator[None]:
-    """Saving writes into the configs (dtype, architectures, base_model_name_or_path): it gets copies."""
-    held = {
-        field: getattr(base, field)
-        for field in ("config", "generation_config")
-        if getattr(base, field, None) is not None
-    }
+def _own_copy(model: Any, name: str) -> Iterator[None]:
+    """Saving writes into the adapter's config (base_model_name_or_path): it gets a copy."""
     adapter = model.peft_config[name]
     try:
-        for field, value in held.items():
-            setattr(base, field, copy.deepcopy(value))
         model.peft_config[name] = copy.deepcopy(adapter)
         yield
     finally:
         model.peft_config[name] = adapter
-        for field, value in held.items():
-            setattr(base, field, value)
+
+
+def _bare(base: nn.Module) -> Any:
+    """What the base is saved by. transformers looks parameters up by the names that they have unwrapped.
+
+    Saving writes into the configs (dtype, architectures): it has copies.
+    """
+    bare = unwrapped(base)
+    for field in ("config", "generation_config"):
+        if getattr(base, field, None) is not None:
+            setattr(bare, field, copy.deepcopy(getattr(base, field)))
+    return bare
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
     family = in_its_part(base, adapter, family)
     names = Names(base, family)
     experts = Experts(base, names, family)
-    placement, problems = place(adapter, names, experts, family)
+    placement, problems = place(adapter, names, experts, family, base.config)
     if not problems:
         # What is not there can be told once all that is there has its place.
         problems += Announced(base, adapter, names, family, placement).missing(experts)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loudmerge.adapter import Adapter, LoraPair
+from loudmerge.conv1d import has_conv1d, is_conv1d
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.experts import ExpertGroup, Experts, Slot, split_expert_name
 from loudmerge.families import FUSED_LEAVES, PROJECTION_LEAVES, Family
@@ -69,10 +71,10 @@ class Placement:
 
 
 def place(
-    adapter: Adapter, names: Names, experts: Experts, family: Family
+    adapter: Adapter, names: Names, experts: Experts, family: Family, base_config: Mapping[str, Any]
 ) -> tuple[Placement, list[Problem]]:
     """Places every pair; what cannot be placed is a problem, and all problems are returned together."""
-    placer = _Placer(adapter, names, experts, family)
+    placer = _Placer(adapter, names, experts, family, base_config)
     by_module: dict[str, list[LoraPair]] = defaultdict(list)
     for pair in adapter.pairs:
         by_module[pair.module].append(pair)
@@ -92,8 +94,16 @@ def place(
 
 
 class _Placer:
-    def __init__(self, adapter: Adapter, names: Names, experts: Experts, family: Family) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        names: Names,
+        experts: Experts,
+        family: Family,
+        base_config: Mapping[str, Any],
+    ) -> None:
         self._adapter = adapter
+        self._base_config = base_config
         self._config = adapter.config
         self._names = names
         self._experts = experts
@@ -228,7 +238,7 @@ class _Placer:
             if entry is None:
                 self._missing(pair, name)
                 return
-            expert, slot = False, self._whole(entry, pair)
+            expert, slot = False, self._whole(entry, pair, wrapped=name == rank_name)
         placed = Placed(
             pair, name, rank, self._config.scaling_for(rank_name), slot, expert, name == rank_name
         )
@@ -255,7 +265,7 @@ class _Placer:
             raise MergeRefused(dora_on_experts(pair))
         return slot
 
-    def _whole(self, entry: TensorEntry, pair: LoraPair) -> Slot:
+    def _whole(self, entry: TensorEntry, pair: LoraPair, *, wrapped: bool) -> Slot:
         require_float(entry)
         final = self._full.get(self._family.canonical(entry.name), entry)
         for tensor in (entry, final):
@@ -271,23 +281,20 @@ class _Placer:
                     "Merge it with PEFT's merge_and_unload.",
                 )
             )
-        axes = Axes.OUT_IN if pair.embedding else self._axes(final, pair)
+        axes = Axes.OUT_IN if pair.embedding or wrapped else self._axes(entry.name, final, pair)
         return Slot(entry, -1, axes, Span(0, final.shape[1] if axes is Axes.IN_OUT else final.shape[0]))
 
-    def _axes(self, entry: TensorEntry, pair: LoraPair) -> Axes:
-        """(out, in), but for a Conv1D: the weight's class decides, and fan_in_fan_out does not prove it.
-
-        PEFT sets it for the whole config at each Conv1D and each Linear that it wraps, and the last one
-        stands; at bitsandbytes' Linears it leaves what it was given. On loading it goes by the class again.
-        """
-        conv1d, flagged = self._family.conv1d, self._config.fan_in_fan_out
-        if conv1d is False or not (conv1d or flagged):
-            return Axes.OUT_IN
+    def _axes(self, name: str, entry: TensorEntry, pair: LoraPair) -> Axes:
+        """(out, in), but for a Conv1D. name: on disk. entry: the weight in the size that the LoRA has."""
+        flagged = self._config.fan_in_fan_out
         if entry.shape[0] != entry.shape[1]:
-            return Axes.IN_OUT if entry.shape == (pair.a.shape[1], pair.b.shape[0]) else Axes.OUT_IN
-        if conv1d is None or not flagged:
-            raise MergeRefused(linear_or_conv1d(entry, pair, known=conv1d is not None))
-        return Axes.IN_OUT
+            may = has_conv1d(self._base_config, name)
+            fits = entry.shape == (pair.a.shape[1], pair.b.shape[0])
+            return Axes.IN_OUT if fits and (may or (may is None and flagged)) else Axes.OUT_IN
+        conv1d = is_conv1d(self._base_config, name, pair.module, flagged=flagged)
+        if conv1d is None:
+            raise MergeRefused(linear_or_conv1d(entry, pair, known=not flagged))
+        return Axes.IN_OUT if conv1d else Axes.OUT_IN
 
     def _missing(self, pair: LoraPair, name: str) -> None:
         canonical = self._family.canonical(name)

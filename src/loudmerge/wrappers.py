@@ -91,6 +91,15 @@ def other_adapters(found: Collection[Wrapper], adapter: str) -> Iterator[Problem
             )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without PEFT's wrappers: other modules, of the same classes, that hold the very same tensors.
+
+    The model itself is not touched. A module of no submodules is not copied; one that has several names has
+    them here, too.
+    """
+    return _unwrapped(model, {})
+
+
 def own_forwards(found: Collection[Wrapper], adapter: str) -> Iterator[Problem]:
     """The modules that do more than multiply by their weight: no weight holds what was trained there."""
     for wrapper in found:
@@ -127,6 +136,25 @@ def plain_attribute(owner: object, name: str) -> object:
             return place[name]
     value = inspect.getattr_static(type(owner), name, None)
     return None if hasattr(type(value), "__get__") else value
+
+
+def _unwrapped(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """made: by the id of a module, what stands for it."""
+    if plain_attribute(module, "_active_adapter") is not None:
+        for inner in (plain_attribute(module, level) for level in sorted(_LEVELS)):
+            if isinstance(inner, nn.Module):
+                return _unwrapped(inner, made)
+    children = vars(module).get("_modules")
+    if not children:
+        return module
+    if id(module) not in made:
+        # Not copy.copy: a class may say what that does.
+        made[id(module)] = bare = object.__new__(type(module))
+        bare.__dict__.update(vars(module))
+        bare.__dict__["_modules"] = {
+            name: None if child is None else _unwrapped(child, made) for name, child in children.items()
+        }
+    return made[id(module)]
 
 
 def _own_forward(module: object) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
@@ -28,6 +29,8 @@ from transformers import (
 )
 
 import loudmerge
+from loudmerge.live import base_state_dict
+from loudmerge.wrappers import unwrapped, wrappers
 from tests.support import kinds, tiny
 from tests.support.kinds import UNTIED, Kind
 from tests.support.kinds_linear import LINEAR
@@ -115,6 +118,68 @@ def test_out_computes_what_the_live_model_computes_and_the_model_is_unchanged(
     assert all(torch.equal(tensor, now[key]) for key, tensor in held.items())
     assert torch.equal(tiny.logits(model), wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
+WAYS = (
+    *(("qwen3_vl_moe", leaves) for leaves in ((GATE_UP,), (DOWN,), (GATE_UP, DOWN))),
+    *((family, (GATE_UP, DOWN)) for family in ("aria", "gpt_oss", "llama4_text")),
+)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["built", "loaded"])
+@pytest.mark.parametrize(
+    ("family", "leaves"), WAYS, ids=[f"{family} {' '.join(leaves)}" for family, leaves in WAYS]
+)
+def test_experts_that_are_on_disk_otherwise_than_in_memory_are_saved(
+    family: str, leaves: tuple[str, ...], loaded: bool, tmp_path: Path
+) -> None:
+    """transformers looks up how the model has qwen3_vl_moe's: PEFT's wrapper has them under no such name."""
+    if family not in tiny.BUILDABLE:
+        pytest.skip(f"transformers has no {family}")
+    kind = Kind(family, family, {"target_parameters": list(leaves)}, ())
+    base = kinds.build(kind)
+    names = [name for name, _ in base.named_parameters()]
+    if not all(any(name.endswith(leaf) for name in names) for leaf in leaves):
+        pytest.skip(f"transformers {transformers.__version__} has {family}'s experts under other names")
+    if loaded:
+        base.save_pretrained(tmp_path / "base")
+        base = type(base).from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    model = kinds.attach(base, kind)
+    wanted, before = kinds.trained_logits(model), snapshot(model)
+    with model.disable_adapter():
+        assert (tiny.logits(model) - wanted).abs().max() >= TRAINED
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert snapshot(model) == before
+    found = type(base).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert (tiny.logits(found) - wanted).abs().max() <= LOGITS_BOUND
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_unwrapped_a_base_has_its_own_tensors_and_none_of_pefts(name: str) -> None:
+    kind = NAMED[name]
+    if kind.why_not():
+        pytest.skip(kind.why_not())
+    base = live_model(kind).get_base_model()
+    bare = unwrapped(base)
+    assert type(bare) is type(base)
+    assert not list(wrappers(bare))
+    wanted = {key: tensor.data_ptr() for key, tensor in base_state_dict(base).items()}
+    assert {key: tensor.data_ptr() for key, tensor in bare.state_dict().items()} == wanted
+
+
+def test_the_base_is_as_it_was_while_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may use it."""
+    model = live_model(NAMED["experts, router, shared expert and attention"])
+    cls, before, during = type(model.get_base_model()), snapshot(model), []
+
+    def save(self: PreTrainedModel, *args: Any, **options: Any) -> None:
+        PreTrainedModel.save_pretrained(self, *args, **options)
+        during.append(snapshot(model))
+
+    monkeypatch.setattr(cls, "save_pretrained", save)
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert during == [before]
 
 
 def test_a_model_in_training_stays_in_training(tmp_path: Path) -> None:

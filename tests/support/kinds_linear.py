@@ -225,7 +225,6 @@ LINEAR: tuple[Kind, ...] = (
         {"target_modules": ["attn.c_proj", "lm_head"], "fan_in_fan_out": True},
         (r"attn\.c_proj\.lora_A", r"lm_head\.lora_A"),
         config=UNTIED,
-        refused="ambiguous-layout",
     ),
     Kind(
         "DoRA on experts",

@@ -173,6 +173,20 @@ class Counter(nn.Module):
         return type("Output", (), {"logits": self.weight[(input_ids + 1) % 8]})
 
 
+class Classifier(Counter):
+    """One row of labels for each sequence, as `…ForSequenceClassification` has it."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        assert not use_cache
+        return type("Output", (), {"logits": self.weight[input_ids[:, -1] % 8, :3]})
+
+
+def test_what_classifies_sequences_has_a_row_for_each() -> None:
+    """Its labels are no tokens, each a position of its own."""
+    found = behaviour.logits(Classifier(), [torch.tensor([4, 1]), torch.tensor([3, 2])], together=2)
+    assert [each.tolist() for each in found] == [[[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]]
+
+
 def test_a_greedy_sample_ends_with_the_end_of_the_text() -> None:
     found = behaviour.continue_greedily(Counter(), torch.tensor([1, 2]), frozenset({5}))
     assert found.ids == (3, 4, 5)

@@ -48,3 +48,11 @@ def test_names_of_a_vision_model_on_disk_and_in_memory_are_one(
 ) -> None:
     family = family_of(model_type)
     assert family.canonical(disk) == family.canonical(memory) == memory
+
+
+def test_only_the_text_models_queries_of_mistral_large_4_keep_their_rows() -> None:
+    """transformers permutes the rows of the vision model's on loading: it trains another tensor."""
+    canonical = family_of("mistral_large4").canonical
+    assert canonical("layers.0.attention.wq.weight") == "layers.0.self_attn.q_proj.weight"
+    vision = "vision_tower.transformer.layers.0.attention"
+    assert canonical(f"{vision}.wq.weight") != canonical(f"{vision}.q_proj.weight")

@@ -252,7 +252,7 @@ def test_a_trained_bias_replaces_the_bases(world: World) -> None:
     assert outputs(plan)[f"{Q_PROJ}.bias"].replaced
 
 
-def test_a_conv1d_is_told_from_a_linear_by_its_shape_or_by_the_config(world: World) -> None:
+def test_a_conv1d_is_told_from_a_linear_by_its_shape_or_by_its_name(world: World) -> None:
     """PEFT sets fan_in_fan_out for the whole config, at each layer that it wraps: the last one stands."""
     family = {"model_type": CONV1D}
     for shape, axes in (((6, 8), Axes.IN_OUT), ((8, 6), Axes.OUT_IN)):
@@ -260,15 +260,18 @@ def test_a_conv1d_is_told_from_a_linear_by_its_shape_or_by_the_config(world: Wor
             "h.0.c.weight"
         ].terms
         assert term.axes is axes
-    base, held = {"h.0.c.weight": values(6, 6)}, lora("h.0.c", 6, 6)
-    error = world.refuse(base, held, family)
+    for name, axes in (("h.0.c", Axes.OUT_IN), ("h.0.c_proj", Axes.IN_OUT)):
+        base, held = {f"{name}.weight": values(6, 6)}, lora(name, 6, 6)
+        for flag in (False, True):
+            (term,) = outputs(world.plan(base, held, family, fan_in_fan_out=flag))[f"{name}.weight"].terms
+            assert term.axes is axes
+    base, held = {"h.0.c_proj.weight": values(6, 6)}, lora("h.0.c_proj", 6, 6)
+    error = world.refuse(base, held, {**family, "auto_map": {"AutoModel": "modeling.Model"}})
     assert error.code == "ambiguous-layout"
     assert (
-        "found a LoRA on the square h.0.c.weight [6, 6] F32 in model.safetensors with fan_in_fan_out"
+        "found a LoRA on the square h.0.c_proj.weight [6, 6] F32 in model.safetensors with fan_in_fan_out"
         in str(error)
     )
-    (term,) = outputs(world.plan(base, held, family, fan_in_fan_out=True))["h.0.c.weight"].terms
-    assert term.axes is Axes.IN_OUT
 
 
 def test_a_heads_bias_is_resized_with_its_weight(world: World) -> None:

@@ -46,7 +46,7 @@ def placed(
     )
     family = family_of(settings["model_type"])
     names = Names(checkpoint, family)
-    return place(read, names, Experts(checkpoint, names, family), family)
+    return place(read, names, Experts(checkpoint, names, family), family, checkpoint.config)
 
 
 def sound(
@@ -120,6 +120,90 @@ def test_a_square_weight_of_an_unknown_model_is_a_linears_only_where_the_config_
     assert "to false if this weight is a Linear's" in refused.hint
     (found,) = sound(tmp_path / "oblong", Q, lora(Q_PROJ, 8, H), model, fan_in_fan_out=True).dense
     assert found.slot.axes is Axes.OUT_IN
+
+
+def square(module: str) -> Tensors:
+    return {f"{module}.weight": values(H, H)}
+
+
+IN_PARTS: Config = {
+    "model_type": "vision-encoder-decoder",
+    "encoder": {"model_type": "vit"},
+    "decoder": {"model_type": "gpt2"},
+}
+CUSTOM: Config = {"auto_map": {"AutoModel": "modeling.Model"}}
+C_PROJ = "decoder.transformer.h.0.attn.c_proj"
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize(
+    ("model", "module", "axes"),
+    [
+        (IN_PARTS, C_PROJ, Axes.IN_OUT),
+        (IN_PARTS, "decoder.lm_head", Axes.OUT_IN),
+        (IN_PARTS, "encoder.layers.0.attention.q_proj", Axes.OUT_IN),
+        (IN_PARTS, "enc_to_dec_proj", Axes.OUT_IN),
+        ({**IN_PARTS, "encoder": {"model_type": "nobody_knows"}}, C_PROJ, Axes.IN_OUT),
+        ({**IN_PARTS, "decoder": {"model_type": "gpt_bigcode"}}, C_PROJ, Axes.OUT_IN),
+        ({**IN_PARTS, "encoder": {"model_type": "gpt_bigcode"}}, C_PROJ, Axes.IN_OUT),
+        (
+            {"model_type": "clvp", "decoder_config": {"model_type": "clvp_decoder"}},
+            "speech_decoder_model.model.decoder.layers.0.attn.q_proj",
+            Axes.OUT_IN,
+        ),
+        (
+            {"model_type": "clvp", "decoder_config": {"model_type": "clvp_decoder"}},
+            "speech_decoder_model.model.decoder.layers.0.mlp.c_fc",
+            Axes.IN_OUT,
+        ),
+        ({"model_type": "gpt2"}, "transformer.h.0.attn.c_proj", Axes.IN_OUT),
+        ({"model_type": "gpt2"}, "lm_head", Axes.OUT_IN),
+    ],
+)
+def test_a_square_weight_is_a_conv1ds_by_its_name_and_its_model_whatever_the_config_says(
+    model: Config, module: str, axes: Axes, flag: bool, tmp_path: Path
+) -> None:
+    """The fan_in_fan_out that PEFT saves is that of the module it wrapped last."""
+    (found,) = sound(tmp_path, square(module), lora(module, H, H), model, fan_in_fan_out=flag).dense
+    assert found.slot.axes is axes
+
+
+def test_an_oblong_conv1d_of_a_part_is_told_by_its_shape(tmp_path: Path) -> None:
+    module = "decoder.transformer.h.0.attn.c_attn"
+    (found,) = sound(tmp_path, {f"{module}.weight": values(H, 8)}, lora(module, 8, H), IN_PARTS).dense
+    assert found.slot.axes is Axes.IN_OUT
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "flag"),
+    [
+        ({"model_type": "gpt2", **CUSTOM}, "h.0.attn.c_proj", False),
+        ({"model_type": "gpt2", **CUSTOM}, "h.0.attn.q_proj", True),
+        ({"model_type": "nobody_knows", "decoder": {"model_type": "gpt2"}}, "h.0.attn.c_proj", False),
+        ({**IN_PARTS, "encoder": {"model_type": "gpt_bigcode"}}, "h.0.attn.c_proj", True),
+        ({**IN_PARTS, "encoder": {"model_type": "gpt_bigcode"}}, "h.0.attn.c_proj", False),
+    ],
+)
+def test_a_square_weight_of_code_that_nobody_knows_or_of_no_certain_part_is_refused(
+    model: Config, module: str, flag: bool, tmp_path: Path
+) -> None:
+    refused = problem(tmp_path, square(module), lora(module, H, H), model, fan_in_fan_out=flag)
+    assert refused.code == "ambiguous-layout"
+
+
+def test_custom_code_is_taken_at_its_word_where_name_and_config_agree(tmp_path: Path) -> None:
+    for module, flag in (("h.0.attn.c_proj", True), ("h.0.attn.q_proj", False)):
+        model = {"model_type": "gpt2", **CUSTOM}
+        held = lora(module, H, H)
+        (found,) = sound(tmp_path / module, square(module), held, model, fan_in_fan_out=flag).dense
+        assert found.slot.axes is (Axes.IN_OUT if flag else Axes.OUT_IN)
+
+
+def test_a_conv1ds_weight_that_is_wrapped_as_a_parameter_is_not_transposed(tmp_path: Path) -> None:
+    """PEFT's ParamWrapper adds B A to the parameter as it lies, whatever module it is in."""
+    module, fields = "h.0.attn.c_proj", {"target_parameters": ["attn.c_proj.weight"]}
+    (found,) = sound(tmp_path, square(module), lora(module, H, H), {"model_type": "gpt2"}, **fields).dense
+    assert (found.wrapped, found.slot.axes) == (True, Axes.OUT_IN)
 
 
 def test_an_embedding_is_never_transposed(tmp_path: Path) -> None:

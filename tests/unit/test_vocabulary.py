@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from loudmerge.errors import MergeRefused
-from loudmerge.plan import Counts
+from loudmerge.plan import Counts, MergePlan
 from tests.unit.builders import (
     EMBED,
     PREFIX,
@@ -343,7 +344,7 @@ def test_dora_and_a_bias_on_a_tied_head_are_refused(extra: str, fields: dict[str
 
 HEAD_ROWS = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
 SOME = {ROWS: values(2, H)}
-PICKED = {"trainable_token_indices": [5, 0]}
+PICKED: dict[str, Any] = {"trainable_token_indices": [5, 0]}
 
 
 def test_a_tied_head_that_is_stored_too_has_the_embeddings_rows(world: World) -> None:
@@ -451,9 +452,136 @@ def test_peft_018_ties_no_lora(world: World) -> None:
     assert "lm_head.weight" not in outputs(world.plan(TIED, held, TIE, **fields, peft_version="0.19.0"))
 
 
-def test_a_lora_on_a_block_that_layers_share_is_refused(world: World) -> None:
-    """Zamba2 stores it once, and PEFT trains a LoRA for each layer that runs it."""
-    block = "model.layers.1.shared_transformer.self_attn.q_proj"
-    error = world.refuse({f"{block}.weight": values(8, H)}, lora(block, 8, H), {"model_type": "zamba2"})
+@pytest.mark.parametrize(
+    ("model", "block"),
+    [
+        ("zamba2", "model.layers.1.shared_transformer.self_attn.q_proj"),
+        ("neomme", "model.embed_tokens.embedding_projection"),
+        ("udop", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+    ],
+)
+def test_a_lora_on_a_block_that_layers_share_is_refused(model: str, block: str, world: World) -> None:
+    """Stored once. Zamba2 has a LoRA for each layer that runs it; the others tie it to a second module."""
+    error = world.refuse({f"{block}.weight": values(8, H)}, lora(block, 8, H), {"model_type": model})
     assert error.code == "unsupported-base"
     assert "a weight that several layers share" in str(error)
+
+
+# --- rows that PEFT may not have tied to the head ---------------------------------------------------
+
+SINCE_018 = {**PICKED, "peft_version": "0.18.0"}
+NESTED = {"text_config": {"tie_word_embeddings": True}}
+LANGUAGE = "model.language_model.embed_tokens"
+NESTED_ROWS = {f"{PREFIX}{LANGUAGE}.token_adapter.trainable_tokens_delta": values(2, H)}
+
+
+def nested_world(tmp_path: Path, config: dict[str, Any], *, head: bool = False) -> MergePlan:
+    tensors = {**Q, f"{LANGUAGE}.weight": values(V, H)} | ({"lm_head.weight": values(V, H)} if head else {})
+    base = write_base(tmp_path / "base", tensors)
+    (base / "config.json").write_text(json.dumps(config))
+    return plan_of(base, write_adapter(tmp_path / "adapter", NESTED_ROWS, **SINCE_018))
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["stored once", "stored twice"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "blip-2", **NESTED},
+        {"model_type": "blip-2"} | {"text_config": {"model_type": "opt", "tie_word_embeddings": True}},
+        {"model_type": "shieldgemma2", **TIE, **NESTED},
+        {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2", **TIE}},
+        {"model_type": "vision-encoder-decoder", **TIE, "decoder": {"model_type": "gpt2", **TIE}},
+        {"model_type": "qwen2_vl", **NESTED},
+        {"model_type": "none_that_is_known", **TIE, **NESTED},
+    ],
+)
+def test_rows_of_a_nested_model_that_peft_may_not_have_tied_are_refused(
+    config: dict[str, Any], head: bool, tmp_path: Path
+) -> None:
+    """PEFT asks the whole model's config and class; loaded, the head that is tied in OUT has the rows."""
+    with pytest.raises(MergeRefused) as caught:
+        nested_world(tmp_path, config, head=head)
+    assert caught.value.code == "unsupported-base"
+    said = str(caught.value)
+    assert f"for {LANGUAGE}.weight [9, 6] F32" in said
+    assert "found trained token rows of an embedding that lm_head.weight" in said
+    nests = (
+        f"nests another and says tie_word_embeddings {config.get('tie_word_embeddings', 'nothing')} itself"
+    )
+    assert f"{nests}, for model_type {config['model_type']!r}" in said
+    assert "Untie the base before training" in said
+
+
+def test_rows_of_a_nested_model_whose_config_unties_it_in_the_whole_but_stores_no_head_are_refused(
+    tmp_path: Path,
+) -> None:
+    config = {"model_type": "qwen3_vl_moe", "tie_word_embeddings": False, **NESTED}
+    with pytest.raises(MergeRefused, match="says tie_word_embeddings False itself"):
+        nested_world(tmp_path, config)
+    assert nested_world(tmp_path / "with a head", config, head=True).counts.replaced == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gemma3", **NESTED},
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+        {"model_type": "qwen2_vl", **TIE, **NESTED},
+        {"model_type": "llava", **TIE, **NESTED},
+    ],
+)
+def test_rows_of_a_nested_model_that_peft_ties_keep_it_tied(config: dict[str, Any], tmp_path: Path) -> None:
+    plan = nested_world(tmp_path, config)
+    assert (plan.counts.replaced, plan.config_edits) == (1, {})
+
+
+def test_rows_of_towers_without_a_head_are_merged_whatever_their_configs_say(tmp_path: Path) -> None:
+    """transformers 4 wrote tie_word_embeddings for all of them."""
+    assert nested_world(tmp_path, {"model_type": "clip", **NESTED}).counts.replaced == 1
+
+
+def test_rows_of_an_untied_nested_model_are_merged(tmp_path: Path) -> None:
+    config = {"model_type": "blip-2", "text_config": {"tie_word_embeddings": False}}
+    assert nested_world(tmp_path, config, head=True).counts.replaced == 1
+
+
+def test_rows_of_both_of_a_nested_model_are_merged_apart(world: World) -> None:
+    both = {"trainable_token_indices": {"embed_tokens": [5, 0], "lm_head": [1]}}
+    model = {"model_type": "blip-2", **TIE, **NESTED}
+    held = NESTED_ROWS | {HEAD_ROWS: values(1, H)}
+    for head in ({}, {"lm_head.weight": values(V, H, seed=8)}):
+        plan = world.plan({**Q, f"{LANGUAGE}.weight": values(V, H), **head}, held, model, **both)
+        assert plan.counts.replaced == 2
+
+
+@pytest.mark.parametrize(
+    ("embedding", "module", "lacks"),
+    [
+        ("model.embed_tokens", "embed_tokens", "model."),
+        ("model.language_model.embed_tokens", "language_model.embed_tokens", "model."),
+        ("model.language_model.embed_tokens", "embed_tokens", "model.language_model."),
+        ("language_model.model.embed_tokens", "language_model.embed_tokens", "model."),
+        ("language_model.model.embed_tokens", "embed_tokens", "language_model.model."),
+    ],
+)
+@pytest.mark.parametrize("head", [{}, {"lm_head.weight": values(V, H)}], ids=["stored once", "stored twice"])
+def test_rows_that_were_trained_in_a_part_without_the_tied_head_are_refused(
+    embedding: str, module: str, lacks: str, head: Tensors, world: World
+) -> None:
+    """get_peft_model(model.model, ...): PEFT sees no head that it could tie."""
+    base = {**Q, f"{embedding}.weight": values(V, H), **head}
+    held = {f"{PREFIX}{module}.token_adapter.trainable_tokens_delta": values(2, H)}
+    model = {"model_type": "gemma3" if "language" in embedding else "llama", "vocab_size": V}
+    error = world.refuse(base, held, {**model, **TIE}, **SINCE_018)
+    assert error.code == "unsupported-base"
+    assert f"a key without '{lacks}': they were trained in a part that has no head" in str(error)
+    if head:
+        untied = {**model, "tie_word_embeddings": False}
+        assert world.plan(base, held, untied, **SINCE_018).counts.replaced == 1
+
+
+def test_rows_of_a_text_model_that_has_the_head_with_it_are_merged(world: World) -> None:
+    """The causal text model of an older Gemma 3, whose head is beside it."""
+    base = {**Q, "language_model.model.embed_tokens.weight": values(V, H)}
+    plan = world.plan(base, SOME, {"model_type": "gemma3", **TIE, **NESTED}, **SINCE_018)
+    assert plan.counts.replaced == 1
