@@ -31,7 +31,7 @@ _IN_MEMORY: Mapping[str, str] = {
 _TIED_SINCE_5 = frozenset({"longt5", "mt5", "pop2piano", "t5", "udop", "umt5"})
 """model_types whose config says true in memory where config.json says false (configuration_t5.py, 5.24.0)."""
 
-_TIES_ROWS = frozenset(
+TIES_ROWS = frozenset(
     {
         *("aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "ernie4_5_vl_moe"),
         *("fun_asr_nano", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "glmasr", "got_ocr2"),
@@ -43,7 +43,7 @@ _TIES_ROWS = frozenset(
 )
 """model_types of nested configs whose class names the head as tied, and whose config says so by default."""
 
-_TIES_ROWS_WHERE_SAID = frozenset(
+TIES_ROWS_WHERE_SAID = frozenset(
     {
         *("apertus1p5", "aria", "chameleon", "cohere_compass", "cosmos3_omni", "dbrx", "deepseek_ocr2"),
         *("dots3_note", "emu3", "exaone4_5", "fast_vlm", "fuyu", "glm46v", "glm4v", "glm4v_moe"),
@@ -214,9 +214,9 @@ def _nested(base: Checkpoint) -> bool:
 
 def _shown(base: Checkpoint) -> bool:
     """Whether PEFT is known to tie token rows of this model, whose config is nested."""
-    if base.model_type in _TIES_ROWS:
+    if base.model_type in TIES_ROWS:
         return base.config.get("tie_word_embeddings", True) is True
-    return base.model_type in _TIES_ROWS_WHERE_SAID and base.config.get("tie_word_embeddings") is True
+    return base.model_type in TIES_ROWS_WHERE_SAID and base.config.get("tie_word_embeddings") is True
 
 
 def _untied_rows(rows: TensorEntry, entry: TensorEntry, head: TensorEntry | None, found: str) -> Problem:
