@@ -43,7 +43,17 @@ def mixed(pair: LoraPair, leaves: Sequence[str]) -> Problem:
     )
 
 
-def wrong_nesting(module: str, pairs: Sequence[LoraPair], fused: Sequence[str]) -> Problem:
+def not_fused(
+    module: str, pairs: Sequence[LoraPair], fused: Sequence[str], *, use_dora: bool
+) -> Problem | None:
+    """Whether pairs, the outermost first, are not plain LoRA on each targeted parameter of fused experts."""
+    if [pair.depth for pair in pairs] != list(range(len(fused))):
+        return _wrong_nesting(module, pairs, fused)
+    odd = [pair for pair in pairs if pair.magnitude is not None or pair.bias is not None or use_dora]
+    return dora_on_experts(odd[0]) if odd else None
+
+
+def _wrong_nesting(module: str, pairs: Sequence[LoraPair], fused: Sequence[str]) -> Problem:
     """Not one wrapper for each targeted parameter."""
     many = len(pairs) > len(fused)
     depths = ", ".join(str(pair.depth) for pair in pairs)

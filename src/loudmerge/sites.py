@@ -27,8 +27,8 @@ from loudmerge.misplaced import (
     no_matrix,
     no_projection,
     no_target_parameters,
+    not_fused,
     unknown_family,
-    wrong_nesting,
 )
 from loudmerge.names import Names
 from loudmerge.tensorfile import MERGEABLE_CODES, TensorEntry
@@ -156,11 +156,9 @@ class _Placer:
     ) -> None:
         if len(fused) != len(leaves):
             raise MergeRefused(mixed(pairs[0], leaves))
-        if [pair.depth for pair in pairs] != list(range(len(fused))):
-            raise MergeRefused(wrong_nesting(module, pairs, fused))
-        for pair in pairs:
-            if pair.magnitude is not None or pair.bias is not None or self._config.use_dora:
-                raise MergeRefused(dora_on_experts(pair))
+        problem = not_fused(module, pairs, fused, use_dora=self._config.use_dora)
+        if problem is not None:
+            raise MergeRefused(problem)
         parameters = []
         counts = set()
         for leaf in fused:

@@ -10,7 +10,7 @@ from loudmerge.adapter_config import AdapterConfig
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.hypotheses import FusedModule, FusedParameter
 from loudmerge.layout import Orientation
-from loudmerge.misplaced import dora_on_experts, wrong_nesting
+from loudmerge.misplaced import not_fused
 from loudmerge.packing import Packing
 from loudmerge.plan import Site
 from loudmerge.rewrite import PER_EXPERT, registration
@@ -65,11 +65,9 @@ def _by_leaf(config: AdapterConfig, module: str, pairs: Sequence[LoraPair]) -> I
     targeted = config.targeted_parameters(module)
     leaves = sorted(targeted, key=registration)
     outermost_first = sorted(pairs, key=lambda pair: pair.depth)
-    if [pair.depth for pair in outermost_first] != list(range(len(leaves))):
-        raise MergeRefused(wrong_nesting(module, outermost_first, targeted))
-    for pair in outermost_first:
-        if pair.magnitude is not None or pair.bias is not None or config.use_dora:
-            raise MergeRefused(dora_on_experts(pair))
+    problem = not_fused(module, outermost_first, targeted, use_dora=config.use_dora)
+    if problem is not None:
+        raise MergeRefused(problem)
     # The parameter registered first is wrapped first, innermost.
     return zip(leaves, reversed(outermost_first), strict=True)
 
