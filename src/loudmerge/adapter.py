@@ -200,6 +200,21 @@ class _Sorter:
                     "The file is not complete: get it, or save the adapter again.",
                 )
                 return None
+        self._check_extras(roles, embedding=embedding)
+        if len(roles["lora_A"].shape) != 2 or len(roles["lora_B"].shape) != 2:
+            self._refuse(
+                "unsupported-adapter",
+                roles["lora_A"],
+                "factors that are not matrices",
+                "two axes each",
+                "Merge such LoRA with PEFT's merge_and_unload.",
+            )
+            return None
+        extras = roles.get("lora_B.bias"), roles.get("lora_magnitude_vector")
+        return LoraPair(module, depth, roles["lora_A"], roles["lora_B"], *extras, embedding)
+
+    def _check_extras(self, roles: Mapping[str, TensorEntry], *, embedding: bool) -> None:
+        """A pair has a bias and a magnitude where the config says so, and nowhere else."""
         bias, magnitude = roles.get("lora_B.bias"), roles.get("lora_magnitude_vector")
         if bias is not None and not self.config.lora_bias:
             self._refuse(
@@ -228,16 +243,6 @@ class _Sorter:
                 "lora_bias's lora_B.bias",
                 ONE_SAVE,
             )
-        if len(roles["lora_A"].shape) != 2 or len(roles["lora_B"].shape) != 2:
-            self._refuse(
-                "unsupported-adapter",
-                roles["lora_A"],
-                "factors that are not matrices",
-                "two axes each",
-                "Merge such LoRA with PEFT's merge_and_unload.",
-            )
-            return None
-        return LoraPair(module, depth, roles["lora_A"], roles["lora_B"], bias, magnitude, embedding)
 
     def _add_rows(self, module: str, entry: TensorEntry) -> None:
         indices = self._indices_of(module)

@@ -21,7 +21,7 @@ from loudmerge.names import NUMBER, Names, template, with_indices
 from loudmerge.siblings import is_extra_layer
 from loudmerge.sites import Placement
 from loudmerge.tensorfile import TensorEntry
-from loudmerge.vocabulary import is_tied
+from loudmerge.tiedrows import is_tied
 
 _WITH_HEAD = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Values of task_type under which a model has its head; under PEFT's other ones it has another, or none."""

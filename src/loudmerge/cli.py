@@ -136,8 +136,8 @@ def merge_command(
     terminal = Terminal(as_json, quiet)
 
     def action(progress: Progress | None) -> Ending:
-        from loudmerge.hub import push, push_target
         from loudmerge.merge import merge, planned
+        from loudmerge.upload import push, push_target
 
         if push_to:
             with argument("--push-to"):

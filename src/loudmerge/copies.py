@@ -14,7 +14,8 @@ from loudmerge.draft import EMBEDDING, HEAD, Draft
 from loudmerge.errors import Problem
 from loudmerge.siblings import is_extra_layer
 from loudmerge.tensorfile import TensorEntry, TensorReader
-from loudmerge.vocabulary import embeds_tokens, ties_rows
+from loudmerge.tiedrows import ties_rows
+from loudmerge.vocabulary import embeds_tokens
 
 _EMBEDS = re.compile(r"emb|shared|wte")
 """In the name of an embedding; without it a copy is a head, of which the config says if it is tied."""

@@ -12,7 +12,7 @@ from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, TokenRows, a
 from loudmerge.adapter_config import ends_with
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.closing import closing, is_head
-from loudmerge.errors import Problem
+from loudmerge.errors import Problem, some
 from loudmerge.evidence import Layout
 from loudmerge.experts import Slot
 from loudmerge.families import Family
@@ -326,10 +326,9 @@ def _parts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, M
             yield from _parts(part, f"{prefix}{name}.")
 
 
-def _left_out(names: Sequence[str], shown: int = 10) -> Iterable[str]:
+def _left_out(names: Sequence[str]) -> Iterable[str]:
     if names:
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
-        yield f"other weights, and adapters, are not copied from the base: {', '.join(names[:shown])}{more}"
+        yield f"other weights, and adapters, are not copied from the base: {some(names, 10)}"
 
 
 def wrong_shape(where: str, found: tuple[int, ...], entry: TensorEntry) -> Problem:

@@ -13,7 +13,8 @@ first problem's code, one of `REFUSAL_CODES`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 REFUSAL_CODES = frozenset(
@@ -100,6 +101,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         torch is not None
         and (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error))
     )
+
+
+def some(names: Collection[str], shown: int = 5) -> str:
+    """The first names, those of a set by the alphabet, and how many more there are: `a, b and 3 more`."""
+    listed = sorted(names) if isinstance(names, AbstractSet) else [*names]
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return (", ".join(listed[:shown]) or "none") + more
 
 
 def _message(problems: Sequence[Problem]) -> str:

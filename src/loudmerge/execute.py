@@ -108,27 +108,37 @@ def execute(
             ahead = AHEAD
         begun = _begin(plan, directory, worker.outcome, finished)
         done = total - sum(output.nbytes for _, outputs in begun for output in outputs)
-        unsynced = 0
-        syncs: list[Future[None]] = []
         finishes: list[Future[None]] = []
         for shard, outputs in begun:
             shards.enter_context(shard)
+            syncs = _Syncs(shard, syncer)
             for nbytes in _in_order(pool, worker, shard, interleaved(outputs, ahead), threads_of_pool):
                 done += nbytes
-                unsynced += 0 if shard.direct else nbytes
-                if unsynced >= SYNC_BYTES:
-                    syncs.append(syncer.submit(shard.sync))
-                    unsynced = 0
+                syncs.wrote(nbytes)
                 if progress is not None:
                     progress("merge", done, total)
             ahead = 0
-            finishes.append(syncer.submit(_finish, shard, syncs, worker.outcome.record(outputs), finished))
-            syncs = []
+            record = worker.outcome.record(outputs)
+            finishes.append(syncer.submit(_finish, shard, syncs.started, record, finished))
             if len(finishes) >= OPEN_SHARDS:
                 finishes[-OPEN_SHARDS].result()
         for finish in finishes:
             finish.result()
         return worker.outcome
+
+
+class _Syncs:
+    """Has a shard brought to the disk in the background while it grows."""
+
+    def __init__(self, shard: ShardFile, syncer: Executor) -> None:
+        self._shard, self._syncer, self._unsynced = shard, syncer, 0
+        self.started: list[Future[None]] = []
+
+    def wrote(self, nbytes: int) -> None:
+        self._unsynced += 0 if self._shard.direct else nbytes
+        if self._unsynced >= SYNC_BYTES:
+            self.started.append(self._syncer.submit(self._shard.sync))
+            self._unsynced = 0
 
 
 def shard_files(plan: MergePlan, directory: Path) -> list[tuple[ShardFile, list[OutputTensor]]]:

@@ -14,9 +14,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from loudmerge import renames
 from loudmerge.layout import Axes, Orientation
-
-Rename = tuple[str, str]
+from loudmerge.renames import Rename
 
 
 @dataclass(frozen=True)
@@ -143,141 +143,6 @@ EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "
 _TRANSPOSED = Axes.IN_OUT
 _PLAIN = Axes.OUT_IN
 
-_MIXTRAL: tuple[Rename, ...] = ((r"\.block_sparse_moe\.", ".mlp."),)
-_W132: tuple[Rename, ...] = ((r"\.w1\.", ".gate_proj."), (r"\.w3\.", ".up_proj."), (r"\.w2\.", ".down_proj."))
-_FORGET_GATE: tuple[Rename, ...] = (
-    (r"\.self_attn\.(A_log|dt_bias|f_a_proj\.weight|f_b_proj\.weight)$", r".self_attn.forget_gate.\1"),
-)
-_HYPER: tuple[Rename, ...] = ((r"\.hc_(attn|ffn)_(fn|base|scale)$", r".\1_hc.\2"),)
-_SCORE_BIAS = ".gate.e_score_correction_bias"
-
-_GRANITE: tuple[Rename, ...] = (
-    (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
-    (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
-    (r"\.router\.layer\.", ".router."),
-)
-_ARIA: tuple[Rename, ...] = (
-    (r"\.experts\.fc1\.weight$", ".experts.gate_up_proj"),
-    (r"\.experts\.fc2\.weight$", ".experts.down_proj"),
-)
-_BAILING: tuple[Rename, ...] = (
-    (
-        r"\.attention\.(A_log|dt_bias|f_a_proj\.weight|f_b_proj\.weight|f_proj.*)$",
-        r".self_attn.forget_gate.\1",
-    ),
-    (r"\.attention\.dense\.", ".self_attn.o_proj."),
-    (r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
-    (r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
-    (r"\.attention\.", ".self_attn."),
-    (r"\.gate\.expert_bias$", _SCORE_BIAS),
-    (r"^word_embeddings\.", "embed_tokens."),
-)
-_DEEPSEEK_V4: tuple[Rename, ...] = (
-    (r"^head\.", "lm_head."),
-    (r"^embed\.", "embed_tokens."),
-    (r"\.attn\.attn_sink$", ".self_attn.sinks"),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.compressor\.ape$", ".compressor.position_bias"),
-    (r"\.compressor\.norm\.", ".compressor.kv_norm."),
-    (r"\.self_attn\.norm\.", ".self_attn.kv_norm."),
-    (r"\.self_attn\.q_norm\.", ".self_attn.q_a_norm."),
-    (r"\.wgate\.", ".gate_proj."),
-    (r"\.wkv\.", ".kv_proj."),
-    (r"\.w([qo])_([ab])\.", r".\1_\2_proj."),
-    (r"\.attn_norm\.", ".input_layernorm."),
-    (r"\.ffn_norm\.", ".post_attention_layernorm."),
-    (r"\.ffn\.", ".mlp."),
-    *_W132,
-    *_HYPER,
-)
-_HY_V4: tuple[Rename, ...] = (
-    (r"\.hc_pre\.hc_attn_layer\.hc_", ".attn_hc."),
-    (r"\.hc_pre\.hc_mlp_layer\.hc_", ".ffn_hc."),
-    (r"^hc_pre\.hc_head\.hc_head_", "hc_head.hc_"),
-    (r"\.hc_pre\.hc_head_", ".hc_"),
-    (r"\.linear_gate\.", ".gate_proj."),
-    (r"\.learnable_sink_param$", ".sinks"),
-)
-_INKLING: tuple[Rename, ...] = (
-    (r"^unembed\.", "lm_head."),
-    (r"^embed\.", "embed_tokens."),
-    (r"^embed_norm\.", "embed_tokens.embed_norm."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.attn_norm\.", ".input_layernorm."),
-    (r"\.mlp_norm\.", ".post_attention_layernorm."),
-    (r"\.experts\.w2_weight$", ".experts.down_proj"),
-    (r"\.mlp\.gate\.bias$", f".mlp{_SCORE_BIAS}"),
-)
-_INKLING_1: tuple[Rename, ...] = (
-    *_INKLING,
-    (r"\.wq_du\.", ".q_proj."),
-    (r"\.wk_dv\.", ".k_proj."),
-    (r"\.wv_dv\.", ".v_proj."),
-    (r"\.wo_ud\.", ".o_proj."),
-    (r"\.wr_du\.", ".r_proj."),
-    (r"\.([kv]|attn|mlp)_sconv\.(?!conv1d)", r".\1_sconv.conv1d."),
-    (r"\.shared_w2_weight$", ".down_proj"),
-)
-_INKLING_2: tuple[Rename, ...] = (
-    *_INKLING,
-    (r"^attn_res\.output_query", "final_input.query"),
-    (r"\.wq_du\.", ".q_proj.linear."),
-    (r"\.wk_dv\.", ".k_proj.linear."),
-    (r"\.wv_dv\.", ".v_proj.linear."),
-    (r"\.wo_ud\.", ".o_proj.linear."),
-    (r"\.wr_du\.", ".relative_position_bias.linear."),
-    (r"\.self_attn\.([kv])_sconv\.", r".self_attn.\1_proj.sconv.conv1d."),
-    (r"\.q_l2_clip\.", ".q_proj.norm."),
-    (r"\.rel_l2_clip\.", ".relative_position_bias.norm."),
-    (r"\.rel_logits_proj\.", ".relative_position_bias."),
-    (r"\.gate_attn\.", ".o_proj.gate_proj."),
-    (r"\.attn_sink_proj\.", ".sink_proj."),
-    (r"\.attn_sconv\.", ".post_attention_convolution.conv1d."),
-    (r"\.mlp_sconv\.", ".post_mlp_convolution.conv1d."),
-)
-_MISTRAL_LARGE4: tuple[Rename, ...] = (
-    (r"^tok_embeddings\.", "embed_tokens."),
-    (r"^output\.", "lm_head."),
-    (r"^lerope\.", "rotary_emb."),
-    (r"^(layers\.\d+)\.attention_norm\.", r"\1.input_layernorm."),
-    (r"^(layers\.\d+)\.ffn_norm\.", r"\1.post_attention_layernorm."),
-    (r"^(layers\.\d+)\.attention\.", r"\1.self_attn."),
-    (r"^(layers\.\d+)\.feed_forward\.", r"\1.mlp."),
-    (r"^(layers\.\d+)\.(experts|shared_experts|gate)\.", r"\1.mlp.\2."),
-    # Of the text model alone: transformers permutes the rows of the vision model's.
-    (r"^(layers\.\d+\.self_attn)\.wq\.", r"\1.q_proj."),
-    (r"\.wo\.", ".o_proj."),
-    (r"\.wkv_b\.", ".kv_b_proj."),
-    (r"\.wkv_a_with_mqa\.", ".kv_a_proj_with_mqa."),
-    (r"\.kv_a_norm\.", ".kv_a_layernorm."),
-    (r"\.ssmax_scaling\.s$", ".softmax_scaling.scale"),
-    (r"\.ssmax_scaling\.b$", ".softmax_scaling.bias"),
-    *_W132,
-)
-_STEP3P7: tuple[Rename, ...] = (
-    (r"\.moe\.(gate|up|down)_proj\.weight$", r".mlp.experts.\1_proj"),
-    (r"\.moe\.router_bias$", f".mlp{_SCORE_BIAS}"),
-    (r"\.moe\.", ".mlp."),
-    (r"\.share_expert\.", ".mlp.shared_experts."),
-)
-
-_QKV: tuple[Rename, ...] = tuple(
-    (rf"\battention\.(attention|self)\.{name}\b", f"attention.{name[0]}_proj")
-    for name in ("query", "key", "value")
-)
-_DINOV2: tuple[Rename, ...] = (*_QKV, (r"\battention\.output\.dense\b", "attention.o_proj"))
-_SWIN: tuple[Rename, ...] = (
-    *_DINOV2,
-    (r"\bintermediate\.dense\b", "mlp.fc1"),
-    (r"\boutput\.dense\b", "mlp.fc2"),
-)
-_VIT: tuple[Rename, ...] = ((r"encoder\.layer\b", "layers"), *_SWIN)
-_SEGFORMER: tuple[Rename, ...] = (
-    *_DINOV2,
-    (r"\bencoder\.block\.(\d+)\b", r"stages.\1.blocks"),
-    (r"\bmlp\.dense([12])\b", r"mlp.fc\1"),
-)
-
 _ARIA_ERAS = (
     Era("< 5.20", _TRANSPOSED, False, r"\.experts\.fc[12]\.weight$"),
     Era(">= 5.20", _TRANSPOSED, True, r"\.experts\.(gate_up|down)_proj$"),
@@ -313,25 +178,28 @@ FAMILIES: Mapping[str, Family] = {
         *("qwen4_exp", "qwen4_exp_text", "sarvam_mla", "solar_open", "switch_transformers", "unlimited_ocr"),
         *("zaya",),
     ),
-    **_rows(Family(renames=_MIXTRAL), "mixtral", "minimax", "minimax_m2"),
+    **_rows(Family(renames=renames.MIXTRAL), "mixtral", "minimax", "minimax_m2"),
     "minimax_m3_vl": Family(
-        renames=((r"\.block_sparse_moe\.e_score_correction_bias$", f".mlp{_SCORE_BIAS}"), *_MIXTRAL)
+        renames=(
+            (r"\.block_sparse_moe\.e_score_correction_bias$", f".mlp{renames.SCORE_BIAS}"),
+            *renames.MIXTRAL,
+        )
     ),
-    "phimoe": Family(renames=((r"\.block_sparse_moe\.gate\.", ".mlp.router."), *_MIXTRAL)),
-    "kimi_linear": Family(renames=(*_MIXTRAL, *_FORGET_GATE)),
+    "phimoe": Family(renames=((r"\.block_sparse_moe\.gate\.", ".mlp.router."), *renames.MIXTRAL)),
+    "kimi_linear": Family(renames=(*renames.MIXTRAL, *renames.FORGET_GATE)),
     "kimi_k25": Family(renames=((r"^blocks\.", "layers."),)),
-    **_rows(Family(renames=_GRANITE), "granitemoe", "granitemoehybrid", "granitemoeshared"),
+    **_rows(Family(renames=renames.GRANITE), "granitemoe", "granitemoehybrid", "granitemoeshared"),
     "nemotron_h": Family(renames=((r"^embedding\.", "embeddings."),)),
     "axk1": Family(renames=((r"^(layers\.\d+)\.post_mlp_layernorm\.", r"\1.mlp.post_mlp_layernorm."),)),
     "axk2": Family(
         renames=((r"\.W_down\.", ".mlp.fc1."), (r"\.W_up\.", ".mlp.fc2."), (r"\.q_b_proj\.", ".q_gate_proj."))
     ),
-    **_rows(Family(renames=_BAILING), "bailing_hybrid", "sarvam_moe"),
-    "deepseek_v4": Family(renames=_DEEPSEEK_V4),
+    **_rows(Family(renames=renames.BAILING), "bailing_hybrid", "sarvam_moe"),
+    "deepseek_v4": Family(renames=renames.DEEPSEEK_V4),
     "ernie4_5_moe": Family(renames=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),)),
-    "exaone_moe": Family(renames=((r"\.mlp\.e_score_correction_bias$", f".mlp{_SCORE_BIAS}"),)),
+    "exaone_moe": Family(renames=((r"\.mlp\.e_score_correction_bias$", f".mlp{renames.SCORE_BIAS}"),)),
     "flint": Family(renames=((r"\.softmax_offset$", ".sinks"),)),
-    **_rows(Family(renames=(*_HYPER, *_FORGET_GATE)), "glm5_next", "glm5_next_text"),
+    **_rows(Family(renames=(*renames.HYPER, *renames.FORGET_GATE)), "glm5_next", "glm5_next_text"),
     "hy_v3": Family(
         renames=(
             (r"\.mlp\.expert_bias$", ".mlp.e_score_correction_bias"),
@@ -339,31 +207,33 @@ FAMILIES: Mapping[str, Family] = {
             (r"\.shared_mlp\.", ".shared_experts."),
         )
     ),
-    **_rows(Family(renames=_HY_V4), "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
-    **_rows(Family(renames=_INKLING_2), "inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
-    "inkling_mm_model": Family(renames=_INKLING_1),
+    **_rows(Family(renames=renames.HY_V4), "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+    **_rows(
+        Family(renames=renames.INKLING_2), "inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"
+    ),
+    "inkling_mm_model": Family(renames=renames.INKLING_1),
     "kolibri1": Family(
         renames=(
-            (r"\.moe\.router\.expert_bias$", f".mlp{_SCORE_BIAS}"),
+            (r"\.moe\.router\.expert_bias$", f".mlp{renames.SCORE_BIAS}"),
             (r"\.post_attn_norm\.", ".post_self_attn_layernorm."),
             (r"\.post_ffn_norm\.", ".post_mlp_layernorm."),
         )
     ),
     "laguna": Family(
         renames=(
-            (r"\.experts\.e_score_correction_bias$", _SCORE_BIAS),
+            (r"\.experts\.e_score_correction_bias$", renames.SCORE_BIAS),
             (r"\.shared_expert\.", ".shared_experts."),
         )
     ),
     "lara_mini": Family(renames=((r"\.out_norm\.", ".norm."),)),
     "mimo_v2_flash": Family(renames=((r"\.attention_sink_bias$", ".sinks"),)),
-    **_rows(Family(renames=_MISTRAL_LARGE4), "mistral_large4", "mistral_large4_text"),
-    "step3p7": Family(renames=_STEP3P7),
+    **_rows(Family(renames=renames.MISTRAL_LARGE4), "mistral_large4", "mistral_large4_text"),
+    "step3p7": Family(renames=renames.STEP3P7),
     "gpt_oss": Family(eras=_GPT_OSS_ERAS, interleaved=True),
     "openai_privacy_filter": Family(eras=(Era("all", _TRANSPOSED, True),)),
     **_rows(Family(eras=(Era("all", _TRANSPOSED, False),)), "llama4", "llama4_text"),
     **_rows(Family(eras=_QWEN3_VL_ERAS), "qwen3_vl_moe", "qwen3_vl_moe_text"),
-    **_rows(Family(renames=_ARIA, eras=_ARIA_ERAS), "aria", "aria_text"),
+    **_rows(Family(renames=renames.ARIA, eras=_ARIA_ERAS), "aria", "aria_text"),
     **_rows(
         Family(known=False, conv1d=True),
         *("gpt2", "imagegpt", "openai-gpt", "decision_transformer", "clvp", "clvp_decoder"),
@@ -373,12 +243,12 @@ FAMILIES: Mapping[str, Family] = {
     "neomme": Family(known=False, shared=r"\b(un)?embedding_projection\."),
     "udop": Family(known=False, shared=r"\b(relative_attention_bias|relative_bias)\."),
     **_rows(
-        Family(known=False, renames=_VIT),
+        Family(known=False, renames=renames.VIT),
         *("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_mae", "vivit"),
     ),
-    **_rows(Family(known=False, renames=_DINOV2), "dinov2", "dinov2_with_registers"),
-    "swin": Family(known=False, renames=_SWIN),
-    "segformer": Family(known=False, renames=_SEGFORMER),
+    **_rows(Family(known=False, renames=renames.DINOV2), "dinov2", "dinov2_with_registers"),
+    "swin": Family(known=False, renames=renames.SWIN),
+    "segformer": Family(known=False, renames=renames.SEGFORMER),
     # No experts: here only because their Linears are known to be Linears.
     **_rows(
         Family(known=False),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loudmerge import bounds, rebalance
 from loudmerge.layout import Axes, Span
-from loudmerge.plan import OutputTensor, Term
+from loudmerge.plan import Term
 from loudmerge.recompute import (
     TORCH_DTYPES,
     Buffers,
@@ -31,16 +31,16 @@ from loudmerge.recompute import (
     read_tensor,
 )
 from loudmerge.redraw import Redraw, make_table
-from loudmerge.rounding import CLOSING_KEEPS, NEAREST_KEEPS, sampled
+from loudmerge.rounding import sampled
+from loudmerge.rules import rules_of, rules_of_auto
 
 BLOCK = 1 << 17
 """Elements worked on at a time: 1 MiB of float64."""
 
 _JUDGED_AT_ONCE = 1 << 15
 
-_DOUBT, _FEW = 1e-3, 4096
-"""How far what the merge found to be kept, in float32, may lie from the exact share; of fewer elements it may
-be anything, since one that lies near a tie counts for much."""
+_FEW = 4096
+"""Of fewer elements the merge may have found any share to be kept: one near a tie counts for much."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ def check_matrix(
     def judge(rule: str) -> Judge:
         return Judge(matrix, rule, files, factors, out, space)
 
-    rules = _rules(matrix, rounding)
+    rules = rules_of(matrix, rounding)
     if rounding == "auto" and rules != ("nearest",):
         rules = rules_of_auto(matrix.output, judge("nearest").sampled())
     *others, last = rules
@@ -97,33 +97,6 @@ def check_matrix(
         return replace(result, settled=not others)
     ends = [*(judge(rule).run() for rule in others), result]
     return min(ends, key=lambda result: result.wrong)
-
-
-def _rules(matrix: Matrix, rounding: str) -> tuple[str, ...]:
-    output = matrix.output
-    plain = output.bias is not None or output.dora is not None or output.dtype not in {"BF16", "F16"}
-    plain |= rounding == "auto" and output.head
-    if rounding in {"auto", "stochastic", "balanced"} and plain:
-        return ("nearest",)
-    if rounding == "balanced":
-        return (output.balanced,)
-    if rounding == "peft" and all(term.expert < 0 for term in matrix.terms):
-        # PEFT adds a Linear's float32 dW in place, which rounds once, and rounds it first only where the
-        # adapter is held in half precision. A bias is always added in place (lora/layer.py, Linear.merge).
-        return ("nearest",) if matrix.output.bias is not None else ("peft", "nearest")
-    return (rounding,)
-
-
-def rules_of_auto(output: OutputTensor, kept: float) -> tuple[str, ...]:
-    """What `auto` takes: one rule, or those on both sides of a limit. kept: as `Judge.sampled` gives it."""
-    limit = CLOSING_KEEPS if output.closing else NEAREST_KEEPS
-    spans = (
-        ("nearest", NEAREST_KEEPS, math.inf),
-        *([("stochastic", limit, NEAREST_KEEPS)] if output.closing else []),
-        (output.balanced, -math.inf, limit),
-    )
-    found = [rule for rule, low, high in spans if low - _DOUBT <= kept <= high + _DOUBT]
-    return tuple(dict.fromkeys(found or [rule for rule, _, _ in spans]))
 
 
 class _Elements(NamedTuple):
@@ -220,9 +193,8 @@ class Judge:
 
     def _untouched(self, found: _Elements) -> Tensor:
         """What no term updates is rounded to the nearest, if at all."""
-        return (found.delta == 0) & bounds.is_nearest(
-            found.written, found.value, torch.zeros_like(found.value)
-        )
+        exact = torch.zeros_like(found.value)
+        return (found.delta == 0) & bounds.is_nearest(found.written, found.value, exact)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         """The first and the last + 1 row of every block."""
@@ -238,9 +210,8 @@ class Judge:
     def _read(self, where: tuple[Path, str, torch.dtype], first: int, last: int, into: str) -> Tensor:
         file, name, dtype = where
         buffer = self._take(into, first, last, dtype)
-        start = (
-            (max(self._matrix.index, 0) * self._matrix.rows + first) * self._matrix.columns * dtype.itemsize
-        )
+        row = max(self._matrix.index, 0) * self._matrix.rows + first
+        start = row * self._matrix.columns * dtype.itemsize
         self._files.read_into(file, name, start, buffer.view(-1).view(torch.uint8).numpy().data)
         return buffer
 

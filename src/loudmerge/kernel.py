@@ -4,6 +4,8 @@ Needs numba (the extra `fast`), so only loudmerge.compiled imports this, and onl
 block is read and written once, where tensor functions would each go over all of it. To balance, a tile of one
 band of outputs by INPUTS inputs goes through all steps while it is in a core's cache.
 
+One file: numba compiles anew what it kept when the file it is in changed, not when one that it imports did.
+
 The weights are the int16 that hold the bits, flat, with the distance from row to row; a block of dW tells how
 many rows and columns there are.
 """

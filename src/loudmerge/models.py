@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from loudmerge.adapter import Adapter
 from loudmerge.checkpoint import Checkpoint
-from loudmerge.errors import EnvironmentFailed, Mismatch
+from loudmerge.errors import EnvironmentFailed, Mismatch, some
 from loudmerge.relay import ADAPTER_NAME
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def load_base(cls: type[PreTrainedModel], where: Path, device: str) -> Loaded:
     loaded = load(cls, where, torch.float32, device)
     if loaded.missing:
         raise EnvironmentFailed(
-            f"{where}: transformers {version('transformers')} finds no tensor for {_named(loaded.missing)}, "
+            f"{where}: transformers {version('transformers')} finds no tensor for {some(loaded.missing, 3)}, "
             "so the base cannot be run. Install the version of transformers that wrote the checkpoint."
         )
     return loaded
@@ -145,7 +145,7 @@ def check_complete(out: Path, merged: Loaded) -> None:
     """Raises Mismatch when OUT, as transformers loads it, lacks a tensor."""
     if merged.missing:
         raise Mismatch(
-            f"{out}: found no tensor for {_named(merged.missing)}, expected every tensor of the base. "
+            f"{out}: found no tensor for {some(merged.missing, 3)}, expected every tensor of the base. "
             "Merge again."
         )
 
@@ -154,7 +154,9 @@ def check_no_extra(out: Path, unexpected: frozenset[str], base: Loaded) -> None:
     """Raises Mismatch when OUT has a tensor that the model has no place for and the base has not."""
     extra = unexpected - base.unexpected
     if extra:
-        raise Mismatch(f"{out}: found {_named(extra)}, expected only tensors that the base has. Merge again.")
+        raise Mismatch(
+            f"{out}: found {some(extra, 3)}, expected only tensors that the base has. Merge again."
+        )
 
 
 def ends(model: PreTrainedModel) -> frozenset[int]:
@@ -183,7 +185,7 @@ def attach(model: PreTrainedModel, directory: Path, adapter: Adapter, sites: int
     for keys, what in ((result.unexpected_keys, "ignores"), (result.missing_keys, "finds nothing in it for")):
         if keys:
             raise EnvironmentFailed(
-                f"{adapter.path}: {_peft()} {what} {_named(keys)}, so base+adapter is not what the adapter "
+                f"{adapter.path}: {_peft()} {what} {some(keys, 3)}, so base+adapter is not what the adapter "
                 "says. Compare under the versions that the adapter was trained with."
             )
     adapted = sum(_is_adapted(module) for module in peft_model.modules())
@@ -233,9 +235,3 @@ def _is_adapted(module: nn.Module) -> bool:
 
 def _peft() -> str:
     return f"peft {version('peft')} on transformers {version('transformers')}"
-
-
-def _named(keys: Collection[str], shown: int = 3) -> str:
-    first = sorted(keys)[:shown]
-    rest = len(keys) - len(first)
-    return ", ".join(first) + (f" and {rest} more" if rest else "")

@@ -12,7 +12,7 @@ import torch
 from loudmerge.adapter import Adapter
 from loudmerge.adapter_config import AdapterConfig
 from loudmerge.delta import factors, unpack_lora_b
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import MergeRefused, Problem, some
 from loudmerge.plan import Site
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 
@@ -88,9 +88,7 @@ def _broken_experts(entry: TensorEntry, site: Site, reader: TensorReader) -> lis
 
 
 def _named(experts: Sequence[int]) -> str:
-    shown = ", ".join(map(str, experts[:SHOWN_EXPERTS]))
-    more = f" and {len(experts) - SHOWN_EXPERTS} more" if len(experts) > SHOWN_EXPERTS else ""
-    return f"expert{'s' if len(experts) > 1 else ''} {shown}{more}"
+    return f"expert{'s' if len(experts) > 1 else ''} {some([*map(str, experts)], SHOWN_EXPERTS)}"
 
 
 def _unequal_copies(adapter: Adapter, reader: TensorReader) -> Iterable[Problem]:

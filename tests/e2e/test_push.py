@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loudmerge
-from loudmerge import cli, hub
+from loudmerge import cli, hub, upload
 from loudmerge.verify import verify
 from tests.support.hub_server import connected_hub
 from tests.support.hub_state import Files, HubServer
@@ -168,7 +168,7 @@ def test_an_out_that_was_not_verified_is_not_pushed(server: HubServer, models: P
     out = tmp_path / "out"
     loudmerge.merge(models / "base", models / "adapter", out, verify=False)
     with pytest.raises(ValueError, match=r"was not verified\. Merge it again without --no-verify"):
-        hub.push(out, "me/model", base="owner/base", adapter="owner/adapter")
+        upload.push(out, "me/model", base="owner/base", adapter="owner/adapter")
     assert server.requests == []
 
 
@@ -183,5 +183,5 @@ def test_a_push_that_fails_keeps_out_and_is_an_environment_failure(
     assert len(server.repos["me/model"]) == 1
     assert not [request for request in server.requests if request.method == "DELETE"]
     server.faults.clear()
-    url = hub.push(out, "me/model", base="owner/base", adapter="owner/adapter")
+    url = upload.push(out, "me/model", base="owner/base", adapter="owner/adapter")
     assert url.endswith(server.head("me/model").oid)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import loudmerge
-from loudmerge import EnvironmentFailed, MergeRefused, hub
+from loudmerge import EnvironmentFailed, MergeRefused, hub, upload
 from tests.support.hub_server import connected_hub
 from tests.support.hub_state import HubServer
 from tests.unit.builders import lora, values, write_adapter, write_base
@@ -162,7 +162,7 @@ def test_offline_the_cache_is_used_and_nobody_is_asked(
     with pytest.raises(EnvironmentFailed, match=r"could not download owner/other .*HF_HUB_OFFLINE is set"):
         hub.resolve("owner/other")
     with pytest.raises(EnvironmentFailed, match="cannot push to me/model: HF_HUB_OFFLINE is set"):
-        hub.push_target("me/model")
+        upload.push_target("me/model")
     assert len(server.requests) == before
 
 
@@ -266,4 +266,4 @@ def test_without_the_extra_its_name_is_given(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(EnvironmentFailed, match=r'pip install "loudmerge\[hub\]"'):
         hub.resolve("owner/base")
     with pytest.raises(EnvironmentFailed, match=r'pip install "loudmerge\[hub\]"'):
-        hub.push_target("me/model")
+        upload.push_target("me/model")

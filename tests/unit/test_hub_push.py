@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loudmerge import EnvironmentFailed, hub
+from loudmerge import EnvironmentFailed, hub, upload
 from loudmerge.sidefiles import is_card_of
 from tests.support.hub_server import connected_hub
 from tests.support.hub_state import HubServer
@@ -76,7 +76,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 
 def push(out: Path, repo: str = "me/model") -> str:
-    return hub.push(out, repo, base="owner/base", adapter="owner/adapter")
+    return upload.push(out, repo, base="owner/base", adapter="owner/adapter")
 
 
 def test_a_push_is_one_commit_with_the_bytes_of_out(server: HubServer, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_local_paths_stay_out_of_the_pushed_report(server: HubServer, tmp_path: 
     out = merged(tmp_path / "out")
     (out / "merge_report.json").write_text(json.dumps(report(out="/home/someone/out")))
     (tmp_path / "private" / "my-adapter").mkdir(parents=True)
-    hub.push(out, "me/model", base="owner/base@v1", adapter=str(tmp_path / "private" / "my-adapter"))
+    upload.push(out, "me/model", base="owner/base@v1", adapter=str(tmp_path / "private" / "my-adapter"))
     pushed = json.loads(server.head("me/model").files["merge_report.json"])
     assert (pushed["base"]["path"], pushed["adapter"]["path"]) == ("owner/base@v1", "my-adapter")
     assert pushed["out"] == "me/model"
@@ -264,7 +264,7 @@ def test_local_paths_stay_out_of_the_card(server: HubServer, tmp_path: Path) -> 
     out = merged(tmp_path / "out")
     base = tmp_path / "private" / "my-base"
     base.mkdir(parents=True)
-    hub.push(out, "me/model", base=str(base), adapter=str(tmp_path / "gone" / "my-adapter"))
+    upload.push(out, "me/model", base=str(base), adapter=str(tmp_path / "gone" / "my-adapter"))
     card = server.head("me/model").files["README.md"].decode()
     assert "`my-base`" in card
     assert "`my-adapter`" in card

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loudmerge import hub
+from loudmerge import hub, upload
 from loudmerge.compare import compare
 from loudmerge.convert import convert
 from loudmerge.errors import MergeRefused, Mismatch
@@ -368,7 +368,7 @@ def test_a_report_that_is_none_is_a_mismatch_for_every_reader(
 
 def test_a_card_that_is_added_and_the_names_that_a_push_gives_are_no_mismatch(tmp_path: Path) -> None:
     made = place(tmp_path)
-    report = hub._public(made.report(), "me/base", "me/adapter", hub.HubId("me/model"))
+    report = upload._public(made.report(), "me/base", "me/adapter", hub.HubId("me/model"))
     (made.out / REPORT).write_bytes(report)
     (made.out / "README.md").write_text("# A model\n")
     assert made.verify().ok

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loudmerge import judge
+from loudmerge import rules as taken
 from loudmerge.balance import Bands, bands
 from loudmerge.bounds import carried
 from loudmerge.layout import Span
@@ -108,10 +108,10 @@ def test_auto_is_what_the_nearest_keeps_asks_for_throughout(tmp_path: Path, dtyp
 def test_near_a_limit_auto_may_have_taken_either(
     world_w: OutputTensor, kept: float, closing: bool, rules: set[str]
 ) -> None:
-    assert set(judge.rules_of_auto(replace(world_w, closing=closing), kept)) == rules
+    assert set(taken.rules_of_auto(replace(world_w, closing=closing), kept)) == rules
     drawn = {rule if rule != "balanced" else "stochastic" for rule in rules}
     rows = replace(world_w, closing=closing, token_rows=((0,), world_w.source))
-    assert set(judge.rules_of_auto(rows, kept)) == drawn
+    assert set(taken.rules_of_auto(rows, kept)) == drawn
 
 
 @pytest.fixture

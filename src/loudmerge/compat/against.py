@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from loudmerge.compat.cells import PACKAGES, RELEASED
 from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult, Tests
+from loudmerge.errors import some
 
 SAME, REGRESSED, FIXED, NEW = "same", "regressed", "fixed", "new"
 
@@ -77,7 +78,7 @@ def compare(head: CellResult, base: CellResult | None, without: Collection[str] 
         return Change(NEW if head.status in SHOWN else SAME, why)
     lost = losses(head, base, without) if base.status in (OK, FAILED) else ()
     if lost:
-        return Change(REGRESSED, f"{statuses}: {_few(lost)}")
+        return Change(REGRESSED, f"{statuses}: {some(lost, NAMED)}")
     if head.status == OK != base.status:
         return Change(FIXED, statuses)
     worse = base.status == OK != head.status or (base.status, head.status) == (FAILED, NOT_INSTALLED)
@@ -159,11 +160,6 @@ def _fewer(head: Tests | None, base: Tests | None) -> list[str]:
     """`tests: 1 passed, before 3000`"""
     now, was = (0 if tests is None else tests.passed for tests in (head, base))
     return [f"tests: {now} passed, before {was}"] if now < TESTS_KEPT * was else []
-
-
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def rows_and_changes(
