@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import loudmerge
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CHECKOUT = Path(__file__).parents[2]
 FUNCTIONS = ("merge", "plan", "verify", "compare", "inspect", "detect_layout", "save_pretrained_merged")
 MODULES = ("merge", "plan", "verify", "compare", "inspect", "report", "layout", "cli")
 
@@ -87,3 +94,14 @@ def test_a_defect_of_the_command_ends_in_a_traceback() -> None:
     )
     assert (done.stdout, done.returncode) == ("", 1)
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.skipif(not (CHECKOUT / ".git").exists(), reason="asks git what is tracked")
+def test_the_sdist_has_all_that_is_tracked_and_nothing_else() -> None:
+    """Tests read what lies beside them: what the list leaves out, they miss in the sdist alone."""
+    targets = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"][
+        "targets"
+    ]
+    command = ["git", "-C", str(CHECKOUT), "ls-files"]
+    tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert sorted(targets["sdist"]["include"]) == sorted({f"/{Path(path).parts[0]}" for path in tracked})
