@@ -1,6 +1,6 @@
 """Time and memory of a merge against `cp -r` and against PEFT, on layers of Qwen3-30B-A3B's shape.
 
-    python benchmarks/merge.py [--layers 4] [--dir DIR] [--runs 3] [--peft] [--verify] [--rounding NAME…]
+    python -m benchmarks.merge [--layers 4] [--dir DIR] [--runs 3] [--peft] [--verify] [--rounding NAME…]
 
 Builds a bf16 checkpoint with `--layers` layers (128 experts, hidden 2048, intermediate 768, per-expert on
 disk, 4 GiB shards) and an adapter of rank 32 on experts and attention, as random numbers. Then, in turn and

@@ -1,6 +1,6 @@
 """CPU time of `loudmerge.plan` on all 18,867 tensors of Qwen3-30B-A3B, and of `loudmerge --help`.
 
-    python benchmarks/plan.py [--dir DIR]
+    python -m benchmarks.plan [--dir DIR]
 
 The checkpoint and the adapter have the real names, shapes, shards and headers, and no data: the files are
 sparse. Prints the CPU seconds of the plan (the process's own, without imports) and of the command.
@@ -19,11 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from merge import EXPERTS, HIDDEN, INTER, RANK, attention, base_shapes, model_config
-
 import loudmerge
+from benchmarks.merge import EXPERTS, HIDDEN, INTER, RANK, attention, base_shapes, model_config
 
 LAYERS, SHARDS = 48, 16
 
