@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import loudmerge
 from tests.support import kinds, tiny
+from tests.support.bfloat16 import assert_rounded_alike
 from tests.support.kinds import UNTIED, Kind
 from tests.support.kinds_linear import LINEAR
 from tests.support.kinds_vocabulary import VOCABULARY
@@ -37,8 +38,6 @@ LOGITS_BOUND = 1e-5
 """The largest difference of a logit; logits are up to 4."""
 TRAINED = 100 * LOGITS_BOUND
 """The least that an adapter must change the logits."""
-BFLOAT16_DIFFERING = 1e-3
-"""The largest share of bfloat16 weights that may differ, each by one unit in the last place."""
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -154,29 +153,10 @@ def test_a_trained_head_of_a_base_that_is_tied_by_default_is_found_again(
 
 @pytest.mark.parametrize("kind", _cases(merged_only=True))
 def test_bfloat16_is_bit_identical_with_rounding_peft(kind: Kind, tmp_path: Path) -> None:
-    """Only where the float32 products differ may a last bit differ, and that is rare."""
     live = make(kind, tmp_path, torch.bfloat16)
     loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rounding="peft", verify=True)
     found = kinds.load(tmp_path / "out", torch.bfloat16).state_dict()
-    wanted = unload(live, kind)
-    assert wanted.keys() == found.keys()
-    differing = total = 0
-    for name, tensor in wanted.items():
-        assert (tensor.dtype, tensor.shape) == (found[name].dtype, found[name].shape), name
-        if tensor.dtype != torch.bfloat16:
-            assert torch.equal(tensor, found[name]), name
-            continue
-        steps = (_ordinal(tensor) - _ordinal(found[name])).abs()
-        assert steps.max() <= 1, name
-        differing += int(steps.sum())
-        total += steps.numel()
-    assert differing <= BFLOAT16_DIFFERING * total, f"{differing} of {total}"
-
-
-def _ordinal(tensor: Tensor) -> Tensor:
-    """bfloat16 as integers in the order of the values: neighbours differ by one, and -0 is 0."""
-    bits = tensor.contiguous().view(torch.int16).to(torch.int32)
-    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+    assert_rounded_alike(found, unload(live, kind))
 
 
 @pytest.mark.parametrize("rslora", [False, True])

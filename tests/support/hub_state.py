@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,16 @@ Action = int | Literal["hang", "truncate", "html"]
 
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 REGULAR_LIMIT = 10_000_000  # bytes: from here on any file must be LFS, whatever its name
+
+CONFIG = b'{"model_type": "qwen3_moe"}'
+WEIGHTS = os.urandom(40_000)
+BASE: Files = {
+    "config.json": CONFIG,
+    "generation_config.json": b"{}",
+    "tokenizer.model": b"tokens",
+    "model.safetensors": WEIGHTS,
+}
+"""A checkpoint for a test to put there."""
 
 
 @dataclass(frozen=True)

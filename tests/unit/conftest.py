@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+# What imports loudmerge is imported by the fixtures: before the tests begin its annotations are not checked.
 if TYPE_CHECKING:
+    from tests.support.hub_state import HubServer
     from tests.unit.places import Place
 
 Killed = Callable[..., dict[str, Any]]
@@ -46,3 +48,37 @@ def killed() -> Iterator[Killed]:
             return found
 
         yield run
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    from tests.unit.places import make_place
+
+    return make_place(tmp_path)
+
+
+@pytest.fixture
+def old(place: Place) -> dict[str, bytes]:
+    """The files of an OUT that is there already."""
+    from tests.unit.places import make_old
+
+    return make_old(place)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a merge, of such a place, that nothing disturbed."""
+    from tests.unit.places import make_place, undisturbed
+
+    return undisturbed(make_place(tmp_path_factory.mktemp("reference")))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub, empty, which this process asks."""
+    from tests.support.hub_server import connected_hub
+
+    with connected_hub(monkeypatch, tmp_path / "cache") as running:
+        # huggingface_hub waits up to 8 s between its own retries.
+        monkeypatch.setattr("time.sleep", lambda _seconds: None)
+        yield running

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import loudmerge
 from loudmerge import EnvironmentFailed, MergeRefused, hub, upload
-from tests.support.hub_server import connected_hub
-from tests.support.hub_state import HubServer
+from tests.support.hub_state import BASE, CONFIG, WEIGHTS, HubServer
 from tests.unit.builders import lora, values, write_adapter, write_base
+from tests.unit.places import content
 
 pytest.importorskip("huggingface_hub")
 
-CONFIG = b'{"model_type": "qwen3_moe"}'
-WEIGHTS = os.urandom(40_000)
-BASE = {
-    "config.json": CONFIG,
-    "generation_config.json": b"{}",
-    "tokenizer.model": b"tokens",
-    "model.safetensors": WEIGHTS,
-}
 OTHER_FORMATS = {
     "pytorch_model.bin": b"pickle",
     "training_args.bin": b"pickle",
@@ -37,19 +27,6 @@ OTHER_FORMATS = {
     "consolidated.00.safetensors": b"again",
     "original/model.safetensors": b"again",
 }
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with connected_hub(monkeypatch, tmp_path / "cache") as running:
-        # huggingface_hub waits up to 8 s between its own retries.
-        monkeypatch.setattr("time.sleep", lambda _seconds: None)
-        yield running
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.mark.usefixtures("server")
@@ -65,12 +42,12 @@ def test_a_local_directory_is_returned_as_it_is_even_if_it_could_be_a_hub_id(
 def test_merge_and_plan_take_hub_ids(server: HubServer, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", {"model.layers.0.self_attn.q_proj.weight": values(8, 6)})
     adapter = write_adapter(tmp_path / "adapter", lora("model.layers.0.self_attn.q_proj", 8, 6))
-    server.add_repo("owner/base", tree(base))
-    server.add_repo("owner/adapter", tree(adapter))
+    server.add_repo("owner/base", content(base))
+    server.add_repo("owner/adapter", content(adapter))
     assert loudmerge.plan("owner/base", "owner/adapter").counts.dense == 1
     loudmerge.merge("owner/base", "owner/adapter", tmp_path / "from-hub")
     loudmerge.merge(base, adapter, tmp_path / "from-disk")
-    weights = [tree(tmp_path / name)["model.safetensors"] for name in ("from-hub", "from-disk")]
+    weights = [content(tmp_path / name)["model.safetensors"] for name in ("from-hub", "from-disk")]
     assert weights[0] == weights[1]
 
 
@@ -92,7 +69,7 @@ def test_a_file_is_a_wrong_argument(tmp_path: Path) -> None:
 def test_a_download_has_every_byte_and_no_weights_in_other_formats(server: HubServer) -> None:
     server.add_repo("owner/base", {**BASE, **OTHER_FORMATS})
     path = hub.resolve("owner/base")
-    assert {name: data for name, data in tree(path).items() if name != ".gitattributes"} == BASE
+    assert {name: data for name, data in content(path).items() if name != ".gitattributes"} == BASE
     assert server.writes == []
     asked = [request.path for request in server.requests]
     assert not any(name in path for name in OTHER_FORMATS for path in asked)
@@ -106,7 +83,7 @@ def test_weights_that_are_none_of_the_models_are_downloaded(server: HubServer) -
         "spk_dict.pt": b"voices",
     }
     server.add_repo("owner/base", {**wanted, **OTHER_FORMATS})
-    found = tree(hub.resolve("owner/base"))
+    found = content(hub.resolve("owner/base"))
     assert {name: data for name, data in found.items() if name != ".gitattributes"} == wanted
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +11,13 @@ import pytest
 
 from loudmerge import EnvironmentFailed, hub, upload
 from loudmerge.sidefiles import is_card_of
-from tests.support.hub_server import connected_hub
-from tests.support.hub_state import HubServer
+from tests.support.hub_state import BASE, CONFIG, HubServer
+from tests.unit.places import content
 
 pytest.importorskip("huggingface_hub")
 
 # huggingface_hub 1 and 2 upload by a way that their HTTP client is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
-
-CONFIG = b'{"model_type": "qwen3_moe"}'
-WEIGHTS = os.urandom(40_000)
-BASE = {
-    "config.json": CONFIG,
-    "generation_config.json": b"{}",
-    "tokenizer.model": b"tokens",
-    "model.safetensors": WEIGHTS,
-}
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with connected_hub(monkeypatch, tmp_path / "cache") as running:
-        # huggingface_hub waits up to 8 s between its own retries.
-        monkeypatch.setattr("time.sleep", lambda _seconds: None)
-        yield running
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -70,18 +51,13 @@ def merged(out: Path, **changes: Any) -> Path:
     return out
 
 
-def tree(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
-
-
 def push(out: Path, repo: str = "me/model") -> str:
     return upload.push(out, repo, base="owner/base", adapter="owner/adapter")
 
 
 def test_a_push_is_one_commit_with_the_bytes_of_out(server: HubServer, tmp_path: Path) -> None:
     out = merged(tmp_path / "out")
-    before = tree(out)
+    before = content(out)
     url = push(out)
     first, commit = server.repos["me/model"]
     assert url == f"{server.url}/me/model/commit/{commit.oid}"
@@ -93,16 +69,16 @@ def test_a_push_is_one_commit_with_the_bytes_of_out(server: HubServer, tmp_path:
     assert commit.files[".gitattributes"] == first.files[".gitattributes"]
     assert "base_model: owner/base\n" in commit.files["README.md"].decode()
     assert commit.message.startswith("Merge owner/adapter into owner/base (loudmerge ")
-    assert tree(out) == before
+    assert content(out) == before
 
 
 def test_what_was_pushed_can_be_downloaded(server: HubServer, tmp_path: Path) -> None:
     assert server.repos == {}
     out = merged(tmp_path / "out")
     push(out)
-    got = tree(hub.resolve("me/model"))
+    got = content(hub.resolve("me/model"))
     assert {
-        name: data for name, data in tree(out).items() if name != "merge_report.json"
+        name: data for name, data in content(out).items() if name != "merge_report.json"
     }.items() <= got.items()
 
 

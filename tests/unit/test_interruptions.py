@@ -24,27 +24,9 @@ from tests.unit.places import (
     Place,
     content,
     make_old,
-    make_place,
     nothing_left,
     same,
-    undisturbed,
 )
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return make_place(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return undisturbed(make_place(tmp_path_factory.mktemp("reference")))
-
-
-@pytest.fixture
-def old(place: Place) -> dict[str, bytes]:
-    return make_old(place)
-
 
 STEPS = {
     "fsync": os, "fdatasync": os, "rename": Path, "pwrite": os, "posix_fallocate": os, "copyfile": shutil,

@@ -12,12 +12,7 @@ from loudmerge.convert import convert
 from loudmerge.errors import MergeRefused
 from loudmerge.outpath import make_parents, refuse_inputs
 from tests.unit.builders import EXPERTS, fused_lora, write_adapter
-from tests.unit.places import Place, content, make_place
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return make_place(tmp_path)
+from tests.unit.places import Place, content
 
 
 def link_into_out(place: Place, file: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,19 +15,9 @@ from loudmerge.errors import EnvironmentFailed, MergeRefused
 from loudmerge.writer import ShardFile, Staging
 from tests.unit.builders import Q_PROJ, lora, write_adapter
 from tests.unit.conftest import Killed
-from tests.unit.places import Place, content, make_place, nothing_left, same, undisturbed
+from tests.unit.places import Place, content, nothing_left, same
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return make_place(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return undisturbed(make_place(tmp_path_factory.mktemp("reference")))
 
 
 @pytest.fixture

@@ -31,28 +31,9 @@ from tests.unit.places import (
     ENTRIES,
     Place,
     content,
-    make_old,
-    make_place,
     nothing_left,
     same,
-    undisturbed,
 )
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return make_place(tmp_path)
-
-
-@pytest.fixture
-def reference(place: Place) -> dict[str, bytes]:
-    return undisturbed(place)
-
-
-@pytest.fixture
-def old(place: Place) -> dict[str, bytes]:
-    return make_old(place)
-
 
 # --- OUT -----------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from loudmerge.compat.result import (
     OK,
     UNREACHABLE,
     CellResult,
-    Figures,
     Shortfall,
     Tests,
 )
+from tests.unit.compat.made import FIGURES
 
 GENERATED = datetime(2026, 11, 25, 1, 30, tzinfo=timezone.utc)
 
@@ -44,17 +44,6 @@ FAMILIES = (
     *("qwen3_moe", "qwen3_next", "qwen3_vl_moe_text"),
 )
 
-FIGURES = Figures(
-    kl_trained_merged=2.4137e-5,
-    kl_base_trained=1.8612,
-    kl_base_merged=1.8609,
-    kl_float32_merge=3.16e-13,
-    kl_floor=1.93e-4,
-    kl_bfloat16_arithmetic=1.62e-4,
-    top1_agreement=0.99871,
-    samples=(3, 3),
-    delta_kept=0.99914,
-)
 TESTS = Tests(1203, 0, 17, {"no CUDA device": 12, "asks PEFT <= 0.18 | its merge": 5}, suite=52)
 STAGES = {"tests": 61.4, "families": 48.2, "journey": 22.9, "crossed": 4.1}
 

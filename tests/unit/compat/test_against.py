@@ -32,6 +32,7 @@ from loudmerge.compat.result import (
     Tests,
 )
 from tests.unit.compat import rows
+from tests.unit.compat.made import FIGURES
 
 HEAD = (OK, FAILED, NOT_INSTALLED, UNREACHABLE, NOT_RUN)
 TRANSITIONS = {
@@ -151,7 +152,7 @@ def test_a_check_that_fails_by_more_than_before_has_regressed() -> None:
 def far(check: str, value: float, status: str = FAILED) -> CellResult:
     """A row whose one figure is this, and falls short where the row does."""
     short = (Shortfall(check, f"{value:.3g}", "less"),) if status == FAILED else ()
-    figures = replace(rows.FIGURES, **{check: value})  # type: ignore[arg-type]
+    figures = replace(FIGURES, **{check: value})  # type: ignore[arg-type]
     return replace(rows.SWAPPED, status=status, shortfalls=short, figures=figures)
 
 
@@ -176,7 +177,7 @@ def test_fewer_counts_than_before_are_no_loss_where_all_of_them_are_there() -> N
 
 
 def test_a_cell_whose_samples_are_as_many_as_are_asked_for_may_have_fewer_than_before() -> None:
-    figures = replace(rows.FIGURES, samples=(2, 3))
+    figures = replace(FIGURES, samples=(2, 3))
     assert compare(replace(rows.SWAPPED, figures=figures), rows.SWAPPED).word == SAME
 
 

@@ -8,22 +8,8 @@ import pytest
 
 from loudmerge.compat import journey
 from loudmerge.compat.cells import LANES, MatrixError, load
+from tests.unit.compat.made import EXPECT
 
-EXPECT = """
-[expect]
-kl_base_trained_at_least = 0.5
-kl_float32_merge_at_most = 1e-8
-kl_trained_merged_share = 1e-3
-kl_base_merged_within = 0.01
-delta_kept_at_least = 0.99
-top1_at_least = 0.95
-samples = "all"
-samples_of = 3
-merged = 192
-tests_at_least = 10
-suite_at_least = 1
-families_at_least = 1
-"""
 ONE = 'transformers = "5.5.0", peft = "0.19.1", trl = "0.25.1"'
 FUSED = 'path = "fused", orientation = "standard"'
 SHIPPED = Path("matrix.toml")

@@ -15,6 +15,7 @@ from loudmerge.compat.overview import why
 from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult
 from loudmerge.compat.table import MARKDOWN, in_order, main, read, read_older
 from tests.unit.compat import rows
+from tests.unit.compat.made import FIGURES
 from tests.unit.compat.test_table import MATRIX, save
 
 
@@ -40,7 +41,7 @@ def judged_by_the_command(project: Path, *found: CellResult) -> CellResult:
     ("change", "check"),
     [
         ({"figures": None}, "journey"),
-        ({"figures": replace(rows.FIGURES, kl_trained_merged=5.0)}, "kl_trained_merged"),
+        ({"figures": replace(FIGURES, kl_trained_merged=5.0)}, "kl_trained_merged"),
         ({"merged": (0, 192)}, "merged"),
         ({"tests": replace(rows.TESTS, failed=99)}, "tests"),
         ({"versions": {**rows.STANDARD.versions, "peft": "0.18.1"}}, "versions"),
