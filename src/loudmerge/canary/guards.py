@@ -17,6 +17,8 @@ release and two GitHub refs. A range is `0.18.1..0.21.2` (both ends are in it, e
 PEP 440's `>=0.18.1,<0.22`. It stands for every release in it that the index has, pre-releases left out, each
 with a verdict of its own that names the version; a range with no release in it is a failure.
 
+Code that several probes of a file have alike may stand in its table `[shared]` (shared.py).
+
 A machine that reaches no GitHub gets `unreachable` for its refs, which fails in CI: the guards shipped here
 therefore name releases. Where the paths of the two differ, as with a `src/` directory, `paths` takes both.
 `dist = "sdist"` reads what wheels leave out, tests above all.
@@ -36,7 +38,7 @@ from typing import Any
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from loudmerge.canary import rules
+from loudmerge.canary import rules, shared
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -154,7 +156,8 @@ def load_guards(directory: Path) -> tuple[Guard, ...]:
     """All guards of the `*.toml` files in `directory`, by file name, then in the file's order.
 
     Raises GuardError, with every problem found, when there is no file, no guard in a file, an unknown or
-    missing field, two guards with one id, or a rule that rules.py does not know.
+    missing field, two guards with one id, a rule that rules.py does not know, or shared code that is missing
+    or that nobody takes.
     """
     files = sorted(directory.glob("*.toml"))
     if not files:
@@ -191,20 +194,28 @@ def _guards(file: Path) -> list[Guard]:
         document = tomllib.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise GuardError(f"{file}: not TOML: {error}") from error
-    unknown = sorted(set(document) - {"guard"})
+    unknown = sorted(set(document) - {"guard", shared.TABLE})
     if unknown:
-        raise GuardError(f"{file}: found {', '.join(unknown)}, expected only [[guard]] tables")
+        raise GuardError(
+            f"{file}: found {', '.join(unknown)}, expected only [[guard]] tables and [{shared.TABLE}]"
+        )
     tables = document.get("guard")
     if not isinstance(tables, list) or not tables:
         raise GuardError(f"{file}: found no [[guard]], expected at least one")
+    texts = document.get(shared.TABLE, {})
+    problems = [f"{file}: {problem}" for problem in shared.problems(texts)]
+    if problems:
+        raise GuardError("\n".join(problems))
     lines = _table_lines(text)
     guards: list[Guard] = []
-    problems: list[str] = []
     for number, table in enumerate(tables):
+        line = lines[number] if len(lines) == len(tables) else 0
         try:
-            guards.append(_guard(file, number, table, lines[number] if len(lines) == len(tables) else 0))
+            guards.append(_guard(file, number, table, line, texts))
         except GuardError as error:
             problems.append(str(error))
+    if not problems:
+        problems = [f"{file}: {problem}" for problem in shared.unused(texts, [one["rule"] for one in tables])]
     if problems:
         raise GuardError("\n".join(problems))
     return guards
@@ -216,9 +227,9 @@ def _table_lines(text: str) -> list[int]:
     return [number for number, line in found if re.match(r"\s*\[\[\s*guard\s*\]\]", line)]
 
 
-def _guard(file: Path, number: int, table: Any, line: int) -> Guard:
+def _guard(file: Path, number: int, table: Any, line: int, texts: Mapping[str, str]) -> Guard:
     where = f"{file}: guard {_label(table, number)}"
-    problems = [f"{where}: {problem}" for problem in _problems(table)]
+    problems = [f"{where}: {problem}" for problem in _problems(table, texts)]
     if problems:
         raise GuardError("\n".join(problems))
     return Guard(
@@ -229,7 +240,7 @@ def _guard(file: Path, number: int, table: Any, line: int) -> Guard:
         refs=tuple(table["refs"]),
         paths=tuple(table.get("paths") or [table["path"]]),
         since=table["since"],
-        rule=MappingProxyType(table["rule"]),
+        rule=MappingProxyType(shared.filled(table["rule"], texts)),
         file=file,
         since_version=table.get("since_version"),
         dist=table.get("dist", WHEEL),
@@ -242,8 +253,8 @@ def _label(table: Any, number: int) -> str:
     return name if isinstance(name, str) and name else f"number {number + 1}"
 
 
-def _problems(table: Any) -> list[str]:
-    """What is wrong with a guard's table; empty when nothing is."""
+def _problems(table: Any, texts: Mapping[str, str]) -> list[str]:
+    """What is wrong with a guard's table; empty when nothing is. texts: the file's shared code."""
     if not isinstance(table, dict):
         return [f"found {type(table).__name__}, expected a table"]
     missing = [name for name in REQUIRED if name not in table]
@@ -260,7 +271,7 @@ def _problems(table: Any) -> list[str]:
         for name in LISTS
         if name in table and not _is_texts(table[name])
     ]
-    return found or [*_bad_place(table), *_bad_refs(table), *_bad_rule(table["rule"])]
+    return found or [*_bad_place(table), *_bad_refs(table), *_bad_rule(table["rule"], texts)]
 
 
 def _is_texts(value: Any) -> bool:
@@ -305,11 +316,11 @@ def _bad_refs(table: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _bad_rule(rule: Any) -> list[str]:
+def _bad_rule(rule: Any, texts: Mapping[str, str]) -> list[str]:
     if not isinstance(rule, dict):
         return [f"field rule: found {type(rule).__name__}, expected a table"]
     try:
-        rules.validate(rule)
+        rules.validate(shared.filled(rule, texts))
     except rules.RuleError as error:
         return [f"field rule: {error}"]
     return []
