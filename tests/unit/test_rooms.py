@@ -1,4 +1,4 @@
-"""The folder list of CONTRIBUTING.md: every room is in it, and an import only goes down."""
+"""The lists of CONTRIBUTING.md: what they name is there, every room is named, an import only goes down."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ SOURCE = CHECKOUT / "src" / "loudmerge"
 ROOM = re.compile(r"`(\w+)(?:\.py|/)`")
 
 
+def rows(head: str) -> dict[str, str]:
+    """The table of this head: the first column of each row, and the second."""
+    lines = (CHECKOUT / "CONTRIBUTING.md").read_text("utf-8").splitlines()
+    first = lines.index(head) + 2
+    return {row.split("|")[1]: row.split("|")[2] for row in lines[first : lines.index("", first)]}
+
+
 def floors() -> dict[str, int]:
     """Each room's line of the table, counted from the lowest."""
-    lines = (CHECKOUT / "CONTRIBUTING.md").read_text("utf-8").splitlines()
-    first = lines.index("| room | holds |") + 2
-    rows = [line.split("|")[1] for line in lines[first : lines.index("", first)]]
-    return {room: floor for floor, row in enumerate(rows) for room in ROOM.findall(row)}
+    return {room: floor for floor, row in enumerate(ROWS) for room in ROOM.findall(row)}
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -31,6 +35,7 @@ def imported(file: Path) -> Iterator[str]:
             yield from (name.name for name in node.names)
 
 
+ROWS = rows("| room | holds |")
 FLOORS = floors()
 
 
@@ -49,3 +54,16 @@ def test_an_import_only_goes_down(room: str) -> None:
     assert files
     up = {other for file in files for other in imported(file) if FLOORS.get(other, 0) > FLOORS[room]}
     assert up == set()
+
+
+@pytest.mark.parametrize("package", ["canary", "compat", "conformance"])
+def test_every_file_of_a_package_is_named_in_its_row(package: str) -> None:
+    named = re.findall(r"`(\w+\.py)`", ROWS[f" `{package}/` "])
+    there = [path.name for path in (SOURCE / package).glob("*.py") if path.name != "__init__.py"]
+    assert sorted(named) == sorted(there)
+
+
+def test_every_folder_that_is_listed_is_there() -> None:
+    paths = [path for row in rows("| path | holds |") for path in re.findall(r"`(.+?)`", row)]
+    assert len(paths) > 10
+    assert [path for path in paths if not (CHECKOUT / path).exists()] == []
