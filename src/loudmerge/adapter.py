@@ -18,6 +18,13 @@ from loudmerge.tensorfile import FLOAT_CODES, TensorEntry, read_header
 
 WEIGHTS = "adapter_model.safetensors"
 
+PREFIX = "base_model.model."
+"""Before each name, of a PeftModel's module as of a tensor that it saves."""
+
+LEVELS = frozenset({"base_layer", "original_module", "token_adapter"})
+"""The modules by which PEFT's wrappers nest."""
+
+
 EMBEDDING_NAMES = (
     *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embeddings", "embed_in", "embed_out"),
 )
@@ -298,13 +305,13 @@ class _Sorter:
         return None
 
     def _add_full(self, entry: TensorEntry) -> None:
-        name = entry.name.removeprefix("base_model.model.")
+        name = entry.name.removeprefix(PREFIX)
         if name == entry.name or "lora_" in name:
             self._refuse(
                 "unconsumed-adapter-tensor",
                 entry,
                 "a tensor that no known part of LoRA is named like",
-                "base_model.model.<module>.lora_A.weight and the other names PEFT saves",
+                f"{PREFIX}<module>.lora_A.weight and the other names PEFT saves",
                 "If another tool wrote it, convert the adapter to PEFT's names first.",
             )
             return

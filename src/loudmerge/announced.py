@@ -78,7 +78,7 @@ class Announced:
             if (names := self._names_in_memory(key))
         }
         embedding = self._names.find(EMBEDDING)
-        if embedding is not None and self._tied() and self._has_head():
+        if embedding is not None and is_tied(self._base, self._names) and self._has_head():
             known.setdefault(HEAD, (embedding, {HEAD}))
         return known
 
@@ -96,13 +96,10 @@ class Announced:
         whole = any(prefix.startswith("model.") for found in self._prefixes.values() for prefix in found)
         return whole and self._config.raw.get("task_type") in _WITH_HEAD
 
-    def _tied(self) -> bool:
-        return is_tied(self._base, self._names)
-
     def _is_the_other(self, canonical: str, trained: Iterable[str]) -> bool:
         """Whether this is the head of a tied embedding, or that, and the other of the two was trained."""
         ends = {EMBEDDING, HEAD, _module(EMBEDDING), _module(HEAD)}
-        return canonical in ends and self._tied() and not ends.isdisjoint(trained)
+        return canonical in ends and is_tied(self._base, self._names) and not ends.isdisjoint(trained)
 
     def _missing_pairs(self) -> Iterable[Problem]:
         """Modules of a kind that has no LoRA at all; of a kind that has, the others are for `siblings.py`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -11,10 +11,9 @@ from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.jsonfile import read_json
-from loudmerge.sidefiles import find_side_files
+from loudmerge.sidefiles import CONFIG, find_side_files
 from loudmerge.tensorfile import TensorEntry, read_header
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WANTED = "a checkpoint directory as save_pretrained writes it, with config.json and safetensors files"
@@ -277,6 +276,14 @@ def _is_part_of_packed(entry: TensorEntry, entries: Mapping[str, TensorEntry]) -
             parts = (entry, entries.get(stem), entries.get(f"{stem}.weight"))
             return any(part is not None and part.dtype in _PACKED_CODES for part in parts)
     return False
+
+
+def config_parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A config and those in it, at any depth, each with what leads there: `text_config.`"""
+    yield place, config
+    for name, part in config.items():
+        if isinstance(part, dict) and "." not in name:  # a name with a dot would be taken for a path
+            yield from config_parts(part, f"{place}{name}.")
 
 
 def _values(config: Mapping[str, Any], names: frozenset[str]) -> Iterable[Any]:

@@ -198,8 +198,7 @@ def inspect_command(
     metavar="BASE",
     help="The checkpoint it belongs to; the shapes tell the layout. Default: the directory its config names.",
 )
-@choice("--orientation", "auto standard swapped", "Which axis lora_A reads, if no file tells.")
-@choice("--lora-b-layout", "auto rank_major grouped_by_expert", "How lora_B is packed, if no file tells.")
+@layout_options
 @click.option("--transformers", metavar="VERSION", callback=check_transformers, help="OUT is for this one.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
 @output_options

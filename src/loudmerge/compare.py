@@ -19,7 +19,7 @@ from loudmerge import behaviour, models
 from loudmerge.behaviour import Passages, Run
 from loudmerge.checkpoint import Checkpoint, open_checkpoint
 from loudmerge.device import found_device
-from loudmerge.errors import EnvironmentFailed, Mismatch
+from loudmerge.errors import EnvironmentFailed, Mismatch, require
 from loudmerge.plan import MergePlan
 from loudmerge.relay import MemoryAxes, read_sites, relay
 from loudmerge.tensorfile import DTYPES
@@ -235,7 +235,7 @@ def compare(
     EnvironmentFailed when the extra `compare` is missing, or the installed transformers and peft cannot load
     base + adapter faithfully.
     """
-    models.require_packages()
+    require("compare", *models.PACKAGES)
     merged_file = open_checkpoint(Path(out))
     laid = {"orientation": orientation, "lora_b_layout": lora_b_layout}
     merge_plan, _ = plan_again(Path(out), base, adapter, **laid)

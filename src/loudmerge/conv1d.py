@@ -9,9 +9,10 @@ Sources: `Conv1D(` and `c_proj` in transformers 5.24.0, models/*/modeling_*.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from loudmerge.checkpoint import config_parts
 from loudmerge.families import family_of
 
 LEAVES = frozenset({"c_attn", "q_attn", "c_fc", "c_proj"})
@@ -38,7 +39,7 @@ def is_conv1d(config: Mapping[str, Any], name: str, module: str, *, flagged: boo
     types = _model_types(config, name)
     if leaf and not LINEAR_LEAVES.isdisjoint(types):
         return None
-    known = not any("auto_map" in part for part in _parts(config))
+    known = not any("auto_map" in part for _, part in config_parts(config))
     if known and all(family_of(model_type).conv1d is not None for model_type in types):
         return leaf
     return leaf if leaf is flagged else None
@@ -52,15 +53,8 @@ def _model_types(config: Mapping[str, Any], name: str) -> list[str]:
         part = inner.get(word.removesuffix("_model"))
         if part is not None:
             return _model_types(part, ".".join(words[place + 1 :]))
-    return [str(part.get("model_type", "")) for part in _parts(config)]
-
-
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The config, and the models' configs in it."""
-    yield config
-    for value in config.values():
-        if _is_part(value):
-            yield from _parts(value)
+    parts = config_parts(config)
+    return [str(part.get("model_type", "")) for place, part in parts if not place or _is_part(part)]
 
 
 def _is_part(value: object) -> bool:

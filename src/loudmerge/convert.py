@@ -17,7 +17,6 @@ from torch import Tensor
 from loudmerge import __version__
 from loudmerge.adapter import WEIGHTS, read_adapter
 from loudmerge.adapter_config import CONFIG, AdapterConfig
-from loudmerge.checkpoint import CONFIG as BASE_CONFIG
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.experts import split_expert_name
 from loudmerge.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
@@ -35,6 +34,7 @@ from loudmerge.rewrite import (
     write_apart,
     write_fused,
 )
+from loudmerge.sidefiles import CONFIG as BASE_CONFIG
 from loudmerge.sidefiles import is_weights
 from loudmerge.tensorfile import TensorReader
 from loudmerge.threads import cores

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, TokenRows, alike
 from loudmerge.adapter_config import ends_with
-from loudmerge.checkpoint import Checkpoint
+from loudmerge.checkpoint import Checkpoint, config_parts
 from loudmerge.closing import closing, is_head
 from loudmerge.errors import Problem, some
 from loudmerge.evidence import Layout
@@ -298,7 +298,7 @@ class Draft:
         present = [name for name in _DTYPES if name in self.base.config]
         for name in present or ["torch_dtype"]:
             self.edits[name] = self._options.dtype
-        for prefix, part in _parts(self.base.config):
+        for prefix, part in config_parts(self.base.config):
             for name in _DTYPES:
                 if isinstance(part.get(name), str):
                     self.edits[f"{prefix}{name}"] = self._options.dtype
@@ -316,14 +316,6 @@ class Draft:
 
 _DTYPES = ("dtype", "torch_dtype")
 _CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_CODES.items()}
-
-
-def _parts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The parts of a config, at any depth, with what leads there: `text_config.`"""
-    for name, part in config.items():
-        if isinstance(part, dict) and "." not in name:  # a name with a dot would be taken for a path
-            yield f"{prefix}{name}.", part
-            yield from _parts(part, f"{prefix}{name}.")
 
 
 def _left_out(names: Sequence[str]) -> Iterable[str]:

@@ -17,7 +17,7 @@ from loudmerge import behaviour, models, regroup
 from loudmerge.behaviour import Passages, Run
 from loudmerge.compare import ARITHMETIC, TIE_DEVIATIONS
 from loudmerge.device import found_device
-from loudmerge.errors import EnvironmentFailed
+from loudmerge.errors import EnvironmentFailed, require
 from loudmerge.merge import plan
 from loudmerge.plan import MergePlan
 from loudmerge.relay import MemoryAxes, relay
@@ -159,7 +159,7 @@ def compare_adapters(
     logits. Raises MergeRefused as `plan` does for either; EnvironmentFailed when the extra `compare` is
     missing, or the installed transformers and peft cannot load base and adapter faithfully.
     """
-    models.require_packages()
+    require("compare", *models.PACKAGES)
     original = plan(base, adapter, orientation=orientation, lora_b_layout=lora_b_layout)
     other = plan(base, converted)
     with models.quietly():

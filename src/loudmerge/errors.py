@@ -15,7 +15,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
 
 REFUSAL_CODES = frozenset(
     {
@@ -79,6 +81,16 @@ class MergeRefused(RuntimeError):
         self.code, self.where, self.hint = first.code, first.where, first.hint
         super().__init__(_message(self.problems))
 
+    def to_json(self) -> dict[str, Any]:
+        """As the commands print it under `refusal`."""
+        return {
+            "code": self.code,
+            "where": self.where,
+            "hint": self.hint,
+            "message": str(self),
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
     def __reduce__(self) -> tuple[type[MergeRefused], tuple[tuple[Problem, ...]]]:
         return MergeRefused, (self.problems,)
 
@@ -101,6 +113,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         torch is not None
         and (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error))
     )
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raises EnvironmentFailed unless every package, each of this extra, can be imported."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise EnvironmentFailed(
+                f"{package} cannot be imported ({error}). It comes with the extra `{extra}`: "
+                f"pip install 'loudmerge[{extra}]'"
+            ) from error
 
 
 def some(names: Collection[str], shown: int = 5) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loudmerge.adapter import Adapter
-from loudmerge.checkpoint import Checkpoint
+from loudmerge.checkpoint import Checkpoint, config_parts
 from loudmerge.draft import Draft
 from loudmerge.errors import Problem
 from loudmerge.names import NUMBER
@@ -85,7 +85,7 @@ BIAS_APART: Mapping[str, str] = {
 
 def beyond_weight(base: Checkpoint, adapter: Adapter, placement: Placement) -> list[Problem]:
     """A problem for each LoRA, and each module's token rows, that no weight of the base can hold."""
-    parts = list(_parts(base.config))
+    parts = [part for _, part in config_parts(base.config)]
     scales = not knows_embed_scale(adapter.config) and any(map(_scales, parts))
     if not scales and BEYOND_WEIGHT.keys().isdisjoint(map(_model_type, parts)):
         return []
@@ -181,14 +181,6 @@ def _unscaled(trained: TensorEntry, module: str) -> Problem:
         "an adapter of PEFT >= 0.18.0: before, it was trained without that factor",
         "If it was trained with PEFT >= 0.18.0, write that peft_version in adapter_config.json.",
     )
-
-
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The config, and the configs in it."""
-    yield config
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from _parts(value)
 
 
 def _scales(part: Mapping[str, Any]) -> bool:

@@ -13,15 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from importlib import import_module
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from loudmerge import __version__
-from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem, some
-from loudmerge.sidefiles import MODULES, is_other_weights, module_folders
+from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem, require, some
+from loudmerge.sidefiles import MODULES, WEIGHT_SUFFIXES, is_other_weights, module_folders
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 
 
 NOT_DOWNLOADED = (
-    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.ot", "*.npz"),
-    *("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite"),
+    *(f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES - {".safetensors"})),
+    "*.onnx.data",
     # Second copies of the weights, which no loader of a checkpoint directory reads.
     *("consolidated*.safetensors", "*/*.safetensors"),
 )
@@ -100,7 +99,7 @@ def resolve(name: str | Path) -> Path:
 
 
 def _download(hub_id: HubId) -> Path:
-    require_hub()
+    require("hub", "huggingface_hub")
     from huggingface_hub import constants, snapshot_download
 
     offline = bool(constants.HF_HUB_OFFLINE)
@@ -160,16 +159,6 @@ def _refuse_pickles(hub_id: HubId, names: Sequence[str]) -> None:
                 "Unpickling can run any code; convert them where you trust them, with save_pretrained.",
             )
         )
-
-
-def require_hub() -> None:
-    """Raises EnvironmentFailed without huggingface_hub."""
-    try:
-        import_module("huggingface_hub")
-    except ModuleNotFoundError as error:
-        raise EnvironmentFailed(
-            f'the Hub needs huggingface_hub ({error}). Install it with: pip install "loudmerge[hub]"'
-        ) from error
 
 
 def endpoint() -> str | None:

@@ -105,14 +105,7 @@ class Inspection:
             "plan": None if self.plan is None else planned_report(self.plan).to_json(),
             "predicted": None if self.predicted is None else self.predicted.to_json(),
             "packing": self.weighed.to_json(),
-            "refusal": None
-            if refusal is None
-            else {
-                "code": refusal.code,
-                "where": refusal.where,
-                "hint": refusal.hint,
-                "message": str(refusal),
-            },
+            "refusal": None if refusal is None else refusal.to_json(),
         }
 
     @property

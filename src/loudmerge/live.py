@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from loudmerge.adapter import WEIGHTS, read_adapter
+from loudmerge.adapter import LEVELS, PREFIX, WEIGHTS, read_adapter
 from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
-from loudmerge.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from loudmerge.checkpoint import INDEX, Checkpoint, open_checkpoint
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES, family_of
 from loudmerge.merge import Pathish, check_values, merge, merge_named
 from loudmerge.outpath import make_parents, refuse_existing, remove_parents
 from loudmerge.plan import Options
 from loudmerge.report import MergeReport
+from loudmerge.sidefiles import CONFIG
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
 from loudmerge.wrappers import (
-    PREFIX,
     Wrapper,
     other_adapters,
     own_forwards,
@@ -345,7 +345,7 @@ def _plain_name(key: str) -> str | None:
         return None
     if "trainable_tokens_delta" in parts or "trainable_tokens_original" in parts:
         return None
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
+    return ".".join(part for part in parts if part not in LEVELS)
 
 
 def _chain(module: object) -> Iterator[object]:

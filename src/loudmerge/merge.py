@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.adapter import read_adapter
-from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
+from loudmerge.checkpoint import INDEX, open_checkpoint
 from loudmerge.device import check_device, found_device
 from loudmerge.errors import Mismatch
 from loudmerge.execute import SMALL_BYTES, Progress, execute, shard_files
@@ -22,7 +22,7 @@ from loudmerge.plan import MergePlan, Options, check_options
 from loudmerge.planner import make_plan
 from loudmerge.report import MergeReport, TensorKept, dump, merged_report, one_rounding, planned_report
 from loudmerge.resume import Finished, identity
-from loudmerge.sidefiles import REPORT
+from loudmerge.sidefiles import CONFIG, REPORT
 from loudmerge.threads import check_threads, cores, one_torch_thread
 from loudmerge.writer import Staging, edited_json, index_json
 

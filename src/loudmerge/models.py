@@ -5,7 +5,6 @@ Both packages report what they could not place and go on; here that is an error.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from loudmerge.adapter import Adapter
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.errors import EnvironmentFailed, Mismatch, some
 from loudmerge.relay import ADAPTER_NAME
+from loudmerge.sidefiles import CONFIG
+from loudmerge.tensorfile import FLOAT_CODES
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,18 +37,6 @@ class Loaded:
     model: PreTrainedModel
     missing: frozenset[str]
     unexpected: frozenset[str]
-
-
-def require_packages() -> None:
-    """Raises EnvironmentFailed unless transformers and peft can be imported."""
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            raise EnvironmentFailed(
-                f"{error.name or package} is not installed; compare needs the extra `compare`: "
-                "pip install 'loudmerge[compare]'"
-            ) from error
 
 
 @contextmanager
@@ -87,7 +76,7 @@ def model_class(config: Mapping[str, Any], where: Path) -> type[PreTrainedModel]
     found = getattr(transformers, names[0], None) if names else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise EnvironmentFailed(
-            f"{where / 'config.json'}: found architectures {list(names)}, expected a model class of "
+            f"{where / CONFIG}: found architectures {list(names)}, expected a model class of "
             f"transformers {transformers.__version__}. Install a version that has it: code from a checkpoint "
             "is not run."
         )
@@ -216,7 +205,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     """The safetensors code of the float type that most of the checkpoint's bytes have."""
     sizes: dict[str, int] = {}
     for entry in checkpoint.entries.values():
-        if entry.dtype in {"F64", "F32", "F16", "BF16"}:
+        if entry.dtype in FLOAT_CODES:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return max(sizes, key=lambda code: sizes[code], default="F32")
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from loudmerge.checkpoint import CONFIG, INDEX, SINGLE
+from loudmerge.checkpoint import INDEX, SINGLE
 from loudmerge.jsonfile import parse
 from loudmerge.plan import MergePlan, OutputTensor
-from loudmerge.sidefiles import CARD, is_card_of, is_weights, walk
+from loudmerge.sidefiles import CARD, CONFIG, is_card_of, is_weights, walk
 from loudmerge.writer import edited_json, index_json
 
 What = Literal[

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loudmerge.adapter import Adapter, LoraPair
-from loudmerge.checkpoint import CONFIG, INDEX, Checkpoint
+from loudmerge.checkpoint import INDEX, Checkpoint
 from loudmerge.evidence import Layout
 from loudmerge.families import Family
 from loudmerge.layout import Axes, LoraBLayout, Orientation, Span
-from loudmerge.sidefiles import REPORT
+from loudmerge.sidefiles import CONFIG, REPORT
 from loudmerge.tensorfile import DTYPES, TensorEntry
 
 if TYPE_CHECKING:

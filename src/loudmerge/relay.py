@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loudmerge.adapter import Adapter, LoraPair
+from loudmerge.adapter import WEIGHTS, Adapter, LoraPair
+from loudmerge.adapter_config import CONFIG
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.layout import Axes, LoraBLayout, Orientation
 from loudmerge.plan import OutputTensor, Site, Term
@@ -80,8 +81,8 @@ def relay(
 def write(tensors: Mapping[str, Tensor], raw: Mapping[str, Any], into: Path) -> Path:
     """An adapter directory for the installed PEFT. raw: the config, of which it gets what it knows."""
     into.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), into / "adapter_model.safetensors", metadata={"format": "pt"})
-    (into / "adapter_config.json").write_text(json.dumps(_config(raw), indent=2), "utf-8")
+    save_file(dict(tensors), into / WEIGHTS, metadata={"format": "pt"})
+    (into / CONFIG).write_text(json.dumps(_config(raw), indent=2), "utf-8")
     return into
 
 

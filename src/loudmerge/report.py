@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from loudmerge import __version__, jsonfile
 from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
-from loudmerge.checkpoint import CONFIG
 from loudmerge.errors import MergeRefused
 from loudmerge.plan import MergePlan
+from loudmerge.sidefiles import CONFIG
 
 SCHEMA = 1
 KEPT_WARNING = 0.95
@@ -151,13 +151,7 @@ def refused_report(base: str, adapter: str, out: str | None, error: MergeRefused
             "notes": [],
             **_UNMEASURED,
             "files": [],
-            "refusal": {
-                "code": error.code,
-                "where": error.where,
-                "hint": error.hint,
-                "message": str(error),
-                "problems": [asdict(problem) for problem in error.problems],
-            },
+            "refusal": error.to_json(),
         }
     )
 

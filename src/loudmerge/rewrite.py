@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loudmerge.adapter import PREFIX
 from loudmerge.adapter_config import AdapterConfig, ends_with, parse_config
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import REGISTRATION_ORDER, Family
@@ -30,7 +31,6 @@ _WRITERS: Mapping[str, tuple[int, int, int]] = {
 }
 """The PEFT release that reads a fused layout's orientation, and that its config names."""
 
-_PREFIX = "base_model.model."
 _MARKER, _DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
 
 
@@ -70,7 +70,7 @@ class Rewritten:
 
     def add(self, module: str, depth: int, lora_a: Tensor, lora_b: Tensor) -> None:
         """Adds a pair under PEFT's names; depth: how many `base_layer` levels inside."""
-        stem = f"{_PREFIX}{module}{'.base_layer' * depth}"
+        stem = f"{PREFIX}{module}{'.base_layer' * depth}"
         # Copies: gate and up of an expert may share their lora_A, and a file has no shared tensors.
         self.tensors[f"{stem}.lora_A.weight"] = lora_a.clone(memory_format=torch.contiguous_format)
         self.tensors[f"{stem}.lora_B.weight"] = lora_b.clone(memory_format=torch.contiguous_format)
@@ -88,7 +88,7 @@ class Rewritten:
 
     def target(self, add: Collection[str], into: str) -> None:
         """Names what is targeted now, and no longer what only the converted modules were named by."""
-        kept = [key for key in self.tensors if key.startswith(_PREFIX)]
+        kept = [key for key in self.tensors if key.startswith(PREFIX)]
         found = self.raw.get("target_modules")
         if isinstance(found, list):
             self.raw["target_modules"] = [name for name in found if not self._only_replaced(name, kept)]
@@ -101,7 +101,7 @@ class Rewritten:
         return [*(found or []), *sorted(set(add) - set(found or []))]
 
     def _only_replaced(self, name: str, kept: Iterable[str]) -> bool:
-        left = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in kept}
+        left = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in kept}
         return any(ends_with(module, name) for module in self._replaced) and not any(
             ends_with(module, name) for module in left
         )

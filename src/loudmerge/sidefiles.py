@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.jsonfile import parse
 
@@ -41,9 +42,8 @@ OTHER_WEIGHTS = frozenset({"spk_dict.pt"})
 """Named as weights are, but none of the model's. spk_dict.pt: the voices of qwen2_5_omni, without which its
 from_pretrained raises (transformers/models/qwen2_5_omni/modeling_qwen2_5_omni.py)."""
 
-REPORT = "merge_report.json"
-REWRITTEN = frozenset({"config.json", REPORT})
-ADAPTER_CONFIG = "adapter_config.json"
+CONFIG, REPORT = "config.json", "merge_report.json"
+REWRITTEN = frozenset({CONFIG, REPORT})
 
 CARD = "README.md"
 CARD_SECTION = "## Merge\n\nA LoRA adapter merged into its base model.\n"

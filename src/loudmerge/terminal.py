@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import click
@@ -116,7 +116,9 @@ def run(
         with redirect_stdout(sys.stderr), terminal.progress() as progress:
             outcome = action(progress)
     except MergeRefused as error:
-        terminal.failure(str(error), refused(error) if refused else _refusal(error))
+        terminal.failure(
+            str(error), refused(error) if refused else Failure("refused", str(error), error.to_json())
+        )
         raise click.exceptions.Exit(REFUSED) from error
     except Mismatch as error:
         terminal.failure(f"mismatch: {error}", Failure("mismatch", str(error)))
@@ -129,11 +131,6 @@ def run(
         raise click.exceptions.Exit(ENVIRONMENT) from error
     terminal.result(outcome.result)
     raise click.exceptions.Exit(outcome.code)
-
-
-def _refusal(error: MergeRefused) -> Failure:
-    first = {"code": error.code, "where": error.where, "hint": error.hint, "message": str(error)}
-    return Failure("refused", str(error), {**first, "problems": [asdict(found) for found in error.problems]})
 
 
 def _environment(error: Exception) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from loudmerge.adapter import PREFIX
 from loudmerge.checkpoint import Checkpoint
 from loudmerge.draft import HEAD, Draft
 from loudmerge.errors import Problem
@@ -116,7 +117,7 @@ def rows_apart(draft: Draft, head: TensorEntry | None) -> Iterator[Problem]:
 
 def _above(rows: TensorEntry, embedding: TensorEntry) -> str | None:
     """What the rows' key lacks of the embedding's path, if the head lies outside of the part that has it."""
-    module = rows.name.removeprefix("base_model.model.").partition(".token_adapter.")[0]
+    module = rows.name.removeprefix(PREFIX).partition(".token_adapter.")[0]
     for name in (embedding.name, _IN_MEMORY.get(embedding.name, "")):
         path = name.removesuffix(f"{module}.weight")
         if path != name and path.endswith(".") and not HEAD_BESIDE.get(name, "").startswith(path):

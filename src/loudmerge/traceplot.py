@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from html import escape
 
 from loudmerge.clustering import CONFIDENT, SiteTraces
-from loudmerge.weighing import FusedSite, Weighed
+from loudmerge.weighing import FusedSite, Weighed, evenly
 
 SHOWN_SITES = 12
 """How many sites the terminal's plot has; the page's has all."""
@@ -29,7 +29,7 @@ def terminal_lines(weighed: Weighed) -> Iterator[str]:
         yield f"{leaf}: {says}; {verdict.detail}"
     if not weighed.sites:
         return
-    shown = _some(weighed)
+    shown = evenly(weighed.sites, SHOWN_SITES)
     width = max(len(short_name(site)) for site, _ in shown)
     titles = (f"{f'grouped  {name}  major':^{2 * HALF + 1}}" for name in ("columns", " pairs "))
     yield f"{'':{width}}  {'  '.join(titles)}"
@@ -77,11 +77,6 @@ def _row(site: FusedSite, traces: SiteTraces, zeros: tuple[int, int], top: int) 
             f'<rect x="{x:.1f}" y="{top + 3}" width="{max(abs(length), 1):.1f}" height="{ROW - 6}"'
             f' fill="{color}"><title>{escape(site.name)}: {value:+.1f}</title></rect>'
         )
-
-
-def _some(weighed: Weighed) -> list[tuple[FusedSite, SiteTraces]]:
-    count = min(SHOWN_SITES, len(weighed.sites))
-    return [weighed.sites[number * len(weighed.sites) // count] for number in range(count)]
 
 
 def _bar(value: float) -> str:

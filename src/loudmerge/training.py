@@ -6,7 +6,6 @@ the base random weights. torch, transformers, peft and trl are imported inside t
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loudmerge.errors import EnvironmentFailed
+from loudmerge.errors import require
 
 PACKAGES = ("torch", "accelerate", "datasets", "tokenizers", "transformers", "peft", "trl")
 END, PAD = "<|end|>", "<|pad|>"
@@ -99,18 +98,6 @@ def train(directory: Path, recipe: Recipe = Recipe()) -> Trained:
             return _fit(directory / BASE, directory / ADAPTER, recipe)
 
 
-def require(packages: tuple[str, ...], extra: str) -> None:
-    """Raises EnvironmentFailed unless every package can be imported."""
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise EnvironmentFailed(
-                f"the package {package} cannot be imported ({error}). "
-                f"Install it with: pip install 'loudmerge[{extra}]'"
-            ) from error
-
-
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Inside, transformers and datasets draw no progress bars and log errors only, and no warning is raised.
@@ -121,7 +108,7 @@ def quiet_libraries() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        require(PACKAGES, extra="demo")
+        require("demo", *PACKAGES)
         with _quiet_transformers(), _quiet_datasets():
             yield
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loudmerge import __version__, jsonfile
-from loudmerge.errors import EnvironmentFailed, some
-from loudmerge.hub import HubId, api, asking, endpoint, matches, names_of, require_hub
+from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
+from loudmerge.errors import EnvironmentFailed, require, some
+from loudmerge.hub import HubId, api, asking, endpoint, matches, names_of
 from loudmerge.sidefiles import CARD, REPORT
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.hf_api import ModelInfo
 
-LOADED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+LOADED = ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG)
 """Names at the top of a repository that make a loader read them as weights, or put an adapter on top."""
 
 PUSH_AGAIN = "OUT is complete; push it again with loudmerge.upload.push."
@@ -30,7 +31,7 @@ def push_target(repo: str) -> HubId:
     target = HubId.parse(repo)
     if target is None or target.revision:
         raise ValueError(f"{repo} is no repository to push to, expected owner/name")
-    require_hub()
+    require("hub", "huggingface_hub")
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

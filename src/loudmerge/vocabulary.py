@@ -35,7 +35,7 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     draft.problems += rows_apart(draft, head)
     wanted = [pair.a for pair in pairs] + ([draft.full_head] if draft.full_head else [])
     wanted += [draft.head_rows.entry] if draft.head_rows else []
-    if wanted and (embedding is None or head is not None or not _tied(draft)):
+    if wanted and (embedding is None or head is not None or not is_tied(draft.base, draft.names)):
         draft.problems.append(missing_base(str(wanted[0]), "what was trained on lm_head", HEAD))
         return
     if embedding is None:
@@ -43,7 +43,7 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
         _follow_sizes(draft, head)
         return
     added = None
-    if _tied(draft) and not _stays_tied(draft, embedding, wanted):
+    if is_tied(draft.base, draft.names) and not _stays_tied(draft, embedding, wanted):
         if wanted or (head is None and _trained_alone(draft, embedding)):
             added = _add_head(draft, embedding, pairs)
         touched = head is not None and (head.name in draft.terms or head.name in draft.changes)
@@ -59,7 +59,7 @@ def _refuse_unknown_embedding(draft: Draft, head: TensorEntry | None) -> None:
 
     Token rows are for both, and PEFT trains them so: they need no head of their own.
     """
-    if not _tied(draft):
+    if not is_tied(draft.base, draft.names):
         if head is not None and draft.base.model_type in _TIED_SINCE_5:
             draft.problems += [_tied_or_not(rows.entry, head) for rows in draft.adapter.rows]
         return
@@ -105,10 +105,6 @@ def _tied_or_not(rows: TensorEntry, head: TensorEntry) -> Problem:
         "an adapter without token rows: it does not say under which transformers it was trained",
         "Train LoRA on the other modules.",
     )
-
-
-def _tied(draft: Draft) -> bool:
-    return is_tied(draft.base, draft.names)
 
 
 def _stays_tied(draft: Draft, embedding: TensorEntry, wanted: Sequence[TensorEntry]) -> bool:

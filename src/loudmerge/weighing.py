@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from loudmerge.threads import cores, one_torch_thread
 LAYERS = (2, 4, 8, 16)
 """How many layers are looked at, for each parameter of an experts module: the next number only where the
 verdict is still open."""
+
+T = TypeVar("T")
 
 THREADS = 4
 """Sites that are looked at at a time, at most: each needs memory of its own."""
@@ -109,7 +111,7 @@ def weigh(sites: Iterable[FusedSite]) -> Weighed:
     verdicts: dict[str, Verdict] = {}
     with TensorReader() as reader:
         for layers in LAYERS:
-            more = [one for same in by_leaf.values() for one in _some(same, layers) if one.name not in found]
+            more = [one for same in by_leaf.values() for one in evenly(same, layers) if one.name not in found]
             found |= _looked_at(more, reader)
             in_order = ((one, found.get(one.name)) for same in by_leaf.values() for one in same)
             looked = tuple((one, traces) for one, traces in in_order if traces is not None)
@@ -143,7 +145,7 @@ def combined(looked: Sequence[tuple[FusedSite, SiteTraces]]) -> dict[str, Verdic
     return alone
 
 
-def _some(sites: Sequence[FusedSite], most: int) -> list[FusedSite]:
+def evenly(sites: Sequence[T], most: int) -> list[T]:
     """At most so many of them, evenly spread."""
     count = min(most, len(sites))
     return [sites[number * len(sites) // count] for number in range(count)]

@@ -17,15 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from loudmerge.adapter import LEVELS, PREFIX
 from loudmerge.adapter_config import CONFIG, AdapterConfig, read_config
 from loudmerge.errors import Problem
 from loudmerge.forwards import more_than_weight
-
-PREFIX = "base_model.model."
-"""Before each name, of a PeftModel's module as of a tensor that it saves."""
-
-_LEVELS = frozenset({"base_layer", "original_module", "token_adapter"})
-"""The modules by which PEFT's wrappers nest."""
 
 _HOLDERS = ("_adapters", "scaling", "trainable_tokens_delta")
 """What has the names of a wrapper's adapters: of modules and token rows to save, of LoRA, of token rows."""
@@ -65,7 +60,7 @@ def wrappers(model: Any) -> Iterator[Wrapper]:
         if plain_attribute(module, "_active_adapter") is None:
             continue
         held: Any = (plain_attribute(module, field) for field in _HOLDERS)
-        levels = [part for part in key.removeprefix(PREFIX).split(".") if part not in _LEVELS]
+        levels = [part for part in key.removeprefix(PREFIX).split(".") if part not in LEVELS]
         yield Wrapper(
             ".".join([*levels, *_parameter(module)]),
             frozenset(next((names for names in held if names is not None), ())),
@@ -141,7 +136,7 @@ def plain_attribute(owner: object, name: str) -> object:
 def _unwrapped(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """made: by the id of a module, what stands for it."""
     if plain_attribute(module, "_active_adapter") is not None:
-        for inner in (plain_attribute(module, level) for level in sorted(_LEVELS)):
+        for inner in (plain_attribute(module, level) for level in sorted(LEVELS)):
             if isinstance(inner, nn.Module):
                 return _unwrapped(inner, made)
     children = vars(module).get("_modules")

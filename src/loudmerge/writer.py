@@ -27,6 +27,7 @@ from loudmerge.checkpoint import INDEX
 from loudmerge.errors import EnvironmentFailed, MergeRefused, is_out_of_memory
 from loudmerge.outpath import make_parents, own_directory, refuse_existing, remove_parents
 from loudmerge.plan import OutputTensor
+from loudmerge.sidefiles import CONFIG
 
 _PAGE = 4096
 """Alignment, in bytes, of a direct write: of its place in the file, its length and its address in memory."""
@@ -370,7 +371,7 @@ def _remove(path: Path) -> None:
 
 
 def _last_config(path: Path) -> tuple[int, str]:
-    order = {INDEX: 1, "config.json": 2}
+    order = {INDEX: 1, CONFIG: 2}
     return order.get(path.name, 0), path.name
 
 

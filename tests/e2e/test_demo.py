@@ -126,7 +126,7 @@ def test_what_is_there_is_not_overwritten(ran: Ran) -> None:
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(EnvironmentFailed, match=r"(?s)package trl .*pip install 'loudmerge\[demo\]'"):
+    with pytest.raises(EnvironmentFailed, match=r"(?s)trl .*pip install 'loudmerge\[demo\]'"):
         demo.run(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

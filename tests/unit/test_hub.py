@@ -240,7 +240,7 @@ def test_an_endpoint_that_is_no_address_is_a_wrong_argument(monkeypatch: pytest.
 
 def test_without_the_extra_its_name_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(EnvironmentFailed, match=r'pip install "loudmerge\[hub\]"'):
+    with pytest.raises(EnvironmentFailed, match=r"pip install 'loudmerge\[hub\]'"):
         hub.resolve("owner/base")
-    with pytest.raises(EnvironmentFailed, match=r'pip install "loudmerge\[hub\]"'):
+    with pytest.raises(EnvironmentFailed, match=r"pip install 'loudmerge\[hub\]'"):
         upload.push_target("me/model")

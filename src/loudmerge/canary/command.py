@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 import click
 
 from loudmerge.arguments import Name, argument, output_options
-from loudmerge.errors import EnvironmentFailed
+from loudmerge.errors import require
 from loudmerge.terminal import DONE, ENVIRONMENT, MISMATCH, Ending, Progress, Terminal, run
 
 
@@ -53,12 +52,13 @@ def canary_command(
     """Read upstream's source and say, guard by guard, what of it still holds."""
 
     def action(_: Progress | None) -> Ending:
-        with _extra():
-            from loudmerge.canary.guards import default_directory, load_guards
-            from loudmerge.canary.report import Reports
-            from loudmerge.canary.run import CanaryReport, at_refs, parse_ref
-            from loudmerge.canary.run import run as run_canary
-            from loudmerge.canary.sources import SourceOptions, parse_overrides
+        require("canary", "packaging", "requests", *(["tomli"] if sys.version_info < (3, 11) else []))
+        from loudmerge.canary.guards import default_directory, load_guards
+        from loudmerge.canary.report import Reports
+        from loudmerge.canary.run import CanaryReport, at_refs, parse_ref
+        from loudmerge.canary.run import run as run_canary
+        from loudmerge.canary.sources import SourceOptions, parse_overrides
+
         with argument("--guards"):
             found = load_guards(guards or default_directory(Path()))
         with argument("--ref"):
@@ -73,14 +73,3 @@ def canary_command(
         return Ending(report, MISMATCH if report.missing else ENVIRONMENT if report.unasked else DONE)
 
     run(Terminal(as_json, quiet), action)
-
-
-@contextmanager
-def _extra() -> Iterator[None]:
-    """Says which extra is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("loudmerge"):
-            raise
-        raise EnvironmentFailed(f'{error.name} is missing: pip install "loudmerge[canary]"') from error

@@ -20,7 +20,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from loudmerge.canary import testing
 from loudmerge.canary.exits import LOOPS, RAISES
@@ -53,13 +53,6 @@ UNRELATED = "no condition on"
 """How the problem of a place begins that the rule does not mean."""
 
 
-@runtime_checkable
-class Readable(Protocol):
-    """The part of a source that rules use."""
-
-    def read(self, path: str) -> str: ...
-
-
 @dataclass(frozen=True)
 class Finding:
     """Whether a rule holds, why, and at which line of the file (0: at none)."""
@@ -69,12 +62,8 @@ class Finding:
     line: int = 0
 
 
-def check(rule: Rule, text: str, path: str, source: Readable | None = None) -> Finding:
-    """Evaluates a rule on a file's text. Raises RuleError where it cannot be evaluated.
-
-    source: where rules that read a second file find it; none of today's kinds does.
-    """
-    del source
+def check(rule: Rule, text: str, path: str) -> Finding:
+    """Evaluates a rule on a file's text. Raises RuleError where it cannot be evaluated."""
     validate(rule)
     return _check(rule, parse(text, path), text, path)
 

@@ -26,10 +26,12 @@ import click
 
 from loudmerge.canary.archives import SourceError
 from loudmerge.canary.fetch import Client, Unreachable
+from loudmerge.canary.github import JSON
 from loudmerge.canary.guards import Guard, load_guards
 from loudmerge.canary.report import headline, load, markdown
 from loudmerge.canary.run import CanaryReport
 from loudmerge.canary.sources import default_cache
+from loudmerge.terminal import ENVIRONMENT
 
 LABEL = "canary"
 MARKER = "<!-- loudmerge canary: this issue is written by the canary's workflow -->"
@@ -37,8 +39,6 @@ BODY_BYTES = 60_000
 """GitHub refuses a body over 65,536 characters."""
 
 PAGE = 100
-JSON = "application/vnd.github+json"
-ENVIRONMENT = 5
 
 
 @dataclass(frozen=True)

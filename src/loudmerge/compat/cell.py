@@ -25,6 +25,8 @@ import loudmerge
 from loudmerge import training
 from loudmerge.compat import junit
 from loudmerge.compat.environment import SHOWN
+from loudmerge.errors import require
+from loudmerge.sidefiles import REPORT
 from loudmerge.training import ADAPTER, BASE
 
 TESTS, JOURNEY, FAMILIES, CROSS = "tests", "journey", "families", "cross"
@@ -89,7 +91,7 @@ def digest(out: Path) -> dict[str, str]:
     weights = hashlib.sha256()
     for file in sorted(out.glob("*.safetensors")):
         weights.update(file.name.encode() + b"\0" + file.read_bytes())
-    report = json.loads((out / "merge_report.json").read_text("utf-8"))
+    report = json.loads((out / REPORT).read_text("utf-8"))
     counts = json.dumps([report["counts"], report["adapter_tensors"]], sort_keys=True)
     return {"weights": weights.hexdigest(), "counts": hashlib.sha256(counts.encode()).hexdigest()}
 
@@ -136,7 +138,7 @@ def run_journey(job: Job) -> dict[str, Any]:
     gc.disable()
     from loudmerge.compat import journey  # noqa: PLC0415 - it imports torch, which the runner has not
 
-    training.require(training.PACKAGES, extra="demo")
+    require("demo", *training.PACKAGES)
     gc.freeze()
     gc.enable()
     shown = journey.run(job.directory / JOURNEY)

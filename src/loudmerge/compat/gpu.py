@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from loudmerge import hub, training
-from loudmerge.checkpoint import CONFIG, open_checkpoint
+from loudmerge.checkpoint import open_checkpoint
 from loudmerge.compat import document, journey, weights
 from loudmerge.compat.arguments import at_least_one
 from loudmerge.compat.cell import source
@@ -39,6 +39,7 @@ from loudmerge.compat.journey import Journey
 from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.merge import peak_rss_bytes
+from loudmerge.sidefiles import CONFIG
 from loudmerge.training import Recipe
 
 MODEL_CONFIG = Path(__file__).with_name("qwen3_30b_a3b.json")

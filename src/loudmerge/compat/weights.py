@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loudmerge.checkpoint import CONFIG, INDEX, open_checkpoint
+from loudmerge.checkpoint import INDEX, open_checkpoint
+from loudmerge.sidefiles import CONFIG
 from loudmerge.training import Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
