@@ -12,7 +12,7 @@ from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, TokenRows, a
 from loudmerge.adapter_config import ends_with
 from loudmerge.checkpoint import Checkpoint, config_parts
 from loudmerge.closing import closing, is_head
-from loudmerge.errors import Problem, some
+from loudmerge.errors import WHICH_BASE, Problem, some
 from loudmerge.evidence import Layout
 from loudmerge.experts import Slot
 from loudmerge.families import Family
@@ -221,7 +221,7 @@ class Draft:
                     str(rows.entry),
                     f"token index {wrong[0]}",
                     f"indices under {entry.shape[0]}, the rows of {entry}",
-                    "Is this the base that the adapter was trained on?",
+                    WHICH_BASE,
                 )
             )
         else:
@@ -330,7 +330,7 @@ def wrong_shape(where: str, found: tuple[int, ...], entry: TensorEntry) -> Probl
         where,
         f"{list(found)}",
         f"a shape that fits {entry}",
-        "Is this the base that the adapter was trained on?",
+        WHICH_BASE,
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from loudmerge.adapter_config import AdapterConfig
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import WHICH_BASE, MergeRefused, Problem
 from loudmerge.families import REGISTRATION_ORDER, Family
 from loudmerge.hypotheses import Evidence, FusedModule, Hypothesis, admits, hypotheses
 from loudmerge.layout import LoraBLayout, Orientation, PairShape
@@ -26,8 +26,6 @@ Weigh = Callable[[Iterable[FusedSite]], Weighed]
 
 _OTHER: dict[str, str] = dict([*permutations(Orientation, 2), *permutations(LoraBLayout, 2)])
 """What each says no to."""
-
-_WHICH_BASE = "Is this the base that the adapter was trained on?"
 
 
 @dataclass(frozen=True)
@@ -241,10 +239,10 @@ def _why_none(module: FusedModule) -> Problem:
             # Another base, or another config; of the two the adapter's Linears tell.
             found = f"{found}: {shape.rows // fits[0]} experts of rank {fits[0]}, as adapter_config.json says"
             found = f"{found}, or {by_rank}" if by_rank else found
-            return Problem("num-experts-mismatch", str(pair.a), found, expected, _WHICH_BASE)
+            return Problem("num-experts-mismatch", str(pair.a), found, expected, WHICH_BASE)
         if by_rank is None:
             return Problem(
-                "num-experts-mismatch", str(pair.a), found, f"a multiple of {expected}", _WHICH_BASE
+                "num-experts-mismatch", str(pair.a), found, f"a multiple of {expected}", WHICH_BASE
             )
         return Problem(
             "rank-mismatch",
@@ -259,7 +257,7 @@ def _why_none(module: FusedModule) -> Problem:
         if any(admits(module, p, pair, o) for pair in module.pairs for o in Orientation)
     ]
     code = "unknown-layout" if len(single) == len(module.parameters) > 1 else "shape-mismatch"
-    return Problem(code, module.name, _shapes(module), _expected(module), _WHICH_BASE)
+    return Problem(code, module.name, _shapes(module), _expected(module), WHICH_BASE)
 
 
 def _disagree(module: FusedModule, fits: set[Orientation], left: set[Orientation]) -> Problem:

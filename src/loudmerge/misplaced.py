@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loudmerge.adapter import LoraPair
-from loudmerge.errors import Problem
+from loudmerge.errors import WHICH_BASE, Problem
 from loudmerge.experts import ExpertGroup
 from loudmerge.tensorfile import TensorEntry
 
@@ -17,7 +17,7 @@ def missing_base(where: str, found: str, name: str) -> Problem:
         where,
         found,
         f"a tensor that {name} in memory means, in the base",
-        "Is this the base that the adapter was trained on?",
+        WHICH_BASE,
     )
 
 
@@ -84,7 +84,7 @@ def no_projection(name: str, projection: str, group: ExpertGroup) -> Problem:
         name,
         f"a LoRA for {projection}",
         f"one of {', '.join(sorted(group.dims))}, which the base's experts have",
-        "Is this the base that the adapter was trained on?",
+        WHICH_BASE,
     )
 
 
@@ -117,7 +117,7 @@ def no_matrix(entry: TensorEntry, pair: LoraPair) -> Problem:
         str(pair.a),
         f"a LoRA on {entry}, which has {len(entry.shape)} axes",
         "a Linear or an Embedding",
-        "Is this the base that the adapter was trained on? LoRA on other modules is for merge_and_unload.",
+        f"{WHICH_BASE} LoRA on other modules is for merge_and_unload.",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from loudmerge.adapter import LoraPair
 from loudmerge.adapter_config import AdapterConfig
 from loudmerge.clustering import Verdict
-from loudmerge.errors import Problem
+from loudmerge.errors import WHICH_BASE, Problem
 from loudmerge.hypotheses import Evidence, FusedModule, FusedParameter
 from loudmerge.layout import LoraBLayout
 
@@ -111,7 +111,7 @@ class Packing:
                     f"{parameter.leaf} in {where}",
                     f"num_experts {entry['num_experts']}",
                     f"{module.num_experts}, as the base has",
-                    "Is this the base that the adapter was trained on?",
+                    WHICH_BASE,
                 )
             )
         return entry.get("lora_B_layout", detail.get("lora_B_layout"))

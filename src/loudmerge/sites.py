@@ -13,7 +13,7 @@ from typing import Any
 
 from loudmerge.adapter import Adapter, LoraPair
 from loudmerge.conv1d import has_conv1d, is_conv1d
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import WHICH_BASE, MergeRefused, Problem
 from loudmerge.experts import ExpertGroup, Experts, Slot, split_expert_name
 from loudmerge.families import FUSED_LEAVES, PROJECTION_LEAVES, Family
 from loudmerge.hypotheses import FusedModule, FusedParameter
@@ -255,7 +255,7 @@ class _Placer:
                     str(pair.a),
                     f"a LoRA for {PROJECTION_LEAVES[leaf]} of expert {expert}",
                     f"experts 0 to {group.num_experts - 1} with {', '.join(sorted(group.dims))}",
-                    "Is this the base that the adapter was trained on?",
+                    WHICH_BASE,
                 )
             )
         require_float(slot.entry)
@@ -316,7 +316,7 @@ def require_float(entry: TensorEntry) -> None:
                 str(entry),
                 f"a weight of shape {list(entry.shape)}",
                 "at least one number to update",
-                "Is this the base that the adapter was trained on?",
+                WHICH_BASE,
             )
         )
 
@@ -363,7 +363,7 @@ def dense_problem(placed: Placed) -> Problem | None:
             f"{pair.a} and {pair.b}",
             f"a LoRA from {shapes[0]} to {shapes[1]}",
             f"from {expected[0]} to {expected[1]}, as {slot.entry} has it",
-            "Is this the base that the adapter was trained on?",
+            WHICH_BASE,
         )
     for vector in (pair.bias, pair.magnitude):
         if vector is not None and vector.shape != (out,):
@@ -372,7 +372,7 @@ def dense_problem(placed: Placed) -> Problem | None:
                 str(vector),
                 f"{list(vector.shape)}",
                 f"[{out}]",
-                "Is this the base that the adapter was trained on?",
+                WHICH_BASE,
             )
     return None
 
