@@ -352,7 +352,6 @@ class Worker:
         with self._lock:
             self.outcome.kept[piece.output.key].add(kept)
             done = {(piece.output.key, term.index, term.out.start) for term in piece.terms}
-            self.outcome.terms |= done
             self.outcome.rounded[rounding] |= done
 
     def _check(self, piece: Piece, result: Tensor) -> None:

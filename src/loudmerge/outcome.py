@@ -15,13 +15,12 @@ from loudmerge.resume import ShardRecord
 class Outcome:
     """What an execution did.
 
-    notes: on the adapter's weights. kept: by key, for the tensors that were merged. terms: those applied.
-    rounded: the same by how they were rounded.
+    notes: on the adapter's weights. kept: by key, for the tensors that were merged. rounded: terms applied,
+    by how they were rounded.
     """
 
     notes: tuple[str, ...] = ()
     kept: dict[str, Kept] = field(default_factory=lambda: defaultdict(Kept))
-    terms: set[tuple[str, int, int]] = field(default_factory=set)
     rounded: dict[str, set[tuple[str, int, int]]] = field(default_factory=lambda: defaultdict(set))
 
     def record(self, outputs: Iterable[OutputTensor]) -> ShardRecord:
@@ -29,14 +28,18 @@ class Outcome:
         keys = {output.key for output in outputs}
         kept = {key: (kept.along, kept.total) for key, kept in self.kept.items() if key in keys}
         rounded = {how: [term for term in found if term[0] in keys] for how, found in self.rounded.items()}
-        return ShardRecord(kept, sorted(term for term in self.terms if term[0] in keys), rounded)
+        return ShardRecord(kept, rounded)
 
     def restore(self, record: ShardRecord) -> None:
         """Takes over what an interrupted merge did."""
         self.kept.update({key: Kept(along, total) for key, (along, total) in record.kept.items()})
-        self.terms.update(record.terms)
         for how, terms in record.rounded.items():
             self.rounded[how].update(terms)
+
+    @property
+    def terms(self) -> set[tuple[str, int, int]]:
+        """Those applied."""
+        return set().union(*self.rounded.values())
 
     @property
     def overall(self) -> Kept:

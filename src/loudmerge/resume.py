@@ -26,11 +26,10 @@ _IDENTITY = "identity"
 class ShardRecord:
     """What was merged in one shard.
 
-    kept: (along, total) of delta_kept by key. terms: those applied. rounded: terms by how they were rounded.
+    kept: (along, total) of delta_kept by key. rounded: the terms applied, by how they were rounded.
     """
 
     kept: Mapping[str, tuple[float, float]]
-    terms: Collection[tuple[str, int, int]]
     rounded: Mapping[str, Collection[tuple[str, int, int]]]
 
 
@@ -68,7 +67,7 @@ class Finished:
         record = json.loads(path.read_text("utf-8"))
         kept = {key: (along, total) for key, (along, total) in record["kept"].items()}
         rounded = {how: _terms(found) for how, found in record["rounded"].items()}
-        return ShardRecord(kept, _terms(record["terms"]), rounded)
+        return ShardRecord(kept, rounded)
 
     def put(self, shard: str, record: ShardRecord) -> None:
         """Says that a shard, which is on the disk, is finished."""
