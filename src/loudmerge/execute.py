@@ -102,10 +102,9 @@ def execute(
     ):
         notes = check_weights(plan.adapter, plan.sites, reader, pool)
         worker = Worker(plan, reader, torch.device(device), notes, background, threads)
-        ahead = 0
+        ahead = AHEAD if worker.compiled else 0
         if worker.compiled:
             pool.submit(kernel)
-            ahead = AHEAD
         begun = _begin(plan, directory, worker.outcome, finished)
         done = total - sum(output.nbytes for _, outputs in begun for output in outputs)
         finishes: list[Future[None]] = []

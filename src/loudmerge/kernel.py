@@ -402,10 +402,9 @@ def balanced(
     check_sizes(weight, stride, delta, out, out_stride)
     check_bands(limits, delta.shape[axis])
     check_drawn(drawn, rows, columns, limits, axis)
-    sums = 0.0, 0.0
     if not is_usual(weight, stride, delta):
-        return False, sums
-    tile, block = new_tile(), (weight, stride, delta, out, out_stride)
+        return False, (0.0, 0.0)
+    sums, tile, block = (0.0, 0.0), new_tile(), (weight, stride, delta, out, out_stride)
     for segment in range(len(first)):
         left, right = edges[segment], edges[segment + 1]
         for band in range(len(limits) - 1):

@@ -67,3 +67,18 @@ def test_every_folder_that_is_listed_is_there() -> None:
     paths = [path for row in rows("| path | holds |") for path in re.findall(r"`(.+?)`", row)]
     assert len(paths) > 10
     assert [path for path in paths if not (CHECKOUT / path).exists()] == []
+
+
+def test_files_and_functions_are_as_short_as_the_style_asks() -> None:
+    """kernel.py says itself why it is one file."""
+    long = []
+    for file in sorted(SOURCE.rglob("*.py")):
+        text = file.read_text("utf-8")
+        long += [file.name] if len(text.splitlines()) > 400 else []
+        long += [
+            f"{file.name}: {node.name}"
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and (node.end_lineno or 0) - node.lineno >= 50
+        ]
+    assert long == ["kernel.py"]
