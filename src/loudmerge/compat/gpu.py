@@ -68,15 +68,14 @@ RECIPE = Recipe(
 Weights of 61 GB leave 23 GB of an 80 GB GPU. The LoRA factors, 1.26e9 numbers in float32, and their gradients
 take 10 GB: Adam's two moments would take 10 GB more, Adafactor's are sums over rows and columns. Without
 checkpointing each layer would keep its W + dW for the backward pass, 1.2 GB.
-head_gain, learning_rate: by runs of the first 2 layers, at full width, on a CPU, in nats a token. With the
-usual head KL(base || trained) was 0.47 at 2e-3 and 8.0 at 6e-3 (without weights.ROUTER_GAIN), but trained ||
-merged 1.4e-4 and 3.4e-4 in bfloat16 arithmetic. With half of it that was 2e-6, but base || trained 0.23 at
-5e-3, and no more at 8e-3. What lies between is taken: 0.5 at least, as it grows with the square of the gain.
-All 48 layers had six times the KL of 2, in models 128 wide. Nobody has measured what is taken here.
+head_gain, learning_rate: by runs of the first 2 layers, at full width, on a CPU, in nats a token. KL(base ||
+trained) is 0.55 with these, and trained || merged 1.5e-6, in bfloat16 arithmetic 1.3e-4 where its noise is
+1.6e-4. With the usual head it was 0.47 at 2e-3, and 1.4e-4 in bfloat16; with half of it 0.23 at 5e-3, no more
+at 8e-3, and 2e-6. All 48 layers had six times the KL of 2, in models 128 wide.
 """
 
 KL_AT_MOST = 1e-4
-"""Nats a token, KL(trained || merged) in bfloat16 arithmetic, as in unslothai/unsloth-zoo#647."""
+"""Nats a token, KL(trained || merged) in float32 and bfloat16 arithmetic, as in unslothai/unsloth-zoo#647."""
 ORIGINAL: Mapping[tuple[str, str, str], float] = {
     ("5.5.0", "0.19.1", "0.25.1"): 1.6e-5,
     ("5.5.0", "0.18.1", "0.25.1"): 1.3e-5,
@@ -157,18 +156,18 @@ def run(directory: Path, options: Options, meter: Meter | None = None) -> CellRe
     config = json.loads((base / CONFIG).read_text("utf-8"))
     shown = journey.run(directory, options.recipe, base=base, float32_merge=False, stage=meter)
     meter.end()
-    shortfalls = tuple(_shortfalls(shown, config))
+    found = tuple(shortfalls(shown, config))
     weights_of = "random weights" if options.weights == RANDOM else options.weights
     return CellResult(
         cell=name_of(options),
         lane=LANE,
-        status=FAILED if shortfalls else OK,
+        status=FAILED if found else OK,
         versions={**shown.versions, "python": platform.python_version()},
         path=shown.path,
         orientation=shown.orientation,
         merged=shown.merged,
         figures=shown.figures,
-        shortfalls=shortfalls,
+        shortfalls=found,
         detail=f"{config['num_hidden_layers']} layers, {weights_of}; {meter.summary()}",
         seconds=round(time.monotonic() - started, 1),
         stages=meter.seconds,
@@ -239,8 +238,8 @@ def _check_disk(directory: Path, config: Mapping[str, Any], rank: int, *, models
         )
 
 
-def _shortfalls(shown: Journey, config: Mapping[str, Any]) -> Iterator[Shortfall]:
-    """Every comparison is written so that it fails on nan."""
+def shortfalls(shown: Journey, config: Mapping[str, Any]) -> Iterator[Shortfall]:
+    """What a run does not show of what it must. Every comparison is written so that it fails on nan."""
     found = shown.figures
     projections = config["num_hidden_layers"] * config["num_experts"] * PROJECTIONS
     if shown.merged != (projections, projections):
@@ -248,7 +247,9 @@ def _shortfalls(shown: Journey, config: Mapping[str, Any]) -> Iterator[Shortfall
         yield Shortfall("merged", f"{applied} / {attempted}", f"{projections} / {projections}")
     if not found.kl_base_trained >= MOVED_AT_LEAST:
         yield Shortfall("kl_base_trained", f"{found.kl_base_trained:.3g}", f"at least {MOVED_AT_LEAST}")
-    limit = most_divergence(shown.versions)
+    if not found.kl_trained_merged <= KL_AT_MOST:
+        yield Shortfall("kl_trained_merged", f"{found.kl_trained_merged:.3g}", f"at most {KL_AT_MOST:g}")
+    limit = most_divergence(shown.versions, found.kl_floor)
     if not found.kl_bfloat16_arithmetic <= limit:
         yield Shortfall("kl_bfloat16_arithmetic", f"{found.kl_bfloat16_arithmetic:.3g}", f"at most {limit:g}")
     matched, total = found.samples
@@ -258,10 +259,14 @@ def _shortfalls(shown: Journey, config: Mapping[str, Any]) -> Iterator[Shortfall
         yield Shortfall("unmoved", f"the base says all {total} samples", "one at least is other")
 
 
-def most_divergence(versions: Mapping[str, str]) -> float:
-    """KL_AT_MOST, or the original table's figure for these versions where that is larger."""
+def most_divergence(versions: Mapping[str, str], floor: float) -> float:
+    """The largest KL(trained || merged) in bfloat16 arithmetic that passes.
+
+    KL_AT_MOST, or the original table's figure for these versions, or the noise of that arithmetic, which no
+    merge can be under: floor is that of the trained weights alone, against themselves in float32.
+    """
     key = (versions["transformers"], versions["peft"], versions["trl"])
-    return max(KL_AT_MOST, ORIGINAL.get(key, 0.0))
+    return max(KL_AT_MOST, ORIGINAL.get(key, 0.0), floor)
 
 
 def why_not(device: str) -> str | None:

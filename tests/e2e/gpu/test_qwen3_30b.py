@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from loudmerge.compat import gpu, weights
 from loudmerge.compat.cell import source
 from loudmerge.compat.gpu import Options
+from loudmerge.compat.journey import Journey
 from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult
 from loudmerge.errors import EnvironmentFailed
 
@@ -292,5 +295,31 @@ def test_a_run_that_is_stopped_leaves_a_row_that_says_so(
 
 def test_a_row_may_reach_what_the_original_table_has() -> None:
     versions = {"transformers": "5.5.0", "peft": "0.19.1", "trl": "1.4.0"}
-    assert gpu.most_divergence(versions) == pytest.approx(2.1e-4)
-    assert gpu.most_divergence({**versions, "trl": "0.25.1"}) == pytest.approx(gpu.KL_AT_MOST)
+    assert gpu.most_divergence(versions, 1e-6) == pytest.approx(2.1e-4)
+    assert gpu.most_divergence({**versions, "trl": "0.25.1"}, 1e-6) == pytest.approx(gpu.KL_AT_MOST)
+
+
+def fallen_short(ran: Ran, **figures: Any) -> list[str]:
+    """The checks that the small model's run would have failed with other figures."""
+    assert ran.row.figures is not None
+    shown = Journey(
+        replace(ran.row.figures, **figures),
+        *("fused", "standard", (3 * 16 * 3, 3 * 16 * 3), Path(), Path(), Path()),
+        *(ran.row.versions, (), ("one", "two", "three"), 0),
+    )
+    return [short.check for short in gpu.shortfalls(shown, SMALL)]
+
+
+def test_bfloat16_arithmetic_need_not_be_better_than_its_own_noise(ran: Ran) -> None:
+    assert fallen_short(ran, kl_bfloat16_arithmetic=1.5e-4, kl_floor=1.6e-4) == []
+    assert fallen_short(ran, kl_bfloat16_arithmetic=1.7e-4, kl_floor=1.6e-4) == ["kl_bfloat16_arithmetic"]
+
+
+@pytest.mark.parametrize("kl", [2e-4, math.nan])
+def test_noise_excuses_nothing_in_float32_arithmetic(ran: Ran, kl: float) -> None:
+    assert fallen_short(ran, kl_trained_merged=kl, kl_floor=1.0) == ["kl_trained_merged"]
+
+
+def test_noise_that_was_not_measured_excuses_nothing(ran: Ran) -> None:
+    found = fallen_short(ran, kl_bfloat16_arithmetic=1.1e-4, kl_floor=math.nan)
+    assert found == ["kl_bfloat16_arithmetic"]
