@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from loudmerge.errors import EnvironmentFailed, Mismatch
+from loudmerge.models import blamed
+from loudmerge.sidefiles import CONFIG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,12 +94,10 @@ def make_passages(
 def _tokenizer(where: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
+    with blamed(f"{where}: the tokenizer cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             where, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise EnvironmentFailed(f"{where}: the tokenizer cannot be loaded: {error}") from error
     return tokenizer
 
 
@@ -111,7 +111,13 @@ def _from_text(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    if not len(ids):
+        raise EnvironmentFailed(
+            f"{tokenizer.name_or_path}: the tokenizer makes no token of {text[:40]!r}, expected some. "
+            "Get its files again."
+        )
+    return ids
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -130,6 +136,11 @@ def _from_ids(config: Mapping[str, Any], vocabulary: int, tokens: int) -> Passag
     """Ids that a config names (image, padding …) are left out: models give them a meaning beside text."""
     special = set(_special_ids(config))
     usable = torch.tensor([number for number in range(vocabulary) if number not in special])
+    if not len(usable):
+        raise EnvironmentFailed(
+            f"{CONFIG}: found that all {vocabulary} token ids are special ones, expected some for text. "
+            "Add the tokenizer's files, or correct it."
+        )
     chosen = torch.randint(len(usable), (tokens,), generator=torch.Generator().manual_seed(0))
     sequences = _pieces(usable[chosen], SEQUENCE)
     prompts = tuple(_pieces(sequences[0], _IDS_PROMPT)[: len(PROMPTS)])
@@ -184,7 +195,8 @@ def logits(model: nn.Module, sequences: Sequence[Tensor], *, together: int = 1) 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """(sequences, tokens) -> (sequences, tokens, vocabulary); of whole sequences (sequences, 1, labels)."""
     device = next(model.parameters()).device
-    output = model(input_ids=ids.to(device), use_cache=False)
+    with blamed(f"{type(model).__name__}, as its {CONFIG} makes it, cannot be run on its tokenizer's ids"):
+        output = model(input_ids=ids.to(device), use_cache=False)
     found: Tensor | None = getattr(output, "logits", None)
     if found is None:
         raise EnvironmentFailed(

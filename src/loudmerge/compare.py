@@ -250,7 +250,7 @@ def _compare(
     cls = models.model_class(base.config, base.path)
     bare = models.skeleton(cls, base.path)
     tuple(read_sites(merge_plan.sites, bare))  # what PEFT cannot load is told before any weight is read
-    vocabulary = bare.config.get_text_config().vocab_size
+    vocabulary = models.vocabulary(bare, base.path)
     passages = behaviour.make_passages(merged.path, merged.config, vocabulary, prompts, tokens)
     out = _run_out(cls, merged, passages, device)
     base_logits, trained, unrounded, rounded = _run_trained(cls, merge_plan, out, passages, device)

@@ -171,7 +171,7 @@ def _compare(
 ) -> Equivalence:
     base = original.base
     cls = models.model_class(base.config, base.path)
-    vocabulary = models.skeleton(cls, base.path).config.get_text_config().vocab_size
+    vocabulary = models.vocabulary(models.skeleton(cls, base.path), base.path)
     passages = behaviour.make_passages(base.path, base.config, vocabulary, prompts, tokens)
     base_logits, ours = _run(cls, original, passages, device)
     _, theirs = _run(cls, other, passages, device)

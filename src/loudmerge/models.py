@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from loudmerge.adapter import Adapter
 from loudmerge.checkpoint import Checkpoint
-from loudmerge.errors import EnvironmentFailed, Mismatch, some
+from loudmerge.errors import EnvironmentFailed, Mismatch, is_out_of_memory, some
 from loudmerge.relay import ADAPTER_NAME
 from loudmerge.sidefiles import CONFIG
 from loudmerge.tensorfile import FLOAT_CODES
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKAGES = ("transformers", "peft")
+
+_RAISED = (
+    *(OSError, ValueError, RuntimeError, TypeError, AttributeError),
+    *(LookupError, ArithmeticError, AssertionError, ImportError),
+)
+"""What code runs into that takes a config at its word."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,25 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in ("torch", *PACKAGES)}
 
 
+@contextmanager
+def blamed(subject: str) -> Iterator[None]:
+    """What transformers or PEFT raise inside becomes an EnvironmentFailed: `subject`, and what they say.
+
+    Only around calls of theirs, so that no defect of loudmerge hides in it. A config that they do not take
+    fails wherever they use it first; huggingface_hub's checks of one raise classes of its own, which derive
+    from Exception alone. Memory that runs out stays what it is: no config is to blame.
+    """
+    from huggingface_hub import errors
+
+    strict = getattr(errors, "StrictDataclassError", OSError)  # older versions check no config
+    try:
+        yield
+    except (*_RAISED, strict) as error:
+        if is_out_of_memory(error):
+            raise
+        raise EnvironmentFailed(f"{subject}: {type(error).__name__}: {error}") from error
+
+
 def model_class(config: Mapping[str, Any], where: Path) -> type[PreTrainedModel]:
     """The class that config.json's `architectures` names.
 
@@ -73,31 +98,44 @@ def model_class(config: Mapping[str, Any], where: Path) -> type[PreTrainedModel]
     import transformers
 
     names = config.get("architectures") or []
-    found = getattr(transformers, names[0], None) if names else None
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise EnvironmentFailed(
-            f"{where / CONFIG}: found architectures {list(names)}, expected a model class of "
+            f"{where / CONFIG}: found architectures {names}, expected a model class of "
             f"transformers {transformers.__version__}. Install a version that has it: code from a checkpoint "
             "is not run."
         )
     if config.get("is_encoder_decoder"):
         raise EnvironmentFailed(
-            f"{names[0]}: found an encoder-decoder, expected a model that continues a sequence. "
+            f"{name}: found an encoder-decoder, expected a model that continues a sequence. "
             "`loudmerge verify` checks its tensors."
         )
     return found
 
 
 def skeleton(cls: type[PreTrainedModel], where: Path) -> PreTrainedModel:
-    """The model without weights, on the meta device."""
-    config = cls.config_class.from_pretrained(where, local_files_only=True)
-    with torch.device("meta"):
-        return cls(config)
+    """The model without weights, on the meta device. Raises EnvironmentFailed where none is made."""
+    with blamed(f"{where}: {_transformers()} cannot load it"):
+        config = cls.config_class.from_pretrained(where, local_files_only=True)
+        with torch.device("meta"):
+            return cls(config)
+
+
+def vocabulary(model: PreTrainedModel, where: Path) -> int:
+    """How many token ids the model takes. Raises EnvironmentFailed for one that takes none."""
+    found: object = getattr(model.config.get_text_config(), "vocab_size", None)
+    if not isinstance(found, int) or found < 1:
+        raise EnvironmentFailed(
+            f"{where / CONFIG}: found vocab_size {found}, expected how many tokens a model of "
+            "text has. `loudmerge verify` checks its tensors."
+        )
+    return found
 
 
 def load(cls: type[PreTrainedModel], where: Path, dtype: torch.dtype, device: str) -> Loaded:
     """A checkpoint in `dtype`, in evaluation mode. Raises EnvironmentFailed when it cannot be loaded."""
-    try:
+    with blamed(f"{where}: {_transformers()} cannot load it"):
         model, info = cls.from_pretrained(
             where,
             dtype=dtype,
@@ -106,10 +144,6 @@ def load(cls: type[PreTrainedModel], where: Path, dtype: torch.dtype, device: st
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise EnvironmentFailed(
-            f"{where}: transformers {version('transformers')} cannot load it: {error}"
-        ) from error
     model = model.to(device).eval()
     if hasattr(model, "set_experts_implementation"):
         # transformers 5 multiplies grouped matrices by default: it needs rows of a multiple of 16 bytes.
@@ -124,7 +158,7 @@ def load_base(cls: type[PreTrainedModel], where: Path, device: str) -> Loaded:
     loaded = load(cls, where, torch.float32, device)
     if loaded.missing:
         raise EnvironmentFailed(
-            f"{where}: transformers {version('transformers')} finds no tensor for {some(loaded.missing, 3)}, "
+            f"{where}: {_transformers()} finds no tensor for {some(loaded.missing, 3)}, "
             "so the base cannot be run. Install the version of transformers that wrote the checkpoint."
         )
     return loaded
@@ -149,9 +183,18 @@ def check_no_extra(out: Path, unexpected: frozenset[str], base: Loaded) -> None:
 
 
 def ends(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end this model's text, by its generation_config.json or config.json."""
+    """The ids that end this model's text, by its generation_config.json or config.json.
+
+    Raises EnvironmentFailed for what is no id: transformers keeps it as it is.
+    """
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return frozenset(found if isinstance(found, list) else [found] if found is not None else [])
+    ids = found if isinstance(found, list) else [found] if found is not None else []
+    if not all(isinstance(one, int) for one in ids):
+        raise EnvironmentFailed(
+            f"{type(model).__name__}: found eos_token_id {found!r}, expected a token id or a list of them. "
+            "Correct generation_config.json."
+        )
+    return frozenset(ids)
 
 
 def attach(model: PreTrainedModel, directory: Path, adapter: Adapter, sites: int, device: str) -> PeftModel:
@@ -164,13 +207,11 @@ def attach(model: PreTrainedModel, directory: Path, adapter: Adapter, sites: int
 
     # Some classes of transformers 4 rename keys of a checkpoint on load, and PEFT those of the adapter.
     renamed = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    try:
+    with blamed(f"{adapter.path}: {_peft()} cannot load it"):
         peft_model = PeftModel.from_pretrained(model, str(directory), ADAPTER_NAME, torch_device=device)
         result = peft_model.load_adapter(
             str(directory), ADAPTER_NAME, torch_device=device, key_mapping=renamed
         )
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise EnvironmentFailed(f"{adapter.path}: {_peft()} cannot load it: {error}") from error
     for keys, what in ((result.unexpected_keys, "ignores"), (result.missing_keys, "finds nothing in it for")):
         if keys:
             raise EnvironmentFailed(
@@ -222,5 +263,9 @@ def _is_adapted(module: nn.Module) -> bool:
     )
 
 
+def _transformers() -> str:
+    return f"transformers {version('transformers')}"
+
+
 def _peft() -> str:
-    return f"peft {version('peft')} on transformers {version('transformers')}"
+    return f"peft {version('peft')} on {_transformers()}"

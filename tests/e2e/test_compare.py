@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loudmerge.compare import Comparison, compare
+from loudmerge.equivalence import compare_adapters
 from loudmerge.errors import EnvironmentFailed, Mismatch
 from loudmerge.merge import merge
 from tests.support import kinds
@@ -223,6 +224,33 @@ def test_a_per_expert_adapter_is_compared_where_the_experts_are_apart_and_refuse
         found = compare(tmp_path / "out", tmp_path / "base", adapter, tokens=TOKENS)
         assert found.ok
         assert found.kl_base_trained > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "says"),
+    [
+        ("base/config.json", {"hidden_size": "x"}, r"base: transformers \S+ cannot load it: \w+: "),
+        ("base/config.json", {"hidden_act": "no"}, r"base: transformers \S+ cannot load it: KeyError: 'no'"),
+        ("base/config.json", {"num_attention_heads": 0}, "cannot load it: ZeroDivisionError: "),
+        ("base/config.json", {"architectures": [True]}, r"found architectures \[True\], expected a model"),
+        ("base/config.json", {"vocab_size": 0}, "found vocab_size 0, expected how many tokens"),
+        ("base/config.json", {"num_experts_per_tok": -1}, "cannot be run on its tokenizer's ids: Runtime"),
+        ("base/generation_config.json", {"eos_token_id": [[1]]}, r"found eos_token_id \[\[1\]\], expected"),
+        ("adapter/adapter_config.json", {"bias": None}, "adapter: peft .* cannot load it: AttributeError: "),
+    ],
+)
+@pytest.mark.parametrize("family", FUSED[:1])
+def test_what_merges_but_the_installed_libraries_do_not_take_is_said(
+    family: str, file: str, value: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    """The weights are as they should be; who wrote the config had other versions, or no care."""
+    made = make_inputs(tmp_path, family)
+    say(tmp_path / file, **value)
+    merge(made.base, made.adapter, made.out)
+    with pytest.raises(EnvironmentFailed, match=says):
+        run(made)
+    with pytest.raises(EnvironmentFailed, match=says):
+        compare_adapters(made.adapter, made.base, made.adapter, tokens=TOKENS)
 
 
 @pytest.mark.parametrize("family", FUSED[:1])

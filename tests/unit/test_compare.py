@@ -5,10 +5,12 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from torch import Tensor, nn
 
 from loudmerge import behaviour, models
@@ -34,6 +36,8 @@ RIGHT = Comparison(
     stored="bfloat16",
     versions={"torch": "2", "transformers": "5", "peft": "0"},
 )
+STRICT = [getattr(hub_errors, "StrictDataclassFieldValidationError", None)]
+"""What huggingface_hub raises for a field of a config, where it checks them: an Exception, no more."""
 
 
 def test_a_merge_that_differs_by_rounding_is_ok() -> None:
@@ -212,6 +216,25 @@ def test_without_tokenizer_files_the_models_run_on_fixed_ids_that_mean_nothing_s
     assert len(found.prompts) == 3
 
 
+def test_ids_that_are_all_special_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFailed, match="all 2 token ids are special ones, expected some for text"):
+        make_passages(tmp_path, {"eos_token_id": [0, 1]}, 2, None, 8)
+
+
+def test_a_tokenizer_that_makes_no_tokens_is_refused(tokenizer_directory: Path) -> None:
+    tokenizer = json.loads((tokenizer_directory / "tokenizer.json").read_text())
+    tokenizer["model"].update(vocab={}, merges=[])
+    (tokenizer_directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(EnvironmentFailed, match="the tokenizer makes no token of 'abc', expected some"):
+        make_passages(tokenizer_directory, {}, 256, ["abc"], 4)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_refused(tokenizer_directory: Path) -> None:
+    (tokenizer_directory / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(EnvironmentFailed, match="the tokenizer cannot be loaded: AttributeError: "):
+        make_passages(tokenizer_directory, {}, 256, ["abc"], 4)
+
+
 def test_given_prompts_need_a_tokenizer_and_some_text(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFailed, match="found no tokenizer files, expected one of"):
         make_passages(tmp_path, {}, 10, ["a"], 10)
@@ -260,6 +283,10 @@ def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.Mon
         ({}, r"\[\]"),
         ({"architectures": ["NoSuchModel"]}, r"\['NoSuchModel'\]"),
         ({"architectures": ["AutoModel"]}, "AutoModel"),
+        ({"architectures": "LlamaForCausalLM"}, "LlamaForCausalLM"),
+        ({"architectures": 3}, "3"),
+        ({"architectures": {"a": 1}}, "{'a': 1}"),
+        ({"architectures": [True]}, r"\[True\]"),
     ],
 )
 def test_an_architecture_that_transformers_does_not_have_is_refused(
@@ -275,6 +302,48 @@ def test_an_encoder_decoder_is_refused() -> None:
     config = {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
     with pytest.raises(EnvironmentFailed, match="found an encoder-decoder"):
         models.model_class(config, Path("base"))
+
+
+RAISED = [
+    *(OSError("x"), ValueError("x"), RuntimeError("x"), TypeError("x"), AttributeError("x"), KeyError("x")),
+    *(IndexError("x"), ZeroDivisionError("x"), AssertionError("x"), ImportError("x")),
+    *(strict("field", TypeError("x")) for strict in STRICT if strict is not None),
+]
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_what_a_library_raises_is_said_with_its_class(error: Exception) -> None:
+    """A KeyError's own text is only the key."""
+    says = f"^base: cannot load it: {type(error).__name__}: "
+    with pytest.raises(EnvironmentFailed, match=says) as caught, models.blamed("base: cannot load it"):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StopIteration(), MemoryError()])
+def test_what_is_no_fault_of_a_config_is_left_as_it_is(error: BaseException) -> None:
+    with pytest.raises(type(error)), models.blamed("base"):
+        raise error
+
+
+def test_torch_s_memory_that_runs_out_is_left_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator: not enough"), models.blamed("base"):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+
+@pytest.mark.parametrize("found", [None, 0, "x"])
+def test_a_model_that_reads_no_text_is_refused(found: object) -> None:
+    config = SimpleNamespace(vocab_size=found)
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    with pytest.raises(EnvironmentFailed, match=f"base/config.json: found vocab_size {found}, expected"):
+        models.vocabulary(model, Path("base"))
+
+
+@pytest.mark.parametrize("found", [[[1]], {"a": 1}, "x"])
+def test_an_end_of_text_that_is_no_id_is_refused(found: object) -> None:
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=found))
+    with pytest.raises(EnvironmentFailed, match=r"found eos_token_id .*, expected a token id or a list"):
+        models.ends(model)
 
 
 def test_tensors_that_out_lacks_or_has_too_many_are_a_mismatch() -> None:
