@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from fnmatch import translate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from loudmerge.checkpoint import INDEX, Checkpoint, open_checkpoint
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES, family_of
 from loudmerge.merge import Pathish, check_values, merge, merge_named
+from loudmerge.outfiles import OF_TOKENIZERS
 from loudmerge.outpath import make_parents, refuse_existing, remove_parents
 from loudmerge.plan import Options
 from loudmerge.report import MergeReport
@@ -47,8 +49,8 @@ if TYPE_CHECKING:
 MAX_HOPS = 16
 """How many `base_layer` links are followed; PEFT nests one for each targeted parameter of a module."""
 
-_TOKENIZER_FILE = re.compile(r"token|vocab|merges|chat_template|\.model$|\.jinja$")
-"""Side files that a tokenizer given to `save_pretrained_merged` takes the place of."""
+_TOKENIZER_FILE = re.compile(f"token|chat_template|(?:^|/)(?:{'|'.join(map(translate, OF_TOKENIZERS))})")
+"""Side files that a tokenizer given to `save_pretrained_merged` takes the place of; its code is one."""
 
 
 def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **options: Any) -> MergeReport:

@@ -33,11 +33,22 @@ What = Literal[
     "unreadable",
 ]
 
-READ_BY_LOADERS = (
-    *("*config.json", "*token*.json", "*.jinja", "chat_template.json", "modules.json", "*.py"),
-    *("*.model", "*.tiktoken", "*vocab.*", "*merges.txt"),
+OF_TOKENIZERS = (
+    *("*token*.json", "*tekken*.json", "*vocab*.json", "*vocab*.txt", "*vocab.*", "*.vocab", "*merges.txt"),
+    *("*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.tokenizer", "bpe.codes", "dict.txt"),
+    *("byte_maps.json", "emoji.json", "normalizer.json", "word_pronunciation.json", "word_shape.json"),
+    *("*.jinja", "chat_template.json"),
 )
-"""Files without weights that loaders read: an adapter_config.json puts an adapter on top, for one."""
+"""Names of the files that tokenizers are made of: the VOCAB_FILES_NAMES of transformers 5.24
+(models/*/tokenization_*.py), what its integrations/mistral reads before a tokenizer.json, the names that
+mistral-common and sentencepiece give beside those, and chat templates."""
+
+READ_BY_LOADERS = (
+    *OF_TOKENIZERS,
+    *("*config*.json", "params.json", "modules.json", "speaker_embeddings_path.json", "*.py"),
+)
+"""Names of files without weights that loaders read: an adapter_config.json puts an adapter on top, for one, a
+config_sentence_transformers.json a prompt before every text, and params.json is Mistral's config.json."""
 
 COMPARED_AT_ONCE = 1 << 23
 """Bytes."""
@@ -175,7 +186,7 @@ def _foreign(plan: MergePlan, out: Path, shards: AbstractSet[str]) -> Iterator[T
             continue
         if is_weights(name):
             yield TensorMismatch(name, name, "extra", "a weight file or index that is no part of the merge")
-        elif file.is_dir() or any(fnmatch(name, pattern) for pattern in READ_BY_LOADERS):
+        elif file.is_dir() or any(fnmatch(file.name, pattern) for pattern in READ_BY_LOADERS):
             yield TensorMismatch(name, name, "extra", "read by loaders, and no part of the merge")
 
 

@@ -292,13 +292,17 @@ def inputs_named(folder: Path) -> tuple[str, str]:
 
 
 def test_a_tokenizer_that_is_given_takes_the_place_of_that_on_disk(tmp_path: Path) -> None:
-    """And is not written into the base's directory."""
+    """And is not written into the base's directory. Beside it, no other tokenizer's file is left."""
     model = from_disk(tmp_path)
+    others = ("tekken.json", "source.spm", "bpe.codes", "dict.txt", "additional_chat_templates/x.jinja")
+    for name in others:
+        (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_text("x")
     loudmerge.save_pretrained_merged(model, tmp_path / "out", a_tokenizer())
     assert (tmp_path / "base" / "tokenizer.json").read_text() == "{}"
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"] == [1]
     assert (tmp_path / "out" / "modeling_custom.py").is_file()
-    assert not (tmp_path / "out" / "merges.txt").exists()
+    assert not [name for name in ("merges.txt", *others) if (tmp_path / "out" / name).exists()]
 
 
 @pytest.mark.parametrize("change", ["one element", "dtype", "layers", "file is gone"])

@@ -358,7 +358,17 @@ def test_weights_that_are_no_part_of_the_merge_are_found(world: World, name: str
         "modeling_x.py",
         "special_tokens_map.json",
         "preprocessor_config.json",
+        "config_sentence_transformers.json",
+        "params.json",
         "vocab.txt",
+        "tekken.json",
+        "tokenizer.model.v3",
+        "source.spm",
+        "bpe.codes",
+        "dict.txt",
+        "sentencepiece.bpe",
+        "spiece.vocab",
+        "0_Transformer/dict.txt",
     ],
 )
 def test_files_that_loaders_read_and_the_merge_did_not_write_are_found(world: World, name: str) -> None:
