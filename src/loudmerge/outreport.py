@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from loudmerge.errors import Mismatch
 from loudmerge.jsonfile import parse
 from loudmerge.outfiles import TensorMismatch
 from loudmerge.plan import MergePlan, Options, OutputTensor, check_options
-from loudmerge.sidefiles import REPORT
+from loudmerge.report import SCHEMA
+from loudmerge.sidefiles import REPORT, walk
 
 KEPT_TOLERANCE = 1e-4
 """How far delta_kept may lie from what is recomputed, relative to the larger of it and 1. The merge sums in
@@ -96,36 +98,77 @@ def check_status(report: Mapping[str, Any]) -> Iterator[TensorMismatch]:
             yield _mismatch(name, report.get(name), value)
 
 
+def check_fields(plan: MergePlan, report: Mapping[str, Any]) -> Iterator[TensorMismatch]:
+    """Yields what a report says of schema, options, base and adapter, and the plan says otherwise.
+
+    Of what nobody can recompute, such as the seconds, that it is of the right kind.
+    """
+    expected: dict[str, Any] = {
+        "schema": SCHEMA,
+        "options": asdict(recorded_options(report, Path(REPORT))),
+        "base.model_type": plan.base.model_type,
+        "adapter.rank": plan.adapter.config.rank,
+    }
+    if _names_adapter(plan, report):
+        expected["adapter.peft_version"] = plan.adapter.config.peft_version
+        expected |= {f"layout.{name}": getattr(plan.layout, name) for name in _LAYOUTS}
+    for path, value in expected.items():
+        found = _at(report, path)
+        if not _same(found, value):
+            yield _mismatch(path, found, value)
+    for path, (fits, kind) in _KINDS.items():
+        found = _at(report, path)
+        if path not in expected and not fits(found):
+            yield _mismatch(path, found, kind)
+
+
 def check_counts(plan: MergePlan, report: Mapping[str, Any], out: Path) -> Iterator[TensorMismatch]:
     """Yields what a report says of counts and files, and the plan, or OUT's directory, says otherwise.
 
     Another way of saving the same adapter has another number of tensors, and a base may have lost a file
     that no loader reads since: of these the report need only be of one mind.
     """
-    counts = {name: getattr(plan.counts, name) for name in ("expert", "dense", "replaced")}
-    expected: dict[str, Any] = {
-        "num_experts": plan.num_experts,
-        "counts": {
-            **{name: {"attempted": count, "applied": count} for name, count in counts.items()},
-            "copied": plan.counts.copied,
-        },
-        "adapter_tensors": {"total": len(plan.adapter.entries), "consumed": len(plan.consumed)},
-    }
-    said = _mapping(report.get("counts"))
-    replaced = said.get("replaced")
-    if _agree(replaced, "attempted", "applied") and replaced != expected["counts"]["replaced"]:
-        expected["counts"].update(replaced=replaced, copied=said.get("copied"))
-    if _agree(report.get("adapter_tensors"), "total", "consumed"):
-        expected["adapter_tensors"] = report["adapter_tensors"]
+    expected = _counted(plan, report)
     for name, value in expected.items():
-        if report.get(name) != value:
+        if not _same(report.get(name), value):
             yield _mismatch(name, report.get(name), value)
     named = report.get("files")
     files = named if isinstance(named, list) else []
     unnamed = sorted(set(plan.files).difference(map(str, files)))
-    gone = [name for name in files if not isinstance(name, str) or not (out / name).is_file()]
+    # By what is there: a name may be longer than one that a directory can be asked for, or lead out of OUT.
+    there = {path.relative_to(out).as_posix() for path in walk(out) if path.is_file()}
+    gone = [name for name in files if not isinstance(name, str) or name not in there]
     if unnamed or gone:
         yield _mismatch("files", files, f"those of OUT; not named: {unnamed}, not there: {gone}")
+
+
+def _counted(plan: MergePlan, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the counts have to be; those of an adapter that is saved otherwise, as far as they may be so."""
+    counts = {name: getattr(plan.counts, name) for name in ("expert", "dense", "replaced")}
+    done: dict[str, Any] = {name: {"attempted": count, "applied": count} for name, count in counts.items()}
+    copied = plan.counts.copied
+    tensors = {"total": len(plan.adapter.entries), "consumed": len(plan.consumed)}
+    if not _names_adapter(plan, report):
+        said = _mapping(report.get("counts"))
+        replaced, others = _mapping(said.get("replaced")), said.get("copied")
+        if _agree(replaced, "attempted", "applied") and type(others) is int:
+            # A tensor that is replaced is no longer copied, unless something else is for it, too.
+            more = replaced["applied"] - counts["replaced"]
+            if min(0, more) <= copied - others <= max(0, more) and 0 <= others <= len(plan.outputs):
+                done["replaced"], copied = replaced, others
+        if _agree(report.get("adapter_tensors"), "total", "consumed"):
+            tensors = report["adapter_tensors"]
+    return {
+        "num_experts": plan.num_experts,
+        "counts": {**done, "copied": copied},
+        "adapter_tensors": tensors,
+    }
+
+
+def _names_adapter(plan: MergePlan, report: Mapping[str, Any]) -> bool:
+    """Whether the merge was of the directory that the plan reads, and not of the adapter saved elsewhere."""
+    said = _at(report, "adapter.path")
+    return isinstance(said, str) and Path.cwd() / said == Path.cwd() / plan.adapter.path
 
 
 def check_measured(
@@ -192,13 +235,52 @@ def _check_kept(recorded: Any, merged: Sequence[Recomputed]) -> Iterator[TensorM
 def _agree(said: Any, *names: str) -> bool:
     """Whether all of these have one number, and there is nothing else."""
     held = _mapping(said)
-    if held.keys() != set(names) or not all(type(value) is int for value in held.values()):
-        return False
-    return len({*held.values()}) == 1
+    return held.keys() == set(names) and all(map(_is_whole, held.values())) and len({*held.values()}) == 1
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _at(report: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, None where there is none."""
+    value: Any = report
+    for name in path.split("."):
+        value = _mapping(value).get(name)
+    return value
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """As JSON, where true is not 1, and 4.0 not 4."""
+    return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _is_evidence(value: Any) -> bool:
+    """A list of `Evidence`, as JSON."""
+    texts = ("source", "site", "says", "detail")
+    return isinstance(value, list) and all(
+        _mapping(one).keys() == {*texts, "confidence"}
+        and all(isinstance(one[name], str) for name in texts)
+        and type(one["confidence"]) in (int, float)
+        and 0 <= one["confidence"] <= 1
+        for one in value
+    )
+
+
+def _is_notes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _close(recorded: Any, expected: float) -> bool:
@@ -219,3 +301,28 @@ def _mismatch(name: str, found: Any, expected: Any) -> TensorMismatch:
 def _text(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+_LAYOUTS: Mapping[str, tuple[str, ...]] = {
+    "orientation": ("standard", "swapped", "mixed", "none"),
+    "lora_b_layout": ("rank_major", "grouped_by_expert", "mixed", "none"),
+}
+"""What a report may say of the layout: the names of one, or that modules differ, or that none is fused."""
+
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "base.path": (_is_text, "a path or name"),
+    "adapter.path": (_is_text, "a path or name"),
+    "adapter.peft_version": (lambda value: value is None or _is_text(value), "a version or null"),
+    "out": (_is_text, "a path or name"),
+    **{
+        f"layout.{name}": (names.__contains__, f"one of {', '.join(names)}")
+        for name, names in _LAYOUTS.items()
+    },
+    "layout.evidence": (_is_evidence, "a list of what spoke for it: source, site, says, confidence, detail"),
+    "config_edits": (lambda value: isinstance(value, dict), "an object"),
+    "notes": (_is_notes, "a list of texts"),
+    "verified": (lambda value: isinstance(value, bool), "true or false"),
+    "seconds": (_is_seconds, "a number of seconds"),
+    "peak_rss_bytes": (_is_whole, "a number of bytes"),
+}
+"""What the fields that a merge alone can know have to be, and how that is said."""

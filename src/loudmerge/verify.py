@@ -28,6 +28,7 @@ from loudmerge.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
 from loudmerge.outreport import (
     Recomputed,
     check_counts,
+    check_fields,
     check_layout,
     check_measured,
     check_status,
@@ -172,6 +173,7 @@ def verify_plan(
     if report is not None:
         mismatches += check_status(report)
     if report is not None and ours:
+        mismatches += check_fields(plan, report)
         mismatches += check_counts(plan, report, out)
         if not wrong and len(outputs) == len(plan.outputs):
             mismatches += check_measured(plan, report, comparison.merged())

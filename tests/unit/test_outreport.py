@@ -92,6 +92,20 @@ def told_kept(report: dict[str, Any], value: float) -> None:
     report["delta_kept"]["overall"] = value
 
 
+EVIDENCE = {"source": "shape", "site": "", "says": "standard", "detail": ""}
+
+
+def told_layout(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: report["layout"][name] for name in ("orientation", "lora_b_layout")}
+
+
+def recount(report: dict[str, Any], replaced: int, copied: int) -> None:
+    """Adds to these counts."""
+    counts = report["counts"]
+    counts["copied"] += copied
+    counts["replaced"] = {name: count + replaced for name, count in counts["replaced"].items()}
+
+
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "status": (
         lambda report: report.update(status="refused"),
@@ -128,6 +142,74 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "adapter_tensors": (
         lambda report: report["adapter_tensors"].update(consumed=1),
         'adapter_tensors: found {"consumed": 1, ',
+    ),
+    "copied beside replaced": (
+        lambda report: recount(report, 1, -1),
+        'counts: found {"copied": .*, expected {"copied": ',
+    ),
+    "a count that is true": (
+        lambda report: report["counts"]["replaced"].update(applied=True),
+        r'counts: found {.*"replaced": {"applied": true, "attempted": 1}}, expected',
+    ),
+    "the adapter's tensors": (
+        lambda report: report["adapter_tensors"].update(total=7, consumed=7),
+        'adapter_tensors: found {"consumed": 7, "total": 7}, expected',
+    ),
+    "schema": (lambda report: report.update(schema=2), "schema: found 2, expected 1"),
+    "no options": (lambda report: report.pop("options"), "options: found null, expected {"),
+    "an option more": (
+        lambda report: report["options"].update(more="x"),
+        r'options: found {.*"more": "x".*}, expected {',
+    ),
+    "model_type": (
+        lambda report: report["base"].update(model_type="llama"),
+        'base.model_type: found "llama", expected "',
+    ),
+    "rank": (lambda report: report["adapter"].update(rank=99), "adapter.rank: found 99, expected "),
+    "peft_version": (
+        lambda report: report["adapter"].update(peft_version="0.0"),
+        'adapter.peft_version: found "0.0", expected ',
+    ),
+    "orientation": (
+        lambda report: report["layout"].update(orientation="mixed"),
+        'layout.orientation: found "mixed", expected "',
+    ),
+    "lora_b_layout": (
+        lambda report: report["layout"].update(lora_b_layout="mixed"),
+        'layout.lora_b_layout: found "mixed", expected "',
+    ),
+    "no layout": (
+        lambda report: report.update(layout=told_layout(report)),
+        'layout.evidence: found null, expected "a list of what spoke for it',
+    ),
+    "evidence": (
+        lambda report: report["layout"]["evidence"].append({"source": "shape"}),
+        "layout.evidence: found .*, expected",
+    ),
+    "evidence's confidence": (
+        lambda report: report["layout"].update(evidence=[{**EVIDENCE, "confidence": 2}]),
+        "layout.evidence: found .*, expected",
+    ),
+    "base's path": (lambda report: report.update(base={**report["base"], "path": 3}), "base.path: found 3"),
+    "out": (lambda report: report.update(out=None), 'out: found null, expected "a path or name"'),
+    "config_edits": (
+        lambda report: report.update(config_edits=[]),
+        r'config_edits: found \[\], expected "an',
+    ),
+    "notes": (lambda report: report.update(notes=[3]), r'notes: found \[3\], expected "a list of texts"'),
+    "verified": (lambda report: report.update(verified="yes"), 'verified: found "yes", expected "true or'),
+    "seconds": (lambda report: report.update(seconds=-1), "seconds: found -1, expected"),
+    "peak_rss_bytes": (
+        lambda report: report.update(peak_rss_bytes="x"),
+        'peak_rss_bytes: found "x", expected "a number of bytes"',
+    ),
+    "a file's name without end": (
+        lambda report: report["files"].append("x" * 300),
+        r'files: found .*, expected "those of OUT; not named: \[\], not there: .*xxx',
+    ),
+    "a file that is elsewhere": (
+        lambda report: report["files"].append("../out/config.json"),
+        r'files: found .*, expected "those of OUT; not named: \[\], not there: .*\.\./out',
     ),
     "files": (
         lambda report: report.update(files=["nothing"]),
@@ -195,6 +277,46 @@ def test_what_is_edited_in_the_report_is_named(
     found = made.only()
     assert (found.key, found.what) == (REPORT, "report")
     assert re.match(says, found.detail)
+
+
+def test_the_report_of_a_merge_of_the_adapter_elsewhere_may_have_its_own_counts_and_layout(
+    tmp_path: Path,
+) -> None:
+    """Saved in another way, it has other tensors: one more that is replaced is one less that is copied."""
+    made = place(tmp_path)
+    report = made.report()
+    report["adapter"].update(path="elsewhere", peft_version="0.1.0")
+    report["layout"].update(orientation="swapped", lora_b_layout="grouped_by_expert")
+    report["adapter_tensors"].update(total=7, consumed=7)
+    recount(report, 1, -1)
+    made.say(report)
+    assert made.verify().ok
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda report: recount(report, 1, 1), "counts: found"),
+        (lambda report: recount(report, 1, -2), "counts: found"),
+        (lambda report: recount(report, 500, -99), 'counts: found {"copied": -'),
+        (lambda report: recount(report, -2, 1), 'counts: found {"copied"'),
+        (lambda report: report["adapter_tensors"].update(total=-7, consumed=-7), "adapter_tensors: found"),
+        (lambda report: report["adapter"].update(rank=99), "adapter.rank: found 99"),
+        (lambda report: report["adapter"].update(path=3), "adapter.path: found 3, expected"),
+        (lambda report: report["adapter"].update(peft_version=3), "adapter.peft_version: found 3, expected"),
+        (lambda report: report["layout"].update(orientation="up"), 'layout.orientation: found "up", expect'),
+        (lambda report: report["layout"].update(lora_b_layout=[]), r"layout.lora_b_layout: found \[\], ex"),
+    ],
+)
+def test_what_no_way_of_saving_an_adapter_makes_is_named_all_the_same(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object], says: str
+) -> None:
+    made = place(tmp_path)
+    report = made.report()
+    report["adapter"]["path"] = "elsewhere"
+    edit(report)
+    made.say(report)
+    assert re.match(says, made.only().detail)
 
 
 def test_that_another_tensor_keeps_less_is_named(tmp_path: Path) -> None:
