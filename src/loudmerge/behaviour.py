@@ -195,7 +195,7 @@ def logits(model: nn.Module, sequences: Sequence[Tensor], *, together: int = 1) 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """(sequences, tokens) -> (sequences, tokens, vocabulary); of whole sequences (sequences, 1, labels)."""
     device = next(model.parameters()).device
-    with blamed(f"{type(model).__name__}, as its {CONFIG} makes it, cannot be run on its tokenizer's ids"):
+    with blamed(f"{type(model).__name__}, as its {CONFIG} makes it, cannot be run"):
         output = model(input_ids=ids.to(device), use_cache=False)
     found: Tensor | None = getattr(output, "logits", None)
     if found is None:
