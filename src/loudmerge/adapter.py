@@ -153,6 +153,7 @@ class _Sorter:
         self._unnamed_rows: list[TensorEntry] = []
         self._whole: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
         self._embeddings: set[tuple[str, int]] = set()
+        self._linears: set[tuple[str, int]] = set()
         self._roles: dict[tuple[str, int], dict[str, TensorEntry]] = defaultdict(dict)
 
     def add(self, entry: TensorEntry) -> None:
@@ -173,8 +174,8 @@ class _Sorter:
 
     def _add_role(self, module: str, depth: int, role: str, entry: TensorEntry) -> None:
         roles = self._roles[module, depth]
-        if "embedding" in role:
-            self._embeddings.add((module, depth))
+        if "magnitude" not in role:
+            (self._embeddings if "embedding" in role else self._linears).add((module, depth))
         role = role.removesuffix(".weight").replace("_embedding", "")
         if role in roles:
             self._refuse(
@@ -196,6 +197,15 @@ class _Sorter:
 
     def _pair(self, module: str, depth: int, roles: Mapping[str, TensorEntry]) -> LoraPair | None:
         embedding = (module, depth) in self._embeddings
+        if embedding and (module, depth) in self._linears:
+            self._refuse(
+                "missing-adapter-tensor",
+                next(iter(roles.values())),
+                f"half a LoRA of a Linear, and half of an embedding, on {module}",
+                "both halves of the pair",
+                ONE_SAVE,
+            )
+            return None
         for half in ("lora_A", "lora_B"):
             if half not in roles:
                 other = next(iter(roles.values()))
@@ -281,7 +291,7 @@ class _Sorter:
         head's name again: `save_embedding_layers`, or a resized vocabulary.
         """
         for entry in self._unnamed_rows:
-            same = [rows.entry for rows in self.rows if alike(rows.entry, entry)]
+            same = [rows.entry for rows in self.rows if rows.entry.is_like(entry)]
             if len(same) == 1:
                 self.copies.append((same[0], entry))
                 continue
@@ -341,12 +351,25 @@ class _Sorter:
                     f"{ONE_SAVE} This one does not name it, so what it is for is unknown.",
                 )
                 continue
+            self._check_not_nested(name, entry)
             self.full.append(FullTensor(name, entry, self._is_saved(name)))
             # With a resized vocabulary PEFT saves modules_to_save three times, and reads the plain name.
             if "" in kinds and "modules_to_save" in kinds:
                 self.copies.append((entry, kinds["modules_to_save"]))
             if "original_module" in kinds:
                 self.originals.append(kinds["original_module"])
+
+    def _check_not_nested(self, name: str, entry: TensorEntry) -> None:
+        """Of a module to save within another, PEFT trains and saves a copy that no forward uses."""
+        saved = self.config.saved_around(name.rpartition(".")[0])
+        if len(saved) > 1:
+            self._refuse(
+                "unsupported-adapter",
+                entry,
+                f"modules_to_save names {saved[-1]}, and {saved[0]}: PEFT saves a copy that is not used",
+                "no module to save within another; PEFT cannot load such an adapter, either",
+                "Train with the outer one alone in modules_to_save.",
+            )
 
     def _is_saved(self, name: str) -> bool:
         return self.config.saves_module(name.rpartition(".")[0])
@@ -361,11 +384,6 @@ class _Sorter:
 
     def _refuse(self, code: str, entry: TensorEntry, found: str, expected: str, hint: str) -> None:
         self.problems.append(Problem(code, str(entry), found, expected, hint))
-
-
-def alike(first: TensorEntry, second: TensorEntry) -> bool:
-    """Whether two tensors can have the same bytes."""
-    return (first.dtype, first.shape) == (second.dtype, second.shape)
 
 
 def _no_weights(path: Path) -> Problem:

@@ -13,6 +13,7 @@ from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.jsonfile import read_json
+from loudmerge.patterns import by_pattern
 
 CONFIG = "adapter_config.json"
 
@@ -67,6 +68,10 @@ HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
 
 
+_HEADS = ("classifier", "score")
+"""What PEFT adds to modules_to_save of a classifier; up to 0.10 it saved that, but did not say so."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """What adapter_config.json says. `raw` is the whole file."""
@@ -91,21 +96,16 @@ class AdapterConfig:
 
     def rank_for(self, name: str) -> int:
         """The rank of a module or parameter, by its full name in memory, after `rank_pattern`."""
-        return int(_by_pattern(self.rank_pattern, name, self.rank))
+        return int(by_pattern(self.rank_pattern, name, self.rank))
 
-    def alphas_for(self, name: str) -> tuple[float, ...]:
-        """The values of all `alpha_pattern` keys that match; the first counts.
-
-        PEFT writes the patterns sorted, so where they differ the file may not say which was trained.
-        """
-        matching = (value for key, value in self.alpha_pattern.items() if _matches(key, name))
-        return tuple(dict.fromkeys(float(value) for value in matching))
+    def alpha_for(self, name: str) -> float:
+        """The alpha of a module or parameter, by its full name in memory, after `alpha_pattern`."""
+        return float(by_pattern(self.alpha_pattern, name, self.alpha))
 
     def scaling_for(self, name: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rslora, after the patterns."""
         rank = self.rank_for(name)
-        alpha = float(_by_pattern(self.alpha_pattern, name, self.alpha))
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targeted_parameters(self, module: str) -> tuple[str, ...]:
         """The parameters of `module` that `target_parameters` names, sorted.
@@ -138,10 +138,23 @@ class AdapterConfig:
             return self.all_linear or _is_named(targets, module)
         return module in targets or (_is_named(targets, module) and self._is_in_layer(module))
 
-    def _is_in_layer(self, module: str) -> bool:
+    def never_targets_module(self, module: str) -> bool:
+        """Whether no release of PEFT puts a LoRA on what has this name in memory, by what the config says.
+
+        Nothing is sure without target_modules: PEFT has a list of its own for each model_type.
+        """
+        if _is_named(self.raw.get("exclude_modules") or (), module):
+            return True
+        targets = self.raw.get("target_modules")
+        if targets is None or isinstance(targets, str):
+            return targets is not None and not (self.all_linear or _is_named(targets, module))
+        return not (module in targets or (_is_named(targets, module) and self._is_in_layer(module, any)))
+
+    def _is_in_layer(self, module: str, how: Callable[[Iterable[bool]], bool] = all) -> bool:
         """Whether `layers_to_transform` has the module's layer.
 
         PEFT goes by the first index of the name; older releases went by the last, which may be an expert's.
+        how: whether by both or by either.
         """
         layers = self.raw.get("layers_to_transform")
         if layers is None or layers == []:
@@ -152,16 +165,21 @@ class AdapterConfig:
         names = "|".join(f"(?:{name})" for name in patterns)
         # By name: a pattern may have groups of its own.
         found = [re.match(rf"{lead}\.(?:{names})\.(?P<layer>\d+)\.", module) for lead in (".*?", ".*")]
-        return all(match is not None and int(match["layer"]) in chosen for match in found)
+        return how(match is not None and int(match["layer"]) in chosen for match in found)
 
     def saves_module(self, module: str) -> bool:
         """Whether `modules_to_save` names this module, or one around it.
 
         PEFT's rule (peft/utils/other.py, `_set_trainable`): a plain `endswith`, without a dot.
         """
+        return bool(self.saved_around(module))
+
+    def saved_around(self, module: str) -> list[str]:
+        """The modules that `modules_to_save` names of this one and those around it, outermost first."""
         parts = module.split(".")
         around = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-        return any(name.endswith(tuple(self.modules_to_save)) for name in around)
+        heads = _HEADS if self.raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ()
+        return [name for name in around if name.endswith(tuple(self.modules_to_save) or heads)]
 
 
 def ends_with(name: str, target: str) -> bool:
@@ -224,7 +242,8 @@ def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Prob
             "A model with replicated layers has other layers than its base: save it as a base of its own,"
             " set this field to null, and merge into that.",
         )
-    if raw.get("init_lora_weights", True) not in HARMLESS_INITS:
+    init = raw.get("init_lora_weights", True)
+    if _is_number(init) or init not in HARMLESS_INITS:  # 1 == True
         yield refuse(
             "init_lora_weights",
             "an initialisation that leaves the base's weights alone",
@@ -237,15 +256,6 @@ def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Prob
                 "null: this field is not understood, and may change the function",
                 "Ask for its support.",
             )
-
-
-def _by_pattern(pattern: Mapping[str, Any], name: str, default: float) -> Any:
-    """PEFT's rule (peft/utils/other.py, `get_pattern_key`): the first key in order that matches."""
-    return next((value for key, value in pattern.items() if _matches(key, name)), default)
-
-
-def _matches(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _is_named(names: str | Iterable[str], module: str) -> bool:

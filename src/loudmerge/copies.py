@@ -62,7 +62,7 @@ def _copies(draft: Draft, entry: TensorEntry) -> Iterator[TensorEntry]:
     canonical = draft.names.canonical
     with TensorReader() as reader:
         for other in draft.base.entries.values():
-            if other is entry or (other.dtype, other.shape) != (entry.dtype, entry.shape):
+            if other is entry or not other.is_like(entry):
                 continue
             both = {canonical[entry.name], canonical[other.name]}
             if both == {EMBEDDING, HEAD} or _on_disk_only(draft, canonical[other.name]):

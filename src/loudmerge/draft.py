@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, TokenRows, alike
+from loudmerge.adapter import EMBEDDING_NAMES, Adapter, FullTensor, LoraPair, TokenRows
 from loudmerge.adapter_config import ends_with
 from loudmerge.checkpoint import Checkpoint, config_parts
 from loudmerge.closing import closing, is_head
@@ -17,8 +17,9 @@ from loudmerge.evidence import Layout
 from loudmerge.experts import Slot
 from loudmerge.families import Family
 from loudmerge.layout import Axes, Orientation, Span
-from loudmerge.misplaced import missing_base
+from loudmerge.misplaced import missing_base, several_alphas
 from loudmerge.names import Names
+from loudmerge.patterns import alphas
 from loudmerge.plan import Counts, MergePlan, Options, OutputTensor, Site, Term
 from loudmerge.siblings import is_extra_layer
 from loudmerge.sites import Placed, Placement, wrong_dtype
@@ -71,7 +72,7 @@ class Draft:
                         layout.packing[module.name, leaf],
                     )
                 )
-                self._note_alpha(parameter.name)
+                self._check_alpha(pair, parameter.name, parameter.rank)
                 for expert, rows, slot in target.parts:
                     self._add_term(expert, rows, slot)
                 self.expert += len(target.parts)
@@ -81,7 +82,7 @@ class Draft:
             pair, slot = item.pair, item.slot
             if self.family.shared and re.search(self.family.shared, item.parameter):
                 self.problems.append(_shared(pair.a, slot.entry))
-            self._note_alpha(item.pair.module)
+            self._check_alpha(pair, item.parameter if item.wrapped else pair.module, item.rank)
             self.sites.append(
                 Site(
                     pair,
@@ -111,13 +112,10 @@ class Draft:
         """PEFT merges it by itself: peft/tuners/lora/variants.py, `MiCALinearVariant.merge_unsafe`."""
         return self.adapter.config.raw.get("init_lora_weights") == "mica"
 
-    def _note_alpha(self, name: str) -> None:
-        alphas = self.adapter.config.alphas_for(name)
-        if len(alphas) > 1:
-            self.notes.append(
-                f"{name}: {len(alphas)} keys of alpha_pattern match, with {alphas}; the first counts, as PEFT"
-                " reads the file, but PEFT saves them sorted, and training may have had another first"
-            )
+    def _check_alpha(self, pair: LoraPair, name: str, rank: int) -> None:
+        found = alphas(self.adapter.config.raw, name, rank)
+        if len(found) > 1:
+            self.problems.append(several_alphas(str(pair.a), name, found))
 
     def _add_term(self, expert: int, rows: Span, slot: Slot) -> None:
         key = slot.entry.name
@@ -193,7 +191,7 @@ class Draft:
             return re.sub(r"\.decoder\.bias$", ".bias", name)
 
         for other in self.adapter.full:
-            same = outer(other.name) == outer(full.name) and alike(other.entry, full.entry)
+            same = outer(other.name) == outer(full.name) and other.entry.is_like(full.entry)
             if other is not full and same and self.names.find(other.name) is not None:
                 return other.entry
         return None

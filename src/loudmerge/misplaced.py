@@ -32,6 +32,30 @@ def nested(pairs: Sequence[LoraPair]) -> Problem:
     )
 
 
+def not_targeted(pair: LoraPair) -> Problem:
+    """PEFT puts no LoRA on this module when it loads the adapter, and drops the tensors without a word."""
+    return Problem(
+        "unconsumed-adapter-tensor",
+        str(pair.a),
+        f"a LoRA on {pair.module}, which the adapter's config does not target",
+        "target_modules, layers_to_transform and exclude_modules that have this module targeted",
+        "Get the config and the weights of one and the same save.",
+    )
+
+
+def several_alphas(where: str, name: str, found: Sequence[float]) -> Problem:
+    """Keys of alpha_pattern that say different things: by their order in training, or the release of PEFT."""
+    return Problem(
+        "unsupported-adapter",
+        where,
+        f"an alpha of {' or '.join(f'{alpha:g}' for alpha in found)} for {name}, by which key of"
+        " alpha_pattern counts: PEFT saves them in another order than training had, and its releases differ",
+        "keys that say one thing",
+        "Leave the key in adapter_config.json that was trained, or merge the live model with"
+        " save_pretrained_merged.",
+    )
+
+
 def mixed(pair: LoraPair, leaves: Sequence[str]) -> Problem:
     """Fused and other parameters of one module, targeted together."""
     return Problem(

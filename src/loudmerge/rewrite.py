@@ -18,6 +18,8 @@ from loudmerge.adapter_config import AdapterConfig, ends_with, parse_config
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.families import REGISTRATION_ORDER, Family
 from loudmerge.layout import Axes, LoraBLayout, Span
+from loudmerge.misplaced import several_alphas
+from loudmerge.patterns import alphas
 from loudmerge.provenance import FIELDS_SINCE, orientation_written_by
 from loudmerge.relayout import Factored, fused, parted
 
@@ -77,7 +79,10 @@ class Rewritten:
         self.sites += 1
 
     def settle(self, names: Sequence[str], expression: str, rank: int, scaling: float) -> None:
-        """Has the config give these modules or parameters this rank and scaling, by a pattern if need be."""
+        """Has the config give these modules or parameters this rank and scaling, by a pattern if need be.
+
+        Raises MergeRefused where a key that is there already means them, too: PEFT would save both sorted.
+        """
         config = parse_config(self.raw)
         if any(config.rank_for(name) != rank for name in names):
             self._pattern("rank_pattern", expression, rank)
@@ -85,6 +90,9 @@ class Rewritten:
         if not all(math.isclose(config.scaling_for(name), scaling, rel_tol=1e-12) for name in names):
             alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
             self._pattern("alpha_pattern", expression, int(alpha) if alpha == int(alpha) else alpha)
+        for name in names if self.raw.get("alpha_pattern") else ():
+            if len(found := alphas(self.raw, name, rank)) > 1:
+                raise MergeRefused(several_alphas(f"a LoRA for {name}", name, found))
 
     def target(self, add: Collection[str], into: str) -> None:
         """Names what is targeted now, and no longer what only the converted modules were named by."""

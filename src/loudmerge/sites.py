@@ -28,6 +28,7 @@ from loudmerge.misplaced import (
     no_projection,
     no_target_parameters,
     not_fused,
+    not_targeted,
     unknown_family,
 )
 from loudmerge.names import Names
@@ -131,6 +132,8 @@ class _Placer:
             raise MergeRefused(nested(pairs))
         elif leaves and not pairs[0].embedding:
             self._place_dense(pairs[0], f"{module}.{leaves[0]}", f"{module}.{leaves[0]}")
+        elif self._config.never_targets_module(module):
+            raise MergeRefused(not_targeted(pairs[0]))
         else:
             self._place_dense(pairs[0], f"{module}.weight", module)
 

@@ -63,6 +63,10 @@ class TensorEntry:
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} {self.dtype} in {self.file.name}"
 
+    def is_like(self, other: TensorEntry) -> bool:
+        """Whether two tensors can have the same bytes."""
+        return (self.dtype, self.shape) == (other.dtype, other.shape)
+
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The entries and the metadata of a safetensors file.

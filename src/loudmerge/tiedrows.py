@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from loudmerge.adapter import PREFIX
@@ -59,6 +60,15 @@ _HEADLESS = frozenset(
 """model_types of towers without any head to carry rows to; their text models add `_text_model`."""
 
 
+_TIES_NOTHING = re.compile(
+    r"(?<!^T5)(?<!^MT5)(?<!^UMT5)ForQuestionAnswering$|For(Sequence|Token)Classification$|^MarianModel$"
+)
+"""Classes of encoder-decoders that name nothing as tied to `shared` (transformers 5.24.0)."""
+
+_TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+"""The task_type under which PEFT wraps a class that may not be the one of the base's config.json."""
+
+
 def is_tied(base: Checkpoint, names: Names) -> bool:
     """Whether the model ties its head: the config says so, or says nothing and there is no head on disk."""
     said = base.config_values("tie_word_embeddings")
@@ -87,6 +97,28 @@ def carry_rows(draft: Draft, embedding: TensorEntry, head: TensorEntry | None) -
     elif tied and not draft.changes.get(head.name):
         draft.changes[head.name]["token_rows"] = rows
         draft.replaced += 1
+
+
+def rows_on_shared(draft: Draft) -> Iterator[Problem]:
+    """A problem for token rows of an encoder-decoder's `shared`, under a class where PEFT leaves them there.
+
+    Encoder and decoder have modules of their own with the same matrix, and call those. PEFT gives them the
+    rows only where the class of the whole model says what is tied (peft/utils/other.py,
+    `_get_module_names_tied_with_embedding`); in transformers 4 more classes did.
+    """
+    named = draft.base.config.get("architectures")
+    name = _TASKS.get(str(draft.adapter.config.raw.get("task_type")))
+    name = name or (str(named[0]) if isinstance(named, list) and named else "")
+    for rows in draft.adapter.rows if _TIES_NOTHING.search(name) else ():
+        if rows.module.rpartition(".")[2] == "shared":
+            yield Problem(
+                "unsupported-adapter",
+                str(rows.entry),
+                f"trained token rows of {rows.module}, which no forward of {name} calls: with transformers 5"
+                " they have no effect, merged they would",
+                "rows of a model that PEFT ties to its encoder and decoder, such as one for generation",
+                "Train without trainable_token_indices, or with embed_tokens in modules_to_save.",
+            )
 
 
 def rows_apart(draft: Draft, head: TensorEntry | None) -> Iterator[Problem]:

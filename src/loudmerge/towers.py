@@ -3,6 +3,7 @@
 A model that is a part of another one has names without what precedes them there. In transformers 5
 `encoder.layers.0…` may be `text_model.encoder.layers.0…` or `vision_model.encoder.layers.0…` of one
 checkpoint. What proves which: the class that PEFT writes into the config, and shapes. Never the order.
+The other way round, a base that was saved without its head may lack what precedes the adapter's names.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def in_its_part(base: Checkpoint, adapter: Adapter, family: Family) -> Family:
     first = next(iter(trained))
     others = _roots(base.entries, first, family)
     if not others:
-        return family
+        return _of_the_whole(base, family, trained)
     parts = [_part(base, family, trained, _usual_root(base, family, first))]
     parts += [_part(base, replace(family, root=root), trained, root) for root in others]
     said = _class_words(adapter)
@@ -79,6 +80,21 @@ def in_its_part(base: Checkpoint, adapter: Adapter, family: Family) -> Family:
     raise MergeRefused(
         _ambiguous(first, [part for part in parts if part.fits or (part is usual and part.has)])
     )
+
+
+def _of_the_whole(base: Checkpoint, family: Family, trained: Sizes) -> Family:
+    """The family, without what precedes the trained names where the base was saved from the model inside.
+
+    So GPT-2, Bloom and BERT lie on the Hub: `h.0.attn…`, which is `transformer.h.0.attn…` of the model with a
+    head; transformers loads it by the class's base_model_prefix.
+    """
+    first = {module.partition(".")[0] for module in trained}
+    prefix = next(iter(first))
+    if len(first) > 1 or any(key.startswith(f"{prefix}.") for key in base.entries):
+        return family
+    bare = replace(family, renames=((rf"^{re.escape(prefix)}\.", ""), *family.renames))
+    whole = _part(base, bare, trained, "")
+    return bare if whole.fits and not _part(base, family, trained, "").has else family
 
 
 def _trained(adapter: Adapter) -> Sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from loudmerge.adapter import LoraPair
@@ -14,7 +15,7 @@ from loudmerge.names import NUMBER
 from loudmerge.plan import OutputTensor, Site, Term
 from loudmerge.sites import Placed, dense_problem
 from loudmerge.tensorfile import TensorEntry
-from loudmerge.tiedrows import HEAD_BESIDE, carry_rows, is_tied, rows_apart, rows_under_lora
+from loudmerge.tiedrows import HEAD_BESIDE, carry_rows, is_tied, rows_apart, rows_on_shared, rows_under_lora
 
 _TIED_SINCE_5 = frozenset({"longt5", "mt5", "pop2piano", "t5", "udop", "umt5"})
 """model_types whose config says true in memory where config.json says false (configuration_t5.py, 5.24.0)."""
@@ -32,7 +33,7 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     """
     embedding, head = draft.names.find(EMBEDDING), draft.names.find(HEAD)
     _require_bias(draft, head or embedding)
-    draft.problems += rows_apart(draft, head)
+    draft.problems += [*rows_on_shared(draft), *rows_apart(draft, head)]
     wanted = [pair.a for pair in pairs] + ([draft.full_head] if draft.full_head else [])
     wanted += [draft.head_rows.entry] if draft.head_rows else []
     if wanted and (embedding is None or head is not None or not is_tied(draft.base, draft.names)):
@@ -87,7 +88,10 @@ def _may_be_tied(draft: Draft, entry: TensorEntry, head: TensorEntry | None) -> 
     embeds = embeds_tokens(draft, entry)
     if embeds is not None:
         return embeds
-    return entry is head or (len(entry.shape) == 2 and entry.shape[0] in draft.base.vocabulary_sizes)
+    inside = re.search(r"\.\d+\.", entry.name) is not None  # of a layer, whose sizes are the same by chance
+    return entry is head or (
+        len(entry.shape) == 2 and entry.shape[0] in draft.base.vocabulary_sizes and not inside
+    )
 
 
 def embeds_tokens(draft: Draft, entry: TensorEntry) -> bool | None:

@@ -21,6 +21,7 @@ from loudmerge.adapter import LEVELS, PREFIX
 from loudmerge.adapter_config import CONFIG, AdapterConfig, read_config
 from loudmerge.errors import Problem
 from loudmerge.forwards import more_than_weight
+from loudmerge.patterns import alphas
 
 _HOLDERS = ("_adapters", "scaling", "trainable_tokens_delta")
 """What has the names of a wrapper's adapters: of modules and token rows to save, of LoRA, of token rows."""
@@ -180,7 +181,9 @@ def _by_adapter(module: object, name: str) -> Iterable[tuple[str, Any]]:
 
 
 def _says(config: AdapterConfig, name: str, rank: int, scaling: float) -> bool:
-    return config.rank_for(name) == rank and math.isclose(config.scaling_for(name), scaling, rel_tol=1e-12)
+    if config.rank_for(name) != rank or len(alphas(config.raw, name, rank)) > 1:
+        return False
+    return math.isclose(config.scaling_for(name), scaling, rel_tol=1e-12)
 
 
 def _told(field: str, pattern: str, values: Mapping[str, float]) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def patterns(draw: st.DrawFn, case: Case) -> Case:
     ]  # fmt: skip
     some = st.lists(st.sampled_from(keys), max_size=3, unique=True)
     ranks = {key: draw(st.integers(1, 5)) for key in draw(some)}
-    alphas = {key: draw(st.sampled_from((1.0, 2.0, 5.0, 0.5))) for key in draw(some)}
+    # One: where several match, the file does not say which was first in training, and a merge is refused.
+    alphas = {key: draw(st.sampled_from((1.0, 2.0, 5.0, 0.5))) for key in draw(some)[:1]}
     # PEFT saves its config with sorted keys, and the first pattern that matches wins: file order counts.
     return replace(case, rank_pattern=dict(sorted(ranks.items())), alpha_pattern=dict(sorted(alphas.items())))
 

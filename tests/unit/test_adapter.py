@@ -360,3 +360,32 @@ def test_a_config_without_weights_is_no_adapter(tmp_path: Path) -> None:
     (path / "adapter_model.safetensors").unlink()
     with pytest.raises(MergeRefused, match=r"^unsupported-adapter: .*: found no adapter_model\.safetensors"):
         read_adapter(path)
+
+
+@pytest.mark.parametrize("names", [["self_attn", "q_proj"], ["attn", "model.layers.0.self_attn.q_proj"]])
+def test_a_module_to_save_within_another_is_refused(names: list[str], tmp_path: Path) -> None:
+    """PEFT wraps the inner one where no forward goes, and saves that."""
+    held = full("model.layers.0.self_attn.q_proj.weight", 4, 4)
+    error = refused(tmp_path, held, modules_to_save=names)
+    assert error.code == "unsupported-adapter"
+    assert "PEFT saves a copy that is not used" in str(error)
+    outer = {**held, **full("model.layers.0.self_attn.k_proj.weight", 4, 4)}
+    assert len(read(tmp_path, outer, modules_to_save=["self_attn"]).full) == 2
+
+
+def test_a_classifier_of_peft_up_to_0_10_saved_its_head_without_a_word(tmp_path: Path) -> None:
+    held = full("score.weight", 3, 4)
+    (found,) = read(tmp_path, held, task_type="SEQ_CLS", modules_to_save=None).full
+    assert (found.name, found.saved_module) == ("score.weight", True)
+    for fields in ({"task_type": "CAUSAL_LM"}, {"task_type": "SEQ_CLS", "modules_to_save": ["norm"]}):
+        assert refused(tmp_path, held, **fields).code == "unconsumed-adapter-tensor"
+
+
+def test_half_a_lora_of_an_embedding_and_half_of_a_linear_are_no_pair(tmp_path: Path) -> None:
+    held = {
+        f"{PREFIX}model.embed.lora_embedding_A": values(2, 5),
+        f"{PREFIX}model.embed.lora_B.weight": values(4, 2),
+    }
+    error = refused(tmp_path, held)
+    assert error.code == "missing-adapter-tensor"
+    assert "half a LoRA of a Linear, and half of an embedding, on model.embed" in str(error)

@@ -143,6 +143,8 @@ def test_the_function_survives_a_conversion(case: Case, to: str) -> None:
     assume(must_merge(case) and case.num_experts > 1)
     # One parameter has one rank and scaling: experts that differ are another test's.
     assume(not (case.per_expert and (case.rank_pattern or case.alpha_pattern)))
+    # A key that means only what the other layout has is refused: PEFT would save it and the new one sorted.
+    assume(not any(key.startswith("experts") for key in case.alpha_pattern))
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         root = Path(scratch)
         built = build(case, root)

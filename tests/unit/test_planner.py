@@ -153,12 +153,11 @@ def test_weights_that_are_left_out_are_noted(world: World) -> None:
     assert note.endswith("model-10.gguf and 2 more")
 
 
-def test_two_alphas_for_one_name_are_noted(world: World) -> None:
-    plan = world.plan(Q, lora(Q_PROJ, 8, H), alpha_pattern={"q_proj": 1, r".*q_proj": 2})
-    (note,) = plan.notes
-    assert Q_PROJ in note
-    assert "alpha_pattern" in note
-    assert "(1.0, 2.0)" in note
+def test_two_alphas_for_one_name_are_refused(world: World) -> None:
+    saved = dict.fromkeys(("auto_mapping", "inference_mode", "layers_pattern", "corda_config"))
+    error = world.refuse(Q, lora(Q_PROJ, 8, H), **saved, alpha_pattern={"q_proj": 1, r".*q_proj": 2})
+    assert error.code == "unsupported-adapter"
+    assert f"found an alpha of 1 or 2 for {Q_PROJ}, by which key of alpha_pattern counts" in str(error)
 
 
 def test_what_an_option_overrules_is_noted(world: World) -> None:

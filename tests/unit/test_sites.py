@@ -516,3 +516,35 @@ def test_all_problems_of_placing_are_collected(tmp_path: Path) -> None:
     del base[f"{EXPERTS}.1.up_proj.weight"]
     _, problems = placed(tmp_path, base, NESTED | lora("a", 8, H), target_parameters=BOTH)
     assert {p.code for p in problems} == {"experts-incomplete", "missing-base-tensor"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["k_proj"]},
+        {"target_modules": r".*\.k_proj"},
+        {"target_modules": []},
+        {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_a_lora_that_the_config_does_not_target_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT drops it when it loads the adapter, without a word."""
+    found = problem(tmp_path, Q, lora(Q_PROJ, 8, H), **fields)
+    assert found.code == "unconsumed-adapter-tensor"
+    assert f"found a LoRA on {Q_PROJ}, which the adapter's config does not target" in str(found)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"target_modules": None},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+        {"target_modules": [Q_PROJ], "layers_to_transform": [1]},
+    ],
+)
+def test_what_a_config_may_target_is_merged(fields: dict[str, Any], tmp_path: Path) -> None:
+    found, problems = placed(tmp_path, Q, lora(Q_PROJ, 8, H), **fields)
+    assert (len(found.dense), problems) == (1, [])

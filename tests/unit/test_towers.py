@@ -173,3 +173,29 @@ def test_a_tower_has_the_same_name_with_and_without_vision_model(tmp_path: Path)
     for held, name in ((new, old), (old, new)):
         base = {f"{held}.weight": values(8, 6), "model.layers.0.q.weight": values(8, 6)}
         assert merged(tmp_path, base, lora(name, 8, 6)) == {f"{held}.weight"}
+
+
+# --- a base that was saved from the model inside ----------------------------------------------------
+
+BARE = {"h.0.attn.c_proj.weight": values(8, 6), "wte.weight": values(9, 6)}
+TRAINED = lora("transformer.h.0.attn.c_proj", 8, 6)
+
+
+def test_a_base_without_the_prefix_of_the_model_with_a_head_is_the_same_model(tmp_path: Path) -> None:
+    assert merged(tmp_path, BARE, TRAINED) == {"h.0.attn.c_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        (BARE, lora("transformer.h.1.attn.c_proj", 8, 6)),
+        (BARE, lora("transformer.h.0.attn.c_proj", 8, 5)),
+        (BARE, {**TRAINED, **lora("encoder.h.0.attn.c_proj", 8, 6)}),
+        ({**BARE, "transformer.ln.weight": values(6)}, TRAINED),
+    ],
+    ids=["another layer", "another size", "two prefixes", "a part of that name"],
+)
+def test_a_prefix_is_left_out_only_where_all_that_was_trained_fits_then(
+    base: Tensors, adapter: Tensors, tmp_path: Path
+) -> None:
+    assert World(tmp_path).refuse(base, adapter).code == "missing-base-tensor"

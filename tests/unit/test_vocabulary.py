@@ -585,3 +585,34 @@ def test_rows_of_a_text_model_that_has_the_head_with_it_are_merged(world: World)
     base = {**Q, "language_model.model.embed_tokens.weight": values(V, H)}
     plan = world.plan(base, SOME, {"model_type": "gemma3", **TIE, **NESTED}, **SINCE_018)
     assert plan.counts.replaced == 1
+
+
+SHARED = {"shared.weight": values(V, H), "encoder.block.0.q.weight": values(8, H)}
+SHARED_ROWS = {f"{PREFIX}shared.token_adapter.trainable_tokens_delta": values(2, H)}
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "refused"),
+    [
+        *(("BartForSequenceClassification", None, True), ("T5ForTokenClassification", None, True)),
+        *(("MBartForQuestionAnswering", None, True), ("T5ForQuestionAnswering", None, False)),
+        *(("T5ForConditionalGeneration", "SEQ_CLS", True), ("T5ForConditionalGeneration", None, False)),
+        *(("MarianModel", None, True), ("BartModel", "FEATURE_EXTRACTION", False)),
+    ],
+)
+def test_rows_of_shared_are_refused_where_the_class_ties_nothing_to_it(
+    name: str, task: str | None, refused: bool, world: World
+) -> None:
+    model = {"model_type": "t5", "architectures": [name], "tie_word_embeddings": True}
+    if refused:
+        error = world.refuse(SHARED, SHARED_ROWS, model, **PICKED, task_type=task)
+        assert error.code == "unsupported-adapter"
+        assert "trained token rows of shared, which no forward of" in str(error)
+    else:
+        assert world.plan(SHARED, SHARED_ROWS, model, **PICKED, task_type=task).counts.replaced == 1
+
+
+def test_a_weight_of_a_layer_is_no_embedding_by_the_chance_of_its_size(world: World) -> None:
+    base = {"h.0.query_key_value.weight": values(V, H), "word_embeddings.weight": values(V, H)}
+    model = {"model_type": "bloom", "tie_word_embeddings": True, "vocab_size": V}
+    assert world.plan(base, lora("h.0.query_key_value", V, H), model).counts.dense == 1
