@@ -141,8 +141,11 @@ class AdapterConfig:
     def never_targets_module(self, module: str) -> bool:
         """Whether no release of PEFT puts a LoRA on what has this name in memory, by what the config says.
 
-        Nothing is sure without target_modules: PEFT has a list of its own for each model_type.
+        Nothing is sure without target_modules, for which PEFT has a list of its own for each model_type, and
+        with ensure_weight_tying, where what is tied to a target has a LoRA, too.
         """
+        if self.raw.get("ensure_weight_tying"):
+            return False
         if _is_named(self.raw.get("exclude_modules") or (), module):
             return True
         targets = self.raw.get("target_modules")

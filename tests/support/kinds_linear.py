@@ -47,7 +47,7 @@ def _moe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _moe_patterns(model: PreTrainedModel) -> dict[str, Any]:
-    """Full names of experts' parameters, expressions for one layer, leaf names; several match one name."""
+    """Full names of experts' parameters, expressions for one layer, leaf names."""
     fused = {
         "model.layers.0.mlp.experts.gate_up_proj": 3,
         r"layers\.1\.mlp\.experts\.down_proj": 5,
@@ -63,7 +63,7 @@ def _moe_patterns(model: PreTrainedModel) -> dict[str, Any]:
         "alpha_pattern": {
             **dict.fromkeys(fused if tiny.expert_parameters(model) else apart, 7),
             r"layers\.0\.self_attn\..*": 3,
-            "o_proj": 5,
+            r".*1\.self_attn\.o_proj": 5,
         },
     }
 

@@ -540,6 +540,7 @@ def test_a_lora_that_the_config_does_not_target_is_refused(fields: dict[str, Any
     [
         {},
         {"target_modules": None},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj"], "layers_to_transform": [0]},
         {"target_modules": [Q_PROJ], "layers_to_transform": [1]},
