@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loudmerge.adapter import LoraPair
 from loudmerge.draft import EMBEDDING, HEAD, HEAD_BIAS, Draft, wrong_shape
@@ -34,6 +35,8 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     embedding, head = draft.names.find(EMBEDDING), draft.names.find(HEAD)
     _require_bias(draft, head or embedding)
     draft.problems += [*rows_on_shared(draft), *rows_apart(draft, head)]
+    if embedding is None and head is None:
+        _take_second_copy(draft)
     wanted = [pair.a for pair in pairs] + ([draft.full_head] if draft.full_head else [])
     wanted += [draft.head_rows.entry] if draft.head_rows else []
     if wanted and (embedding is None or head is not None or not is_tied(draft.base, draft.names)):
@@ -55,6 +58,21 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     _follow_size(draft, embedding, added or (draft.final(head) if head is not None else None))
 
 
+def _take_second_copy(draft: Draft) -> None:
+    """A tied matrix that PEFT saved twice, as embedding and as head, being resized or asked to.
+
+    That both are equal is shown before a byte is written (`preflight.check_weights`).
+    """
+    saved = {full.entry for full in draft.adapter.full if not full.saved_module}
+    if draft.full_head not in saved or not is_tied(draft.base, draft.names):
+        return
+    found = [changes.get("replacement") for changes in draft.changes.values()]
+    same = [entry for entry in found if entry in saved and entry.is_like(draft.full_head)]
+    if len(same) == 1:
+        copies = (*draft.adapter.copies, (same[0], draft.full_head))
+        draft.adapter, draft.full_head = replace(draft.adapter, copies=copies), None
+
+
 def _refuse_unknown_embedding(draft: Draft, head: TensorEntry | None) -> None:
     """A tied model whose embedding has another key: what was trained on either would reach both, or be lost.
 
@@ -67,7 +85,9 @@ def _refuse_unknown_embedding(draft: Draft, head: TensorEntry | None) -> None:
     for name in dict.fromkeys([*draft.terms, *draft.changes]):
         entry, changes = draft.base.entries[name], draft.changes.get(name, {})
         rows_alone = head is None and name not in draft.terms and changes.keys() == {"token_rows"}
-        if not rows_alone and _may_be_tied(draft, entry, head):
+        copied = any(first is changes.get("replacement") for first, _ in draft.adapter.copies)
+        for_both = rows_alone or (copied and name not in draft.terms and changes.keys() == {"replacement"})
+        if not for_both and _may_be_tied(draft, entry, head):
             draft.problems.append(
                 Problem(
                     "unsupported-base",

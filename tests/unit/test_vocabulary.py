@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loudmerge.errors import MergeRefused
+from loudmerge.merge import merge
 from loudmerge.plan import Counts, MergePlan
 from tests.unit.builders import (
     EMBED,
@@ -616,3 +617,44 @@ def test_a_weight_of_a_layer_is_no_embedding_by_the_chance_of_its_size(world: Wo
     base = {"h.0.query_key_value.weight": values(V, H), "word_embeddings.weight": values(V, H)}
     model = {"model_type": "bloom", "tie_word_embeddings": True, "vocab_size": V}
     assert world.plan(base, lora("h.0.query_key_value", V, H), model).counts.dense == 1
+
+
+TIED_WTE = {WTE: values(V, H), "transformer.h.0.q.weight": values(8, H)}
+BOTH_RESIZED = {**full(WTE, V + 1, H), **full("lm_head.weight", V + 1, H)}
+GPT2_TIED: dict[str, Any] = {"model_type": "gpt2", "tie_word_embeddings": True, "vocab_size": V}
+
+
+def test_a_resized_tied_matrix_that_peft_saved_twice_is_one(world: World) -> None:
+    """As embedding and as head, with the same bytes: so GPT-2, OPT or Falcon with one more token."""
+    plan = world.plan(TIED_WTE, BOTH_RESIZED, GPT2_TIED)
+    assert outputs(plan)[WTE].shape == (V + 1, H)
+    assert "lm_head.weight" not in outputs(plan)
+    assert plan.config_edits["vocab_size"] == V + 1
+    assert [(first.name, copy.name) for first, copy in plan.adapter.copies] == [
+        (f"{PREFIX}{WTE}", f"{PREFIX}lm_head.weight")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("held", "fields"),
+    [
+        (BOTH_RESIZED, {"modules_to_save": ["lm_head"]}),
+        ({**full(WTE, V + 1, H), **full("lm_head.weight", V + 2, H)}, {}),
+        (full("lm_head.weight", V + 1, H), {}),
+    ],
+    ids=["trained apart", "two sizes", "the head alone"],
+)
+def test_a_head_that_is_no_copy_of_the_tied_matrix_is_refused(
+    held: Tensors, fields: dict[str, Any], world: World
+) -> None:
+    error = world.refuse(TIED_WTE, held, GPT2_TIED, **fields)
+    assert error.code == "missing-base-tensor"
+    assert "found what was trained on lm_head" in str(error)
+
+
+def test_two_copies_of_a_tied_matrix_that_differ_are_refused(tmp_path: Path) -> None:
+    base, adapter = write_base(tmp_path / "base", TIED_WTE, **GPT2_TIED), tmp_path / "adapter"
+    write_adapter(adapter, {**BOTH_RESIZED, f"{PREFIX}lm_head.weight": values(V + 1, H, seed=3)})
+    with pytest.raises(MergeRefused, match=f"found other values than {PREFIX}{WTE}"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
