@@ -270,13 +270,14 @@ def _stem(pair: LoraPair) -> str:
 def _config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter's config as the installed PEFT takes it.
 
-    Keys that it does not know are left out (it would drop them with a warning): the plan has understood
-    them all. Dropout does nothing at inference, and PEFT refuses it on fused parameters.
+    Keys that it does not know are left out (it would drop them with a warning), as the plan has understood
+    them all, and so is null, which stands for a default. Dropout does nothing at inference, and PEFT refuses
+    it on fused parameters.
     """
     from peft import LoraConfig
 
     known = {field.name for field in fields(LoraConfig)}
-    kept = {key: value for key, value in raw.items() if key in known or key == "peft_type"}
+    kept = {key: value for key, value in raw.items() if key in {*known, "peft_type"} and value is not None}
     return {**kept, "lora_dropout": 0.0, "inference_mode": True}
 
 
