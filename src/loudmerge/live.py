@@ -8,31 +8,34 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import re
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
-from fnmatch import translate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from loudmerge.adapter import LEVELS, PREFIX, WEIGHTS, read_adapter
 from loudmerge.adapter_config import CONFIG as ADAPTER_CONFIG
-from loudmerge.checkpoint import INDEX, Checkpoint, open_checkpoint
+from loudmerge.blueprint import (
+    Tied,
+    blueprint_of,
+    refuse_left_out,
+    saved_apart,
+    ties_of,
+    unlike_its_class,
+)
+from loudmerge.checkpoint import open_checkpoint
 from loudmerge.errors import MergeRefused, Problem
-from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES, family_of
+from loudmerge.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
 from loudmerge.merge import Pathish, check_values, merge, merge_named
-from loudmerge.outfiles import OF_TOKENIZERS
+from loudmerge.origin import keep_disk_layout
 from loudmerge.outpath import make_parents, refuse_existing, remove_parents
 from loudmerge.plan import Options
 from loudmerge.report import MergeReport
-from loudmerge.sidefiles import CONFIG
-from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
+from loudmerge.unused import unused_modules, unused_rows
 from loudmerge.wrappers import (
     Wrapper,
     other_adapters,
@@ -49,9 +52,6 @@ if TYPE_CHECKING:
 MAX_HOPS = 16
 """How many `base_layer` links are followed; PEFT nests one for each targeted parameter of a module."""
 
-_TOKENIZER_FILE = re.compile(f"token|chat_template|(?:^|/)(?:{'|'.join(map(translate, OF_TOKENIZERS))})")
-"""Side files that a tokenizer given to `save_pretrained_merged` takes the place of; its code is one."""
-
 
 def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **options: Any) -> MergeReport:
     """Merges a live PeftModel's active adapter into its base and publishes the result as `out`.
@@ -63,10 +63,11 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     left them. Where the base was loaded from a local checkpoint and is still the same, byte for byte, OUT
     keeps that checkpoint's shards, side files, and tensors that the model's class does not have.
 
-    Raises MergeRefused like `merge`, and for a base that is quantised, offloaded or has merged adapters, and
-    for modules whose active adapter is not the model's; TypeError for what is no PeftModel, and for an option
-    that there is not; ValueError when there is not exactly one active adapter, adapters are disabled, or an
-    option's value does not exist, or is resume=True.
+    Raises MergeRefused like `merge`, and for a base that is quantised, offloaded, has merged adapters, or not
+    the tensors of its class, for modules whose active adapter is not the model's, and for what was trained
+    where no forward looks; TypeError for what is no PeftModel, and for an option that there is not;
+    ValueError when there is not exactly one active adapter, adapters are disabled, or an option's value does
+    not exist, or is resume=True.
     """
     _check_values(options)
     name = _active_adapter(model)
@@ -75,29 +76,31 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     base = model.get_base_model()
     tensors = base_state_dict(base)
     _refuse_base(model, base, tensors)
-    if problems := list(own_forwards(found, name)):
-        raise MergeRefused(problems)
+    _refuse_meta(model, name)
+    blueprint, bare = blueprint_of(base), _bare(base)
+    tied = ties_of(bare, tensors, blueprint)
+    unused = (*unused_modules(model, name), *unused_rows(model, name, tensors, tied))
+    _refuse((*own_forwards(found, name), *unused))
     target = Path(out).absolute()
     refuse_existing(target, overwrite=bool(options.get("overwrite", False)))
     with ExitStack() as left:
         left.callback(remove_parents, make_parents(target))
-        scratch = left.enter_context(
-            tempfile.TemporaryDirectory(prefix=".loudmerge.live-", dir=target.parent)
-        )
-        weights, saved = Path(scratch, "base"), Path(scratch, "adapter")
+        folder = tempfile.TemporaryDirectory(prefix=".loudmerge.live-", dir=target.parent)
+        scratch = Path(left.enter_context(folder))
+        weights, saved = scratch / "base", scratch / "adapter"
         adapter = saved if name == "default" else saved / name
         memory = {adapter: f"the live model's adapter {name!r}", weights: "the live model's base"}
         with _named_as_in_memory(memory):
             with _own_copy(model, name):
                 # Embeddings are written with the base: what is in memory is what was trained on.
                 model.save_pretrained(saved, selected_adapters=[name], save_embedding_layers=False)
-                _add_lost_biases(adapter, tensors)
-                settle_scalings(adapter, found, name)
-                read_adapter(adapter)
-            _bare(base).save_pretrained(weights, state_dict=dict(tensors))  # it takes some out
+            _settle_adapter(adapter, tensors, found, name)
+            # Not before: what another PEFT method than LoRA added would be taken for the base's.
+            _refuse(list(unlike_its_class(bare, tensors, blueprint)))
+            _save_base(bare, weights, tensors, tied)
             if tokenizer is not None:
                 tokenizer.save_pretrained(weights)
-            source = _keep_disk_layout(weights, base, tensors, with_tokenizer=tokenizer is None)
+            source = keep_disk_layout(weights, base, tensors, blueprint, with_tokenizer=tokenizer is None)
             shown = _shown(base, memory[weights]) if source is None else str(source)
             return merge_named(weights, adapter, target, (shown, memory[adapter]), **options)
 
@@ -153,7 +156,10 @@ def _active_adapter(model: Any) -> str:
 def _refuse_others(found: Sequence[Wrapper], name: str) -> None:
     if found and all(wrapper.disabled for wrapper in found):
         raise ValueError("the adapters are disabled: call enable_adapter_layers first")
-    problems = list(other_adapters(found, name))
+    _refuse(list(other_adapters(found, name)))
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
     if problems:
         raise MergeRefused(problems)
 
@@ -169,12 +175,32 @@ def _refuse_base(model: Any, base: Any, tensors: Mapping[str, Tensor]) -> None:
         # Its names are in no checkpoint: what loads OUT would begin with random weights in their place.
         found, expected = "modules that torch.compile wrapped", "the modules themselves"
         hint = "Compile in place (model.compile()), or put each module's _orig_mod back in its place first."
+    elif any(key.endswith("._checkpoint_wrapped_module") for key, _ in base.named_modules()):
+        found, expected = "modules that torch's checkpoint_wrapper wrapped", "the modules themselves"
+        hint = (
+            "Put each module's _checkpoint_wrapped_module back in its place first;"
+            " gradient_checkpointing_enable() wraps none."
+        )
     elif any(tensor.is_meta for tensor in tensors.values()):
         found, expected = "weights that are not in memory (offloaded)", "all weights in memory"
         hint = "Save the adapter, and merge it into the checkpoint on disk with loudmerge.merge."
     else:
         return
     raise MergeRefused(Problem("unsupported-base", type(base).__name__, found, expected, hint))
+
+
+def _refuse_meta(model: Any, name: str) -> None:
+    for key, tensor in model.state_dict().items():
+        if name in key.split(".") and tensor.is_meta:
+            raise MergeRefused(
+                Problem(
+                    "unsupported-adapter",
+                    f"{key.removeprefix(PREFIX)} of the live model",
+                    "a tensor that is not in memory (on the meta device)",
+                    f"all of the adapter {name!r} in memory",
+                    "Load the adapter's weights into the model first (load_adapter).",
+                )
+            )
 
 
 @contextmanager
@@ -198,6 +224,43 @@ def _bare(base: nn.Module) -> Any:
         if getattr(base, field, None) is not None:
             setattr(bare, field, copy.deepcopy(getattr(base, field)))
     return bare
+
+
+def _settle_adapter(
+    adapter: Path, tensors: Mapping[str, Tensor], found: Sequence[Wrapper], name: str
+) -> None:
+    """What PEFT saved, as the live model computes with it. Raises MergeRefused for what cannot be read."""
+    _add_lost_biases(adapter, tensors)
+    settle_scalings(adapter, found, name)
+    read_adapter(adapter)
+
+
+def _save_base(bare: Any, weights: Path, tensors: Mapping[str, Tensor], tied: Tied) -> None:
+    _save_generation_config(bare, weights)
+    written = saved_apart(tensors, tied)
+    bare.save_pretrained(weights, state_dict=dict(written))  # it takes them out
+    refuse_left_out(bare, written, open_checkpoint(weights))
+
+
+def _save_generation_config(bare: Any, weights: Path) -> None:
+    """As `save_pretrained` does it, which fails for a model without one, and on what transformers rejects."""
+    if not bare.can_generate():
+        return
+    if getattr(bare, "generation_config", None) is None:
+        bare.can_generate = lambda: False
+        return
+    try:
+        bare.generation_config.save_pretrained(weights)
+    except ValueError as error:
+        raise MergeRefused(
+            Problem(
+                "unsupported-base",
+                "generation_config of the live model",
+                f"what transformers does not save: {error}",
+                "one that it does",
+                "Change or unset those fields of model.generation_config first, or set it to None.",
+            )
+        ) from error
 
 
 @contextmanager
@@ -240,104 +303,6 @@ def _add_lost_biases(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
     }
     if lost:
         save_file({**saved, **lost}, adapter / WEIGHTS, metadata={"format": "pt"})
-
-
-def _keep_disk_layout(
-    weights: Path, base: Any, tensors: Mapping[str, Tensor], *, with_tokenizer: bool
-) -> Path | None:
-    """Puts links to the checkpoint that the base was loaded from in place of its copy in `weights`.
-
-    Only where that checkpoint is a local directory whose type and sizes (layers, widths, experts) are the
-    model's, has every tensor that the model saves with the same key, dtype and bytes, and none that the
-    model's class has, but the model in memory not or not so. What it has beside them (tensors that no class
-    knows, remote code, the tokenizer) then goes to OUT too. tensors: the base's, under all their names.
-
-    Returns that directory; None where there is none, or it is not the model's.
-    """
-    name = getattr(base, "name_or_path", "")
-    source = Path(name).absolute()
-    if not name or not (source / CONFIG).is_file():
-        return None
-    try:
-        disk = open_checkpoint(source)
-    except (MergeRefused, OSError):
-        return None  # The copy of the memory is complete without it.
-    saved = open_checkpoint(weights)
-    if disk.model_type != saved.model_type:
-        return None
-    loaded = type(base.config).from_pretrained(source).to_dict()
-    if dict(_sizes(loaded)) != dict(_sizes(base.config.to_dict())) or not _same_tensors(saved, disk):
-        return None
-    whole = _names_of_class(base)
-    if whole is None or whole - tensors.keys() or not _same_again(saved, disk, tensors):
-        return None
-    for shard in saved.shards:
-        shard.unlink()
-    (weights / INDEX).unlink(missing_ok=True)
-    names = [shard.name for shard in disk.shards] + [INDEX] * (disk.index is not None)
-    names += [name for name in disk.side_files if with_tokenizer or not _TOKENIZER_FILE.search(name)]
-    for name in names:
-        if not (weights / name).exists():
-            (weights / name).parent.mkdir(parents=True, exist_ok=True)
-            (weights / name).symlink_to(source / name)
-    return source
-
-
-def _sizes(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
-    """The whole numbers of a config, by dotted path; token ids are no sizes."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}.{path}", number) for path, number in _sizes(value))
-        elif isinstance(value, int) and not isinstance(value, bool) and not str(name).endswith("_id"):
-            yield str(name), value  # Aria's projector_patch_to_query_dict has numbers for names
-
-
-def _same_tensors(saved: Checkpoint, disk: Checkpoint) -> bool:
-    pairs = [(entry, disk.entries.get(name)) for name, entry in saved.entries.items()]
-    if any(other is None or (other.dtype, other.shape) != (mine.dtype, mine.shape) for mine, other in pairs):
-        return False
-    with TensorReader() as reader:
-        return all(other is not None and reader.same_bytes(mine, other) for mine, other in pairs)
-
-
-def _names_of_class(base: Any) -> set[str] | None:
-    """The tensors that a model of this class and config has in memory, what was taken out of one included.
-
-    None where the class wants more than a config.
-    """
-    from accelerate import init_empty_weights  # noqa: PLC0415 - PEFT has it; nothing else here needs it
-
-    try:
-        inspect.signature(type(base)).bind(base.config)
-    except TypeError:
-        return None
-    with init_empty_weights(), torch.random.fork_rng(devices=[]):
-        return set(type(base)(copy.deepcopy(base.config)).state_dict())
-
-
-def _same_again(saved: Checkpoint, disk: Checkpoint, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether what the model saves under one of a tied tensor's names is on disk under its others, if at all.
-
-    The disk may have another one there: the model was tied in memory only. What has a name that the model has
-    not, but the shape of a tied tensor, has to be the same: transformers may rename it on loading.
-    """
-    canonical = family_of(disk.model_type).canonical
-    known: dict[str, list[Tensor]] = defaultdict(list)
-    shared: dict[int, list[Tensor]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        known[canonical(name)].append(tensor)
-        shared[tensor.data_ptr()].append(tensor)
-    tied = [tensor for held in shared.values() if len(held) > 1 for tensor in held]
-    with TensorReader() as reader:
-        for entry in (disk.entries[name] for name in disk.entries.keys() - saved.entries.keys()):
-            mine = known[canonical(entry.name)] or [one for one in tied if one.shape == entry.shape]
-            if not all(_is_in(one, entry, reader) for one in mine):
-                return False
-    return True
-
-
-def _is_in(tensor: Tensor, entry: TensorEntry, reader: TensorReader) -> bool:
-    return tensor.dtype == DTYPES.get(entry.dtype) and torch.equal(tensor.detach().cpu(), reader.read(entry))
 
 
 def _plain_name(key: str) -> str | None:

@@ -35,15 +35,20 @@ from tests.support import kinds, tiny
 from tests.support.kinds import UNTIED, Kind
 from tests.support.kinds_linear import LINEAR
 from tests.support.kinds_vocabulary import VOCABULARY
+from tests.support.live import (
+    LLAMA,
+    LOGITS_BOUND,
+    TRAINED,
+    assert_logits,
+    live_model,
+    snapshot,
+    unchanged,
+)
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-LOGITS_BOUND = 1e-5
-TRAINED = 100 * LOGITS_BOUND
-
 UNKNOWN = "?"
 NAMED = {kind.name: kind for kind in (*LINEAR, *VOCABULARY)}
-LLAMA = Kind("Llama", "llama", {"target_modules": ["q_proj", "down_proj"]}, (), config=UNTIED)
 LIVE = (
     *("experts, router, shared expert and attention", "patterns under rslora", "LoRA on fused experts"),
     *("DoRA", "DoRA on Conv1D", "LoRA biases", "bias lora_only", "bias all", "all-linear"),
@@ -57,44 +62,8 @@ LIVE = (
 )
 
 
-def live_model(kind: Kind = LLAMA, dtype: torch.dtype = torch.float32) -> PeftModel:
-    """A live model whose base was never on disk."""
-    return kinds.attach(kinds.build(kind, dtype), kind)
-
-
-def snapshot(model: PeftModel) -> dict[str, Any]:
-    """Everything about a live model that saving it must not change."""
-    base = model.get_base_model()
-    return {
-        "modules": {
-            name: (
-                type(module),
-                module.training,
-                len(module._forward_hooks),
-                len(module._forward_pre_hooks),
-                getattr(module, "active_adapters", None),
-                getattr(module, "merged_adapters", None),
-            )
-            for name, module in model.named_modules()
-        },
-        "parameters": {
-            name: (id(parameter), parameter.requires_grad, parameter.device, parameter.dtype)
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        },
-        "configs": (id(base.config), base.config.to_dict(), id(base.generation_config)),
-        "generation": base.generation_config.to_dict(),
-        "adapters": {name: (id(found), found.to_dict()) for name, found in model.peft_config.items()},
-        "active": list(model.active_adapters),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def weights(model: PeftModel) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_logits(out: Path, wanted: Tensor) -> None:
-    assert (tiny.logits(kinds.load(out)) - wanted).abs().max() <= LOGITS_BOUND
 
 
 @pytest.mark.parametrize("name", LIVE)
@@ -400,17 +369,6 @@ def test_a_config_that_has_numbers_for_names_is_compared(tmp_path: Path) -> None
     assert inputs_named(tmp_path)[0] == str(tmp_path / "base")
     found = type(aria).from_pretrained(tmp_path / "out").eval()
     assert (tiny.logits(found) - wanted).abs().max() <= LOGITS_BOUND
-
-
-def unchanged(folder: Path, model: PeftModel, code: str, **options: Any) -> str:
-    """Refused with this code; the model, and what lies beside OUT, are as before. Returns the message."""
-    before, beside = snapshot(model), sorted(folder.rglob("*"))
-    with pytest.raises(loudmerge.MergeRefused) as refusal:
-        loudmerge.save_pretrained_merged(model, folder / "out", **options)
-    assert refusal.value.code == code, str(refusal.value)
-    assert snapshot(model) == before
-    assert sorted(folder.rglob("*")) == beside
-    return str(refusal.value)
 
 
 @pytest.mark.parametrize(("field", "value"), [("is_quantized", True), ("hf_quantizer", object())])
