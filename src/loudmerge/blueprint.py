@@ -119,12 +119,14 @@ def unlike_its_class(
 ) -> Iterator[Problem]:
     """Tensors of the live model that its class has not, and those of its class that the live model has not.
 
-    A head that is gone, or the last layers, are left to whoever took them out.
+    A head that is gone, or the last layers, are left to whoever took them out. Without a blueprint only what
+    torch makes a weight of is known to be none of the class's.
     """
-    if blueprint is None:
-        return
     cls = type(base).__name__
-    if more := tensors.keys() - blueprint.names:
+    more = {name for name in tensors if _makes_a_weight(name, tensors)}
+    if blueprint is not None:
+        more = tensors.keys() - blueprint.names
+    if more:
         yield Problem(
             "unsupported-base",
             f"{some(more)} of the live model",
@@ -133,7 +135,7 @@ def unlike_its_class(
             "Make them part of its weights first (torch.nn.utils.prune.remove, or"
             " parametrize.remove_parametrizations), or put the modules back that were there.",
         )
-    fewer = blueprint.parameters - tensors.keys()
+    fewer = frozenset() if blueprint is None else blueprint.parameters - tensors.keys()
     if not more and (fewer := fewer - _taken_out(base, fewer, tensors)):
         yield Problem(
             "unsupported-base",
@@ -142,6 +144,17 @@ def unlike_its_class(
             f"as in every {cls} of this config: what loads OUT would make them up",
             "Put the modules back that were there, or say in the model's config that it has none.",
         )
+
+
+def _makes_a_weight(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether torch's pruning or parametrizations compute a weight of this tensor.
+
+    Sources: torch/nn/utils/prune.py, `BasePruningMethod.apply`; torch/nn/utils/parametrize.py.
+    """
+    pruned = (name.removesuffix(part) for part in ("_orig", "_mask") if name.endswith(part))
+    return ".parametrizations." in name or any(
+        {f"{weight}_orig", f"{weight}_mask"} <= tensors.keys() for weight in pruned
+    )
 
 
 def _taken_out(base: Any, names: Collection[str], tensors: Mapping[str, Tensor]) -> set[str]:

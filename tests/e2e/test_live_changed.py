@@ -192,6 +192,16 @@ def test_tensors_that_the_class_does_not_have_are_refused(
     assert "torch.nn.utils.prune.remove" in message
 
 
+@pytest.mark.parametrize("change", [pruned, parametrized])
+def test_they_are_refused_in_a_class_that_nobody_else_can_make(
+    change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    base = OfMoreThanAConfig(kinds.build(LLAMA).config, more=1)
+    change(base.model.layers[0].self_attn)
+    message = unchanged(tmp_path, kinds.attach(base, LLAMA), "unsupported-base")
+    assert message.startswith("unsupported-base: model.layers.0.self_attn.k_proj.")
+
+
 def test_what_another_method_than_lora_added_is_no_tensor_of_the_base(tmp_path: Path) -> None:
     """The refusal is of the adapter, not of its vectors in the base."""
     model = get_peft_model(kinds.build(LLAMA), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
