@@ -35,7 +35,7 @@ from loudmerge.origin import keep_disk_layout
 from loudmerge.outpath import make_parents, refuse_existing, remove_parents
 from loudmerge.plan import Options
 from loudmerge.report import MergeReport
-from loudmerge.unused import unused_modules, unused_rows
+from loudmerge.unused import unused_rows
 from loudmerge.wrappers import (
     Wrapper,
     other_adapters,
@@ -79,8 +79,7 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     _refuse_meta(model, name)
     blueprint, bare = blueprint_of(base), _bare(base)
     tied = ties_of(bare, tensors, blueprint)
-    unused = (*unused_modules(model, name), *unused_rows(model, name, tensors, tied))
-    _refuse((*own_forwards(found, name), *unused))
+    _refuse((*own_forwards(found, name), *unused_rows(model, name, tensors, tied)))
     target = Path(out).absolute()
     refuse_existing(target, overwrite=bool(options.get("overwrite", False)))
     with ExitStack() as left:

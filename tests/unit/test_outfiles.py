@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from loudmerge import live
+from loudmerge import origin
 from loudmerge.outfiles import READ_BY_LOADERS
 
 
@@ -28,9 +28,9 @@ def test_every_file_that_a_tokenizer_of_transformers_reads_is_known_as_one() -> 
     names = tokenizer_files() | {"tekken.json", "special_tokens_map.json", "added_tokens.json"}
     assert len(names) > 10
     assert {name for name in names if not any(fnmatch(name, pattern) for pattern in READ_BY_LOADERS)} == set()
-    assert {name for name in names if not live._TOKENIZER_FILE.search(name)} == set()
+    assert {name for name in names if not origin._TOKENIZER_FILE.search(name)} == set()
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "spk_dict.txt", "modeling_x.py"])
 def test_what_is_no_tokenizer_s_stays_beside_another_one(name: str) -> None:
-    assert not live._TOKENIZER_FILE.search(name)
+    assert not origin._TOKENIZER_FILE.search(name)
