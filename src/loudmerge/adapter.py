@@ -24,7 +24,6 @@ PREFIX = "base_model.model."
 LEVELS = frozenset({"base_layer", "original_module", "token_adapter"})
 """The modules by which PEFT's wrappers nest."""
 
-
 EMBEDDING_NAMES = (
     *("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embeddings", "embed_in", "embed_out"),
 )

@@ -68,6 +68,8 @@ HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
 
 
+_How = Callable[[Iterable[bool]], bool]
+
 _HEADS = ("classifier", "score")
 """What PEFT adds to modules_to_save of a classifier; up to 0.10 it saved that, but did not say so."""
 
@@ -133,10 +135,7 @@ class AdapterConfig:
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
             return False
-        targets = self.raw.get("target_modules") or ()
-        if isinstance(targets, str):
-            return self.all_linear or _is_named(targets, module)
-        return module in targets or (_is_named(targets, module) and self._is_in_layer(module))
+        return self._names(module, all)
 
     def never_targets_module(self, module: str) -> bool:
         """Whether no release of PEFT puts a LoRA on what has this name in memory, by what the config says.
@@ -148,12 +147,16 @@ class AdapterConfig:
             return False
         if _is_named(self.raw.get("exclude_modules") or (), module):
             return True
-        targets = self.raw.get("target_modules")
-        if targets is None or isinstance(targets, str):
-            return targets is not None and not (self.all_linear or _is_named(targets, module))
-        return not (module in targets or (_is_named(targets, module) and self._is_in_layer(module, any)))
+        return self.raw.get("target_modules") is not None and not self._names(module, any)
 
-    def _is_in_layer(self, module: str, how: Callable[[Iterable[bool]], bool] = all) -> bool:
+    def _names(self, module: str, how: _How) -> bool:
+        """Whether `target_modules` names a module, in a layer that is meant."""
+        targets = self.raw.get("target_modules") or ()
+        if isinstance(targets, str):
+            return self.all_linear or _is_named(targets, module)
+        return module in targets or (_is_named(targets, module) and self._is_in_layer(module, how))
+
+    def _is_in_layer(self, module: str, how: _How) -> bool:
         """Whether `layers_to_transform` has the module's layer.
 
         PEFT goes by the first index of the name; older releases went by the last, which may be an expert's.

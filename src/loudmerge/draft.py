@@ -162,8 +162,7 @@ class Draft:
             if entry is None and canonical == HEAD:
                 self.full_head = tensor.entry
             elif entry is None and (stored := self._stored_bias(tensor)) is not None:
-                copies = (*self.adapter.copies, (stored, tensor.entry))
-                self.adapter = replace(self.adapter, copies=copies)
+                self.take_copy(stored, tensor.entry)
             elif entry is None:
                 self.problems.append(missing_base(str(tensor.entry), "a full tensor", tensor.name))
             elif tensor.entry.shape != entry.shape and not (
@@ -175,6 +174,10 @@ class Draft:
             else:
                 self._change(entry, tensor.entry, "replacement", tensor.entry)
                 self.replaced += 1
+
+    def take_copy(self, first: TensorEntry, copy: TensorEntry) -> None:
+        """A second copy of one of the adapter's tensors; before a byte is written they are compared."""
+        self.adapter = replace(self.adapter, copies=(*self.adapter.copies, (first, copy)))
 
     def _embeds(self, entry: TensorEntry) -> bool:
         """Whether a tensor is an embedding, or a head, by its name and by its rows, one for each token."""

@@ -163,10 +163,10 @@ def _refuse_pickles(hub_id: HubId, names: Sequence[str]) -> None:
 
 def endpoint() -> str | None:
     """HF_ENDPOINT as it is now (huggingface_hub reads it once, at its import), None for the Hub itself."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-    if endpoint and not (urlsplit(endpoint).scheme in ("http", "https") and urlsplit(endpoint).netloc):
-        raise ValueError(f"HF_ENDPOINT is {endpoint!r}, expected an http(s) address")
-    return endpoint or None
+    found = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    if found and not (urlsplit(found).scheme in ("http", "https") and urlsplit(found).netloc):
+        raise ValueError(f"HF_ENDPOINT is {found!r}, expected an http(s) address")
+    return found or None
 
 
 def api() -> HfApi:

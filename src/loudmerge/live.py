@@ -79,7 +79,7 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     _refuse_meta(model, name)
     blueprint, bare = blueprint_of(base), _bare(base)
     tied = ties_of(bare, tensors, blueprint)
-    _refuse((*own_forwards(found, name), *unused_rows(model, name, tensors, tied)))
+    _refuse((*own_forwards(found, name), *unused_rows(model, found, name, tensors, tied)))
     target = Path(out).absolute()
     refuse_existing(target, overwrite=bool(options.get("overwrite", False)))
     with ExitStack() as left:

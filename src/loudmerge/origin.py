@@ -83,7 +83,7 @@ def _sizes(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
 
 def _same_tensors(saved: Checkpoint, disk: Checkpoint) -> bool:
     pairs = [(entry, disk.entries.get(name)) for name, entry in saved.entries.items()]
-    if any(other is None or (other.dtype, other.shape) != (mine.dtype, mine.shape) for mine, other in pairs):
+    if any(other is None or not other.is_like(mine) for mine, other in pairs):
         return False
     with TensorReader() as reader:
         return all(other is not None and reader.same_bytes(mine, other) for mine, other in pairs)

@@ -30,7 +30,7 @@ Pattern = Mapping[Any, Any]
 
 def by_pattern(pattern: Pattern, name: str, default: float) -> Any:
     """What PEFT reads from 0.15 on: the value of the first key that matches."""
-    return next((pattern[key] for key in pattern if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((pattern[key] for key in _matching(pattern, name)), default)
 
 
 def alphas(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, ...]:
@@ -39,6 +39,8 @@ def alphas(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, ...]
     config: adapter_config.json. Today's PEFT reads one of them.
     """
     ranks, pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not pattern:
+        return (float(config["lora_alpha"]),)  # of each of some ten thousand experts it is asked
     keys = _told_by_rank(_matching(pattern, name), _matching(ranks, name), ranks, rank) or [None]
     if not config.keys() >= _ALWAYS:
         del keys[1:]

@@ -90,7 +90,7 @@ class Rewritten:
         if not all(math.isclose(config.scaling_for(name), scaling, rel_tol=1e-12) for name in names):
             alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
             self._pattern("alpha_pattern", expression, int(alpha) if alpha == int(alpha) else alpha)
-        for name in names if self.raw.get("alpha_pattern") else ():
+        for name in names:
             if len(found := alphas(self.raw, name, rank)) > 1:
                 raise MergeRefused(several_alphas(f"a LoRA for {name}", name, found))
 

@@ -6,12 +6,11 @@ Source: peft/utils/other.py, `set_additional_trainable_modules`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from loudmerge.adapter import LEVELS, PREFIX
 from loudmerge.errors import Problem, some
-from loudmerge.wrappers import plain_attribute, wrappers
+from loudmerge.wrappers import Wrapper, plain_attribute, plain_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +18,14 @@ if TYPE_CHECKING:
     from loudmerge.blueprint import Tied
 
 
-def unused_rows(model: Any, adapter: str, tensors: Mapping[str, Tensor], tied: Tied) -> Iterator[Problem]:
+def unused_rows(
+    model: Any, found: Collection[Wrapper], adapter: str, tensors: Mapping[str, Tensor], tied: Tied
+) -> Iterator[Problem]:
     """A problem for the token rows of an embedding that is tied to modules which PEFT did not wrap.
 
     These read the weight, and never the rows: OUT, in which all of them are one, would have them everywhere.
     """
-    wrapped = {wrapper.name for wrapper in wrappers(model)}
+    wrapped = {wrapper.name for wrapper in found}
     for module in _with_rows(model, adapter):
         name = f"{module}.weight"
         without = {
@@ -50,5 +51,4 @@ def _with_rows(model: Any, adapter: str) -> Iterator[str]:
     for key, module in model.named_modules(remove_duplicate=False):
         held: Any = plain_attribute(module, "trainable_tokens_delta")
         if plain_attribute(module, "_active_adapter") is not None and held is not None and adapter in held:
-            parts = key.removeprefix(PREFIX).split(".")
-            yield ".".join(part for part in parts if part not in LEVELS)
+            yield plain_name(key)

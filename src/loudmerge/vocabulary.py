@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from loudmerge.adapter import LoraPair
 from loudmerge.draft import EMBEDDING, HEAD, HEAD_BIAS, Draft, wrong_shape
@@ -69,8 +68,8 @@ def _take_second_copy(draft: Draft) -> None:
     found = [changes.get("replacement") for changes in draft.changes.values()]
     same = [entry for entry in found if entry in saved and entry.is_like(draft.full_head)]
     if len(same) == 1:
-        copies = (*draft.adapter.copies, (same[0], draft.full_head))
-        draft.adapter, draft.full_head = replace(draft.adapter, copies=copies), None
+        draft.take_copy(same[0], draft.full_head)
+        draft.full_head = None
 
 
 def _refuse_unknown_embedding(draft: Draft, head: TensorEntry | None) -> None:

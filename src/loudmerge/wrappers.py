@@ -61,9 +61,8 @@ def wrappers(model: Any) -> Iterator[Wrapper]:
         if plain_attribute(module, "_active_adapter") is None:
             continue
         held: Any = (plain_attribute(module, field) for field in _HOLDERS)
-        levels = [part for part in key.removeprefix(PREFIX).split(".") if part not in LEVELS]
         yield Wrapper(
-            ".".join([*levels, *_parameter(module)]),
+            ".".join([plain_name(key), *_parameter(module)]),
             frozenset(next((names for names in held if names is not None), ())),
             tuple(module.active_adapters),
             bool(plain_attribute(module, "_disable_adapters")),
@@ -122,6 +121,11 @@ def settle_scalings(directory: Path, found: Collection[Wrapper], adapter: str) -
     alphas = {one.name: one.scalings[adapter] * root(ranks[one.name]) for one in live}
     told = {**config.raw, **_told("r", "rank_pattern", ranks), **_told("lora_alpha", "alpha_pattern", alphas)}
     (directory / CONFIG).write_text(json.dumps(told, indent=2), "utf-8")
+
+
+def plain_name(key: str) -> str:
+    """What a wrapped module, or tensor, is called in memory without PEFT."""
+    return ".".join(part for part in key.removeprefix(PREFIX).split(".") if part not in LEVELS)
 
 
 def plain_attribute(owner: object, name: str) -> object:
