@@ -15,6 +15,7 @@ from torch import Tensor
 from loudmerge.balance import USUAL, Bands
 from loudmerge.compiled import Drawn, Kernel, Sums, as_drawn, kernel_for
 from loudmerge.layout import Axes, LoraBLayout, Span
+from loudmerge.memory import contiguous
 from loudmerge.plan import Site, Term
 from loudmerge.rounding import DROPPED, Dither, Draws, stochastic_
 
@@ -48,8 +49,8 @@ def factors(site: Site, lora_a: Tensor, lora_b: Tensor) -> Factors:
     lora_a: (rank * experts, a), lora_b: (b, rank * experts). See loudmerge.layout for the packing.
     """
     experts = max(site.num_experts, 1)
-    a = lora_a.to(torch.float32).view(experts, site.rank, -1)
-    b = unpack_lora_b(lora_b, experts, site.rank, site.lora_b_layout).to(torch.float32)
+    a = contiguous(lora_a, torch.float32).view(experts, site.rank, -1)
+    b = unpack_lora_b(contiguous(lora_b, torch.float32), experts, site.rank, site.lora_b_layout)
     if site.reads_input:
         return Factors(b, a, site.scaling, site.peft_rounds_delta)
     return Factors(a.transpose(1, 2), b.transpose(1, 2), site.scaling, site.peft_rounds_delta)
@@ -60,7 +61,7 @@ def unpack_lora_b(lora_b: Tensor, experts: int, rank: int, layout: LoraBLayout |
     if layout is LoraBLayout.GROUPED_BY_EXPERT:
         return lora_b.view(-1, experts, rank).permute(1, 0, 2)
     # Copied: every number of an expert lies in another cache line, so that each expert's would read them all.
-    return lora_b.view(-1, experts).T.contiguous().view(experts, -1, rank)
+    return contiguous(lora_b.view(-1, experts).T, lora_b.dtype).view(experts, -1, rank)
 
 
 @dataclass

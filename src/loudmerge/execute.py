@@ -22,6 +22,7 @@ from loudmerge.compiled import kernel
 from loudmerge.delta import Factors, Kept, Update, Workspace, dora_weight
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.layout import Axes
+from loudmerge.memory import CPU, empty
 from loudmerge.outcome import Outcome
 from loudmerge.pieces import PIECE_BYTES, Piece, interleaved
 from loudmerge.plan import MergePlan, OutputTensor
@@ -30,7 +31,7 @@ from loudmerge.readahead import ReadAhead
 from loudmerge.resume import Finished, ShardRecord
 from loudmerge.rounding import DROPPED, Dither, chosen, dither_table, sampled
 from loudmerge.tensorfile import DTYPES, TensorEntry, TensorReader
-from loudmerge.writer import ShardFile, page_aligned
+from loudmerge.writer import ShardFile
 
 FACTOR_BYTES = 192 << 20
 """Bytes of factors that are held at a time: a layer's, and some of the next, which is read ahead."""
@@ -51,7 +52,7 @@ takes half a second once, which it saves with each of them on two cores."""
 AHEAD = 256 << 20
 """Elements that are copied while one core loads the compiled kernel: otherwise the disk would be idle."""
 
-WRITERS = 8
+WRITERS = 6
 """How many threads may wait for the disk beside those that compute."""
 
 SMALL_BYTES = 64 << 20
@@ -372,11 +373,9 @@ class Worker:
         where = f"{output.key}, expert {piece.matrix}" if stacked else output.key
         raise MergeRefused(Problem("non-finite", where, found, "finite numbers", hint))
 
-    def _bytes(self, name: str, nbytes: int, device: torch.device | None = None) -> Tensor:
+    def _bytes(self, name: str, nbytes: int, device: torch.device = CPU) -> Tensor:
         """A buffer of this thread, reused: fresh memory for every piece would cost its page faults."""
         held: dict[str, Tensor] = self._local.__dict__.setdefault("bytes", {})
         if name not in held or held[name].numel() < nbytes:
-            size = max(nbytes, PIECE_BYTES)
-            on_cpu = device is None or device.type == "cpu"
-            held[name] = page_aligned(size) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)
+            held[name] = empty([max(nbytes, PIECE_BYTES)], torch.uint8, device)
         return held[name][:nbytes]

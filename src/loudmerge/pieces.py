@@ -13,7 +13,7 @@ from typing import NamedTuple
 from loudmerge.balance import BAND
 from loudmerge.plan import OutputTensor, Term
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 """Bytes of a tensor that one thread holds at a time."""
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loudmerge import memory
 from loudmerge.errors import MergeRefused, Problem
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -214,7 +215,7 @@ class TensorReader:
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The whole tensor, in its own dtype and shape."""
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        buffer = memory.empty([entry.nbytes], torch.uint8)
         self.read_bytes(entry, 0, buffer)
         return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
 

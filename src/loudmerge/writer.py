@@ -259,13 +259,6 @@ class ShardFile:
         self.close()
 
 
-def page_aligned(nbytes: int) -> Tensor:
-    """A new buffer (uint8, on the CPU) that starts on a page of memory, as a direct write needs it."""
-    buffer = torch.empty(nbytes + _PAGE, dtype=torch.uint8)
-    skip = -buffer.data_ptr() % _PAGE
-    return buffer[skip : skip + nbytes]
-
-
 def index_json(index: Mapping[str, Any], outputs: Sequence[OutputTensor]) -> bytes:
     """model.safetensors.index.json of OUT: the base's, with OUT's keys; total_size is in bytes."""
     weight_map = {output.key: output.shard for output in outputs}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import loudmerge
 from loudmerge.errors import EnvironmentFailed, MergeRefused
+from loudmerge.memory import LARGE_BYTES, empty
 from loudmerge.outpath import refuse_existing, refuse_inputs
 from loudmerge.plan import OutputTensor
 from loudmerge.writer import (
@@ -24,7 +25,6 @@ from loudmerge.writer import (
     Staging,
     edited_json,
     index_json,
-    page_aligned,
 )
 from tests.unit.builders import entry, values
 from tests.unit.places import (
@@ -474,9 +474,13 @@ PAGES = (
 )
 
 
+def aligned_buffer() -> torch.Tensor:
+    return empty([LARGE_BYTES], torch.uint8)[:8192]
+
+
 def write_pages(path: Path) -> dict[str, torch.Tensor]:
     tensors = {"norm": values(6).to(torch.bfloat16), "pages": values(2, 1024), "odd": values(3)}
-    aligned = page_aligned(8192)
+    aligned = aligned_buffer()
     aligned.view(torch.float32).copy_(tensors["pages"].view(-1))
     with allocated(path, PAGES, {}) as shard:
         shard.write("pages", 0, aligned[:4096])
@@ -613,7 +617,7 @@ def test_a_shard_that_is_closed_is_written_to_no_more(tmp_path: Path) -> None:
         shard.close()
         before = (tmp_path / "f").read_bytes()
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
-            shard.write("pages", 0, page_aligned(8192))
+            shard.write("pages", 0, aligned_buffer())
     assert (tmp_path / "f").read_bytes() == before
 
 
