@@ -23,7 +23,7 @@ PINS: dict[str, Any] = nox.project.load_toml("pyproject.toml")["tool"]["loudmerg
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 # What has transformers or PEFT as its oracle, but for the long run on a real model.
-ASK_THE_LIBRARIES = ["tests/e2e", "tests/unit/test_relay.py", "--ignore=tests/e2e/test_smollm2.py"]
+ASK_THE_LIBRARIES = ["tests/e2e", "tests/unit/comparing/test_relay.py", "--ignore=tests/e2e/test_smollm2.py"]
 
 
 def install(session: nox.Session, versions: str = "newest", *, seeded: bool = True) -> None:

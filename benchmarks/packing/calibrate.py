@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.packing.figures import Dot, coverage_map, reliability, witnesses
-from loudmerge.clustering import CONFIDENT, SiteTraces, Traces, confidence, verdict
+from loudmerge.evidence.clustering import CONFIDENT, SiteTraces, Traces, confidence, verdict
 from loudmerge.layout import LoraBLayout
 
 FAKES = "fakes"
@@ -86,7 +86,7 @@ def _traces(site: dict[str, Any]) -> SiteTraces:
 
 
 def sharpness(rows: Sequence[Row]) -> float:
-    """The likeliest SHARPNESS of loudmerge.clustering, by golden-section search."""
+    """The likeliest SHARPNESS of loudmerge.evidence.clustering, by golden-section search."""
 
     def cost(value: float) -> float:
         return sum(

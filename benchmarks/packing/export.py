@@ -1,4 +1,4 @@
-"""Writes the adapters that tests/unit/test_weighing.py reads: small, trained under both packings, bfloat16.
+"""Writes the adapters that test_weighing.py reads: small, trained under both packings, bfloat16.
 
 python -m benchmarks.packing.export DIR
 """

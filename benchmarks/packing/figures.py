@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from loudmerge.clustering import CONFIDENT
+from loudmerge.evidence.clustering import CONFIDENT
 
 STYLE = """<style>
 .back{fill:#ffffff;stroke:#d0d7de}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.packing.train import Pair, Recipe, stepper
-from loudmerge.behaviour import library_text
+from loudmerge.comparing.behaviour import library_text
 from loudmerge.layout import LoraBLayout
 from tests.support import smollm2
 

@@ -22,7 +22,7 @@ from benchmarks.packing.fakes import Fake, fakes
 from benchmarks.packing.qwen3_moe import train as train_qwen3_moe
 from benchmarks.packing.smollm2 import SmolLM2
 from benchmarks.packing.train import Pair, Recipe, trajectory
-from loudmerge.clustering import sampled_rows, site_traces
+from loudmerge.evidence.clustering import sampled_rows, site_traces
 from loudmerge.layout import LoraBLayout
 
 EXPERTS = (4, 8, 16, 32, 64, 128)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loudmerge.behaviour import library_text
+from loudmerge.comparing.behaviour import library_text
 from loudmerge.layout import LoraBLayout
 
 VOCABULARY = 256

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loudmerge.arithmetic.rounding import DROPPED, Dither, Draws, dither_table
 from loudmerge.layout import Span
-from loudmerge.rounding import DROPPED, Dither, Draws, dither_table
 
 BALANCE_ROWS = range(8, 64)
 """Bounds of the rows after which the gains are steered: a 16th of them all."""

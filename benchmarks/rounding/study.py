@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.rounding.candidates import ROUNDINGS
 from benchmarks.rounding.train import base_model, sequences
-from loudmerge.closing import closing, is_head
-from loudmerge.delta import Factors, Update, Workspace
+from loudmerge.arithmetic.delta import Factors, Update, Workspace
+from loudmerge.arithmetic.rounding import Dither, chosen, dither_table
 from loudmerge.layout import Axes, Span
-from loudmerge.plan import Term
-from loudmerge.rounding import Dither, chosen, dither_table
+from loudmerge.planning.closing import closing, is_head
+from loudmerge.planning.plan import Term
 
 OURS = ("AUTO", "NEAREST", "STOCHASTIC", "BALANCED")
 """loudmerge's own; the names of the candidates are in small letters."""

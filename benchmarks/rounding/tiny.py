@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2Moe
 
 from benchmarks.rounding.study import Subject, apply, divergence
 from benchmarks.rounding.train import Run, factors, lora
-from loudmerge.behaviour import library_text
+from loudmerge.comparing.behaviour import library_text
 
 STEPS = (1, 5, 25, 200)
 WIDTH, CONTEXT, BATCH, PRETRAINING = 128, 64, 8, 300

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from loudmerge.behaviour import library_text
+from loudmerge.comparing.behaviour import library_text
 from tests.support import smollm2
 
 TOKENS = 160

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from loudmerge.cli import main
-from loudmerge.terminal import ENVIRONMENT
+from loudmerge.command.terminal import ENVIRONMENT
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit codes out (loudmerge.terminal); no logic.
+"""The command line: arguments in, exit codes out (loudmerge.command.terminal); no logic.
 
 torch and what needs it are imported when a command runs, so that `loudmerge --help` does not wait for them.
 """
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from loudmerge import __version__
-from loudmerge.arguments import (
+from loudmerge.canary.command import canary_command
+from loudmerge.command.arguments import (
     Name,
     argument,
     check_device,
@@ -27,9 +28,7 @@ from loudmerge.arguments import (
     local_directory,
     output_options,
 )
-from loudmerge.canary.command import canary_command
-from loudmerge.errors import MergeRefused
-from loudmerge.terminal import (
+from loudmerge.command.terminal import (
     DONE,
     MISMATCH,
     USAGE,
@@ -40,9 +39,10 @@ from loudmerge.terminal import (
     Terminal,
     run,
 )
+from loudmerge.errors import MergeRefused
 
 if TYPE_CHECKING:
-    from loudmerge.report import HasDetails
+    from loudmerge.executing.report import HasDetails
 
 
 def _ending(result: Result, *, ok: bool) -> Ending:
@@ -52,7 +52,7 @@ def _ending(result: Result, *, ok: bool) -> Ending:
 def _shown(result: HasDetails, *, details: bool) -> Result:
     if not details:
         return result
-    from loudmerge.report import Detailed
+    from loudmerge.executing.report import Detailed
 
     return Detailed(result)
 
@@ -136,8 +136,8 @@ def merge_command(
     terminal = Terminal(as_json, quiet)
 
     def action(progress: Progress | None) -> Ending:
-        from loudmerge.merge import merge, planned
-        from loudmerge.upload import push, push_target
+        from loudmerge.hub.upload import push, push_target
+        from loudmerge.merging.merge import merge, planned
 
         if push_to:
             with argument("--push-to"):
@@ -151,7 +151,7 @@ def merge_command(
         return Ending(_shown(report, details=details), DONE)
 
     def refused(error: MergeRefused) -> Result:
-        from loudmerge.report import refused_report
+        from loudmerge.executing.report import refused_report
 
         return refused_report(base, adapter, str(out), error)
 
@@ -170,12 +170,12 @@ def inspect_command(
     """Say what ADAPTER is: sites, ranks, layout, and the evidence for it."""
 
     def action(_: Progress | None) -> Ending:
-        from loudmerge.inspect import inspect
+        from loudmerge.inspecting.inspect import inspect
 
         found = local_directory(base, "--base") if base else None
         result = inspect(local_directory(adapter, "ADAPTER"), found, **laid)
         if html is not None:
-            from loudmerge.inspect_page import render
+            from loudmerge.inspecting.inspect_page import render
 
             html.write_text(render(result), encoding="utf-8", errors="backslashreplace")
         return Ending(result, DONE)
@@ -215,7 +215,7 @@ def convert_command(
     """Rewrite ADAPTER into another layout: the same function, or a refusal."""
 
     def action(_: Progress | None) -> Ending:
-        from loudmerge.convert import convert
+        from loudmerge.converting.convert import convert
 
         found = local_directory(base, "--base") if base else None
         return Ending(convert(local_directory(adapter, "ADAPTER"), out, to, base=found, **options), DONE)
@@ -234,7 +234,7 @@ def verify_command(
     """Recompute every tensor of OUT by a second way, and compare."""
 
     def action(progress: Progress | None) -> Ending:
-        from loudmerge.verify import verify
+        from loudmerge.verifying.verify import verify
 
         found = local_directory(base, "--base"), local_directory(adapter, "--adapter")
         result = verify(out, *found, progress=progress, **laid)
@@ -259,11 +259,11 @@ def compare_command(
     def action(_: Progress | None) -> Ending:
         inputs = local_directory(base, "--base"), local_directory(adapter, "--adapter")
         if adapter_only:
-            from loudmerge.equivalence import compare_adapters
+            from loudmerge.comparing.equivalence import compare_adapters
 
             same = compare_adapters(out, *inputs, **laid)
             return _ending(same, ok=same.ok)
-        from loudmerge.compare import compare
+        from loudmerge.comparing.compare import compare
 
         result = compare(out, *inputs, **laid)
         return _ending(result, ok=result.ok)
@@ -278,7 +278,7 @@ def demo_command(*, directory: Path | None, as_json: bool, quiet: bool) -> None:
     """Train a tiny MoE adapter, then merge, verify and compare it. Offline."""
 
     def action(progress: Progress | None) -> Ending:
-        from loudmerge.demo import run as run_demo
+        from loudmerge.demo.demo import run as run_demo
 
         result = run_demo(directory, progress=progress)
         return _ending(result, ok=result.ok)

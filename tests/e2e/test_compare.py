@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loudmerge.compare import Comparison, compare
-from loudmerge.equivalence import compare_adapters
+from loudmerge.comparing.compare import Comparison, compare
+from loudmerge.comparing.equivalence import compare_adapters
 from loudmerge.errors import EnvironmentFailed, Mismatch
-from loudmerge.merge import merge
+from loudmerge.merging.merge import merge
 from tests.support import kinds
 from tests.support.kinds_vocabulary import VOCABULARY
 from tests.support.tiny import BUILDABLE, attach_random_lora, build, build_square, expert_parameters

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import loudmerge
-from loudmerge.convert import convert
-from loudmerge.rewrite import GROUPED, PEFT_018, PEFT_019, PER_EXPERT
+from loudmerge.converting.convert import convert
+from loudmerge.converting.rewrite import GROUPED, PEFT_018, PEFT_019, PER_EXPERT
 from tests.support import tiny
 
 pytestmark = pytest.mark.filterwarnings("default")

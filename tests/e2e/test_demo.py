@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from loudmerge import EnvironmentFailed, MergeRefused, demo, training
-from loudmerge.demo import DemoResult
-from loudmerge.threads import one_torch_thread
-from loudmerge.training import ATTENTION, Recipe
+from loudmerge import EnvironmentFailed, MergeRefused
+from loudmerge.demo import demo, training
+from loudmerge.demo.demo import DemoResult
+from loudmerge.demo.training import ATTENTION, Recipe
+from loudmerge.system.threads import one_torch_thread
 
 RECIPE = Recipe()
 EXPERT_MATRICES = RECIPE.layers * RECIPE.experts * 3
@@ -160,6 +161,6 @@ def test_torch_has_its_threads_back_afterwards() -> None:
 
 def test_importing_the_demo_imports_no_framework() -> None:
     frameworks = {"torch", "transformers", "peft", "trl"}
-    code = f"import loudmerge.demo, sys; print(sorted({frameworks} & set(sys.modules)))"
+    code = f"import loudmerge.demo.demo, sys; print(sorted({frameworks} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

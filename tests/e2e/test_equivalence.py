@@ -14,12 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loudmerge.convert import convert
-from loudmerge.equivalence import Equivalence, compare_adapters
+from loudmerge.comparing.equivalence import Equivalence, compare_adapters
+from loudmerge.comparing.regroup import regroup
+from loudmerge.converting.convert import convert
+from loudmerge.converting.rewrite import GROUPED, LAYOUTS, PEFT_018, PEFT_019, PER_EXPERT
 from loudmerge.errors import EnvironmentFailed, MergeRefused
-from loudmerge.merge import plan
-from loudmerge.regroup import regroup
-from loudmerge.rewrite import GROUPED, LAYOUTS, PEFT_018, PEFT_019, PER_EXPERT
+from loudmerge.merging.merge import plan
 from tests.support import tiny
 from tests.support.command import Ended, run_inside
 

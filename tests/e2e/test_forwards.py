@@ -15,8 +15,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import loudmerge
-from loudmerge.forwards import BEYOND_WEIGHT, SCALING, SCALING_WHERE_SAID
-from loudmerge.provenance import FIELDS_SINCE
+from loudmerge.evidence.provenance import FIELDS_SINCE
+from loudmerge.planning.forwards import BEYOND_WEIGHT, SCALING, SCALING_WHERE_SAID
 from tests.support import kinds, tiny
 from tests.support.kinds import UNTIED, Kind
 

@@ -12,17 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import loudmerge
-from loudmerge import behaviour, delta, readahead
+from loudmerge.arithmetic import delta
+from loudmerge.arithmetic.delta import Factors
+from loudmerge.comparing import behaviour
 from loudmerge.compat import cells, journey
 from loudmerge.compat.cells import Expectation
 from loudmerge.compat.journey import CELL_RECIPE, Journey, Merge, Reference
 from loudmerge.compat.result import FAILED, OK, CellResult, Tests
 from loudmerge.compat.verdict import judged
-from loudmerge.delta import Factors
 from loudmerge.errors import Mismatch
+from loudmerge.executing import readahead
+from loudmerge.executing.report import MergeReport
 from loudmerge.layout import LoraBLayout
-from loudmerge.plan import Site
-from loudmerge.report import MergeReport
+from loudmerge.planning.plan import Site
 
 MATRIX = Path(__file__).parents[2] / cells.FILE
 MATRICES = CELL_RECIPE.layers * CELL_RECIPE.experts * 3

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 import loudmerge
-from loudmerge.live import base_state_dict
-from loudmerge.wrappers import unwrapped, wrappers
+from loudmerge.merging.live import base_state_dict
+from loudmerge.merging.wrappers import unwrapped, wrappers
 from tests.support import kinds, tiny
 from tests.support.kinds import UNTIED, Kind
 from tests.support.kinds_linear import LINEAR

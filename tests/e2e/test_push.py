@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loudmerge
-from loudmerge import cli, hub, upload
-from loudmerge.verify import verify
+from loudmerge import cli
+from loudmerge.hub import client, upload
+from loudmerge.verifying.verify import verify
 from tests.support.hub_server import connected_hub
 from tests.support.hub_state import Files, HubServer
 
@@ -131,7 +132,7 @@ def test_a_merge_of_hub_ids_is_pushed_as_one_commit(server: HubServer, models: P
     loudmerge.merge(models / "base", models / "adapter", tmp_path / "local")
     assert read(tmp_path / "local")["model.safetensors"] == commit.files["model.safetensors"]
     assert commit.files["model.safetensors"] != server.head("owner/base").files["model.safetensors"]
-    got_back = hub.resolve("me/model")
+    got_back = client.resolve("me/model")
     assert (got_back / "model.safetensors").read_bytes() == commit.files["model.safetensors"]
     assert verify(got_back, models / "base", models / "adapter").ok
 

@@ -9,7 +9,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-from loudmerge.tiedrows import TIES_ROWS, TIES_ROWS_WHERE_SAID
+from loudmerge.planning.tiedrows import TIES_ROWS, TIES_ROWS_WHERE_SAID
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__.startswith("4."), reason="the tables are those of transformers 5"

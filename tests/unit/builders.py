@@ -15,15 +15,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loudmerge.adapter import Adapter, LoraPair, read_adapter
-from loudmerge.adapter_config import AdapterConfig
-from loudmerge.checkpoint import Checkpoint, open_checkpoint
 from loudmerge.errors import MergeRefused
-from loudmerge.hypotheses import FusedModule, FusedParameter
+from loudmerge.evidence.hypotheses import FusedModule, FusedParameter
 from loudmerge.layout import Orientation
-from loudmerge.plan import MergePlan, Options, OutputTensor
-from loudmerge.planner import make_plan
-from loudmerge.tensorfile import DTYPES, TensorEntry
+from loudmerge.planning.plan import MergePlan, Options, OutputTensor
+from loudmerge.planning.planner import make_plan
+from loudmerge.reading.adapter import Adapter, LoraPair, read_adapter
+from loudmerge.reading.adapter_config import AdapterConfig
+from loudmerge.reading.checkpoint import Checkpoint, open_checkpoint
+from loudmerge.system.tensorfile import DTYPES, TensorEntry
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge import verify as _verify  # noqa: F401  (imported once, before the forks)
-from loudmerge.merge import merge
+from loudmerge.merging.merge import merge
 
 COUNTED: dict[str, Any] = {"fsync": os, "rename": Path}
 

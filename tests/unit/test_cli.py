@@ -25,8 +25,8 @@ import pytest
 import torch
 
 from loudmerge import __version__, cli
+from loudmerge.command.terminal import Failure, Terminal
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Mismatch, Problem
-from loudmerge.terminal import Failure, Terminal
 from tests.support.command import Ended, run_apart, run_inside
 
 REFUSAL = MergeRefused(
@@ -106,14 +106,14 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
         return Answer(ok=False, name="refusal")
 
     functions: dict[str, dict[str, Callable[..., Any]]] = {
-        "merge": {"merge": acting("merge"), "planned": planned},
-        "inspect": {"inspect": acting("inspect")},
-        "convert": {"convert": acting("convert")},
-        "verify": {"verify": acting("verify")},
-        "compare": {"compare": acting("compare")},
-        "equivalence": {"compare_adapters": acting("compare_adapters")},
-        "demo": {"run": acting("demo")},
-        "report": {"refused_report": refused_report},
+        "merging.merge": {"merge": acting("merge"), "planned": planned},
+        "inspecting.inspect": {"inspect": acting("inspect")},
+        "converting.convert": {"convert": acting("convert")},
+        "verifying.verify": {"verify": acting("verify")},
+        "comparing.compare": {"compare": acting("compare")},
+        "comparing.equivalence": {"compare_adapters": acting("compare_adapters")},
+        "demo.demo": {"run": acting("demo")},
+        "executing.report": {"refused_report": refused_report},
     }
     for name, members in functions.items():
         module = ModuleType(f"loudmerge.{name}")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import loudmerge
-from loudmerge.verify import verify
+from loudmerge.verifying.verify import verify
 from tests.support.command import Ended, run_inside
 from tests.unit.builders import EXPERTS, Q_PROJ, fused_lora, lora, values, write_adapter, write_base
 

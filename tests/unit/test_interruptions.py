@@ -15,7 +15,7 @@ import torch
 
 import loudmerge
 from loudmerge.errors import EnvironmentFailed, MergeRefused
-from loudmerge.writer import ShardFile, Staging
+from loudmerge.executing.writer import ShardFile, Staging
 from tests.unit.builders import Q_PROJ
 from tests.unit.conftest import Killed
 from tests.unit.places import (

@@ -11,9 +11,9 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
-from loudmerge.delta import unpack_lora_b
+from loudmerge.arithmetic.delta import unpack_lora_b
+from loudmerge.converting.relayout import factored
 from loudmerge.layout import LoraBLayout, Orientation
-from loudmerge.relayout import factored
 
 DOCS = Path(__file__).parents[2] / "docs"
 SVG = "{http://www.w3.org/2000/svg}"

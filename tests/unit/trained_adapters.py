@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loudmerge.adapter_config import CONFIG
 from loudmerge.layout import LoraBLayout
+from loudmerge.reading.adapter_config import CONFIG
 from tests.unit.builders import write_base
 
 DIRECTORY = Path(__file__).parent / "trained"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from loudmerge.arguments import Name, argument, output_options
+from loudmerge.command.arguments import Name, argument, output_options
+from loudmerge.command.terminal import DONE, ENVIRONMENT, MISMATCH, Ending, Progress, Terminal, run
 from loudmerge.errors import require
-from loudmerge.terminal import DONE, ENVIRONMENT, MISMATCH, Ending, Progress, Terminal, run
 
 
 @click.command("canary", short_help="Check that upstream still keeps what must hold.")

@@ -31,7 +31,7 @@ from loudmerge.canary.guards import Guard, load_guards
 from loudmerge.canary.report import headline, load, markdown
 from loudmerge.canary.run import CanaryReport
 from loudmerge.canary.sources import default_cache
-from loudmerge.terminal import ENVIRONMENT
+from loudmerge.command.terminal import ENVIRONMENT
 
 LABEL = "canary"
 MARKER = "<!-- loudmerge canary: this issue is written by the canary's workflow -->"

@@ -22,12 +22,12 @@ from types import MappingProxyType
 from typing import Any
 
 import loudmerge
-from loudmerge import training
 from loudmerge.compat import junit
 from loudmerge.compat.environment import SHOWN
+from loudmerge.demo import training
+from loudmerge.demo.training import ADAPTER, BASE
 from loudmerge.errors import require
-from loudmerge.sidefiles import REPORT
-from loudmerge.training import ADAPTER, BASE
+from loudmerge.reading.sidefiles import REPORT
 
 TESTS, JOURNEY, FAMILIES, CROSS = "tests", "journey", "families", "cross"
 PARTS = (TESTS, JOURNEY, FAMILIES, CROSS)

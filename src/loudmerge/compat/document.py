@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loudmerge import jsonfile
+from loudmerge.system import jsonfile
 
 
 def read(file: Path) -> dict[str, Any]:

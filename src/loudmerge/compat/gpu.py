@@ -29,18 +29,19 @@ from typing import Any
 
 import torch
 
-from loudmerge import hub, training
-from loudmerge.checkpoint import open_checkpoint
 from loudmerge.compat import document, journey, weights
 from loudmerge.compat.arguments import at_least_one
 from loudmerge.compat.cell import source
 from loudmerge.compat.children import exit_on_signals
 from loudmerge.compat.journey import Journey
 from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
+from loudmerge.demo import training
+from loudmerge.demo.training import Recipe
 from loudmerge.errors import EnvironmentFailed
-from loudmerge.merge import peak_rss_bytes
-from loudmerge.sidefiles import CONFIG
-from loudmerge.training import Recipe
+from loudmerge.hub import client
+from loudmerge.merging.merge import peak_rss_bytes
+from loudmerge.reading.checkpoint import open_checkpoint
+from loudmerge.reading.sidefiles import CONFIG
 
 MODEL_CONFIG = Path(__file__).with_name("qwen3_30b_a3b.json")
 """config.json of Qwen/Qwen3-30B-A3B on the Hub, as it is there."""
@@ -210,7 +211,7 @@ def _base(directory: Path, options: Options) -> Path:
     """The checkpoint to train on, written into `directory` unless it is somewhere whole."""
     base, given = directory / training.BASE, None
     if options.weights != RANDOM:
-        given = hub.resolve(options.weights)
+        given = client.resolve(options.weights)
     config = dict(options.config if given is None else open_checkpoint(given).config)
     if options.layers is not None:
         config["num_hidden_layers"] = options.layers

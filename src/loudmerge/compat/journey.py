@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loudmerge import behaviour, training
 from loudmerge import merge as loudmerge_merge
-from loudmerge.behaviour import Continuation, Passages
+from loudmerge.comparing import behaviour
+from loudmerge.comparing.behaviour import Continuation, Passages
 from loudmerge.compat.result import Figures
-from loudmerge.report import MergeReport
-from loudmerge.threads import one_torch_thread
-from loudmerge.training import Recipe
+from loudmerge.demo import training
+from loudmerge.demo.training import Recipe
+from loudmerge.executing.report import MergeReport
+from loudmerge.system.threads import one_torch_thread
 
 CELL_RECIPE = Recipe(
     hidden=128,

@@ -19,15 +19,15 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from loudmerge.adapter import read_adapter
+from loudmerge.comparing.relay import probe
 from loudmerge.compat import journey
 from loudmerge.compat.cells import FUSED, PER_EXPERT
 from loudmerge.compat.environment import SHOWN
 from loudmerge.compat.result import OK, CellResult
+from loudmerge.demo.training import lora_targets
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.layout import detect_layout
-from loudmerge.relay import probe
-from loudmerge.training import lora_targets
+from loudmerge.reading.adapter import read_adapter
 
 EXPERTS, HIDDEN, INTERMEDIATE, RANK = 3, 16, 10, 2
 FUSED_SHAPES = {"gate_up_proj": (2 * INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loudmerge.checkpoint import INDEX, open_checkpoint
-from loudmerge.sidefiles import CONFIG
-from loudmerge.training import Recipe
+from loudmerge.demo.training import Recipe
+from loudmerge.reading.checkpoint import INDEX, open_checkpoint
+from loudmerge.reading.sidefiles import CONFIG
 
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]

@@ -16,13 +16,13 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from loudmerge.command.terminal import DONE, MISMATCH
 from loudmerge.conformance.cases import Case, DataError, default_directory, load
 from loudmerge.conformance.judge import Verdict
 from loudmerge.conformance.page import markdown
 from loudmerge.conformance.runner import TIME_LIMIT, Command, Tool, run_all
 from loudmerge.conformance.scorecard import Scorecard, show
 from loudmerge.conformance.server import Served, ServerError
-from loudmerge.terminal import DONE, MISMATCH
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

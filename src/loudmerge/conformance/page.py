@@ -14,10 +14,10 @@ from pathlib import Path
 
 import click
 
+from loudmerge.command.terminal import DONE, MISMATCH
 from loudmerge.conformance.cases import Case, Suite, default_directory, load
 from loudmerge.conformance.judge import MOOT, OTHER_FORM, VERDICTS, WRONG, Verdict
 from loudmerge.conformance.scorecard import Scorecard, read_scorecard
-from loudmerge.terminal import DONE, MISMATCH
 
 BEGINS, ENDS = "<!-- scorecards: begins -->", "<!-- scorecards: ends -->"
 WIDTH, WORDS = 120, 48

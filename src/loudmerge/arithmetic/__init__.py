@@ -1,0 +1,1 @@
+"""W + dW, rounded: tensor functions without a file or a plan of their own."""

@@ -1,0 +1,1 @@
+"""A tiny MoE, trained offline, through all of the rest."""

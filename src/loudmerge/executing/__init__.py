@@ -1,0 +1,1 @@
+"""Executes a plan: streaming, staged beside OUT, published in one step, with a report."""

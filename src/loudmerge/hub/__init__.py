@@ -1,0 +1,1 @@
+"""Hub ids: download, and upload with a model card."""

@@ -1,0 +1,1 @@
+"""What an adapter is, told before it is merged."""

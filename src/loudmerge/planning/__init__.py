@@ -1,0 +1,1 @@
+"""Adapter x checkpoint -> a plan: every output tensor, every adapter tensor used exactly once."""

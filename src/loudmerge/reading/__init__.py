@@ -1,0 +1,1 @@
+"""What lies on disk: a PEFT adapter, a checkpoint of safetensors, and how model families store experts."""

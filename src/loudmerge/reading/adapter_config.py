@@ -1,0 +1,354 @@
+"""adapter_config.json, read without PEFT: what fixes an adapter's function, and what is not understood."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loudmerge.errors import MergeRefused, Problem
+from loudmerge.reading.patterns import by_pattern
+from loudmerge.system.jsonfile import read_json
+
+CONFIG = "adapter_config.json"
+
+INERT_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_B_layout",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+        "unsloth_fused_expert_lora",
+    }
+)
+"""Fields that say how an adapter was trained or found, or that are read elsewhere in loudmerge."""
+
+READ_FIELDS = frozenset(
+    {
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "layer_replication",
+        "lora_alpha",
+        "lora_bias",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_parameters",
+        "use_dora",
+        "use_rslora",
+    }
+)
+
+HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Initialisations that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
+
+
+_How = Callable[[Iterable[bool]], bool]
+
+_HEADS = ("classifier", "score")
+"""What PEFT adds to modules_to_save of a classifier; up to 0.10 it saved that, but did not say so."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says. `raw` is the whole file."""
+
+    raw: Mapping[str, Any]
+    peft_version: str | None
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    fan_in_fan_out: bool
+    target_parameters: frozenset[str]
+    modules_to_save: frozenset[str]
+
+    @property
+    def bias(self) -> str:
+        """Which of the base's biases were trained: "none", "all" or "lora_only"."""
+        return str(self.raw.get("bias") or "none")
+
+    def rank_for(self, name: str) -> int:
+        """The rank of a module or parameter, by its full name in memory, after `rank_pattern`."""
+        return int(by_pattern(self.rank_pattern, name, self.rank))
+
+    def alpha_for(self, name: str) -> float:
+        """The alpha of a module or parameter, by its full name in memory, after `alpha_pattern`."""
+        return float(by_pattern(self.alpha_pattern, name, self.alpha))
+
+    def scaling_for(self, name: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rslora, after the patterns."""
+        rank = self.rank_for(name)
+        return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targeted_parameters(self, module: str) -> tuple[str, ...]:
+        """The parameters of `module` that `target_parameters` names, sorted.
+
+        PEFT's rule: the full name equals the target or ends with "." and the target.
+        """
+        found = set()
+        for target in self.target_parameters:
+            name = f"{module}.{target.rpartition('.')[2]}"
+            if ends_with(name, target):
+                found.add(target.rpartition(".")[2])
+        return tuple(sorted(found))
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether `target_modules` is the word for all Linears; PEFT saves the names that it stands for."""
+        return str(self.raw.get("target_modules")).lower() == "all-linear"
+
+    def targets_module(self, module: str) -> bool:
+        """Whether PEFT puts a LoRA on the Linear that has this name in memory.
+
+        Source: peft/tuners/tuners_utils.py, `check_target_module_exists`.
+        """
+        if _is_named(self.raw.get("exclude_modules") or (), module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+            return False
+        return self._names(module, all)
+
+    def never_targets_module(self, module: str) -> bool:
+        """Whether no release of PEFT puts a LoRA on what has this name in memory, by what the config says.
+
+        Nothing is sure without target_modules, for which PEFT has a list of its own for each model_type, and
+        with ensure_weight_tying, where what is tied to a target has a LoRA, too.
+        """
+        if self.raw.get("ensure_weight_tying"):
+            return False
+        if _is_named(self.raw.get("exclude_modules") or (), module):
+            return True
+        return self.raw.get("target_modules") is not None and not self._names(module, any)
+
+    def _names(self, module: str, how: _How) -> bool:
+        """Whether `target_modules` names a module, in a layer that is meant."""
+        targets = self.raw.get("target_modules") or ()
+        if isinstance(targets, str):
+            return self.all_linear or _is_named(targets, module)
+        return module in targets or (_is_named(targets, module) and self._is_in_layer(module, how))
+
+    def _is_in_layer(self, module: str, how: _How) -> bool:
+        """Whether `layers_to_transform` has the module's layer.
+
+        PEFT goes by the first index of the name; older releases went by the last, which may be an expert's.
+        how: whether by both or by either.
+        """
+        layers = self.raw.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        pattern = self.raw.get("layers_pattern") or r"[^.]*"
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        chosen = [layers] if isinstance(layers, int) else layers
+        names = "|".join(f"(?:{name})" for name in patterns)
+        # By name: a pattern may have groups of its own.
+        found = [re.match(rf"{lead}\.(?:{names})\.(?P<layer>\d+)\.", module) for lead in (".*?", ".*")]
+        return how(match is not None and int(match["layer"]) in chosen for match in found)
+
+    def saves_module(self, module: str) -> bool:
+        """Whether `modules_to_save` names this module, or one around it.
+
+        PEFT's rule (peft/utils/other.py, `_set_trainable`): a plain `endswith`, without a dot.
+        """
+        return bool(self.saved_around(module))
+
+    def saved_around(self, module: str) -> list[str]:
+        """The modules that `modules_to_save` names of this one and those around it, outermost first."""
+        parts = module.split(".")
+        around = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        heads = _HEADS if self.raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ()
+        return [name for name in around if name.endswith(tuple(self.modules_to_save) or heads)]
+
+
+def ends_with(name: str, target: str) -> bool:
+    """Whether a target in one of the config's lists means this name: by PEFT's rule all of it, or its end."""
+    return name == target or name.endswith(f".{target}")
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """Reads adapter_config.json of an adapter directory. Raises MergeRefused with every problem found."""
+    file = path / CONFIG
+    raw = read_json(file, "unsupported-adapter", "a directory that PEFT's save_pretrained wrote")
+    problems = list(_config_problems(file, raw))
+    if problems:
+        raise MergeRefused(problems)
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
+    """What a config says that has no problems."""
+    return AdapterConfig(
+        raw=raw,
+        peft_version=None if raw.get("peft_version") is None else str(raw["peft_version"]),
+        rank=raw["r"],
+        alpha=raw["lora_alpha"],
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        lora_bias=bool(raw.get("lora_bias")),
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+        target_parameters=frozenset(raw.get("target_parameters") or ()),
+        modules_to_save=frozenset(raw.get("modules_to_save") or ()),
+    )
+
+
+_Refuse = Callable[..., Problem]
+_Form = Callable[[object], bool]
+
+
+def _config_problems(file: Path, raw: Mapping[str, Any]) -> Iterable[Problem]:
+    def refuse(field: str, expected: str, hint: str) -> Problem:
+        return Problem("unsupported-adapter", f"{field} in {file}", repr(raw.get(field)), expected, hint)
+
+    if raw.get("peft_type") != "LORA":
+        yield refuse(
+            "peft_type", "'LORA'", "Merge other kinds with PEFT's merge_and_unload, where they have one."
+        )
+    for field, (fits, expected) in FIELD_FORMS.items():
+        if not fits(raw.get(field)) and (raw.get(field) is not None or field in _REQUIRED):
+            yield refuse(field, expected, "Correct it, or save the adapter again with PEFT.")
+    yield from _function_problems(raw, refuse)
+
+
+def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Problem]:
+    """Fields that make the adapter another function than plain LoRA."""
+    if raw.get("layer_replication"):
+        yield refuse(
+            "layer_replication",
+            "null",
+            "A model with replicated layers has other layers than its base: save it as a base of its own,"
+            " set this field to null, and merge into that.",
+        )
+    init = raw.get("init_lora_weights", True)
+    if _is_number(init) or init not in HARMLESS_INITS:  # 1 == True
+        yield refuse(
+            "init_lora_weights",
+            "an initialisation that leaves the base's weights alone",
+            "Save it with path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA.",
+        )
+    for field in sorted(raw.keys() - INERT_FIELDS - READ_FIELDS):
+        if raw[field] not in (None, False, [], {}, ""):
+            yield refuse(
+                field,
+                "null: this field is not understood, and may change the function",
+                "Ask for its support.",
+            )
+
+
+def _is_named(names: str | Iterable[str], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(ends_with(module, name) for name in names)
+
+
+def _is_expression(value: object) -> bool:
+    try:
+        with warnings.catch_warnings():
+            # Python 3.10 only warns of flags that do not go first.
+            warnings.simplefilter("error", DeprecationWarning)
+            return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, DeprecationWarning):
+        return False
+
+
+def _is_part(value: object) -> bool:
+    """An expression that PEFT can put inside another one: without flags, which go first."""
+    return _is_expression(value) and _is_expression(f"()({value})")
+
+
+def _is_number(value: object) -> bool:
+    """A number that a float can hold: JSON may have whole numbers of hundreds of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value) and value > 0
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _list_of(good: _Form) -> _Form:
+    return lambda value: isinstance(value, list) and all(map(good, value))
+
+
+def _map_of(good_key: _Form, good: _Form) -> _Form:
+    return lambda value: isinstance(value, dict) and all(good_key(key) and good(value[key]) for key in value)
+
+
+def _either(one: _Form, other: _Form) -> _Form:
+    return lambda value: one(value) or other(value)
+
+
+_TARGETS = (_either(_list_of(_is_name), _is_expression), "a list of names, or a regular expression")
+_FLAG = (_is_flag, "true or false")
+_PATTERN = "regular expressions with positive numbers"
+_INDICES = _list_of(_is_whole)
+
+FIELD_FORMS: Mapping[str, tuple[_Form, str]] = {
+    "r": (_is_rank, "a positive whole number"),
+    "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (_map_of(_is_part, _is_rank), _PATTERN),
+    "alpha_pattern": (_map_of(_is_part, _is_number), _PATTERN),
+    "target_modules": _TARGETS,
+    "exclude_modules": _TARGETS,
+    "target_parameters": (_list_of(_is_name), "a list of names"),
+    # As names' ends, but as expressions where they take modules out of target_modules.
+    "modules_to_save": (_list_of(_is_part), "a list of names"),
+    "trainable_token_indices": (
+        _either(_INDICES, _map_of(_is_name, _INDICES)),
+        "a list of token indices, or one for each embedding's name",
+    ),
+    "layers_to_transform": (_either(_is_whole, _INDICES), "a layer's index, or a list of them"),
+    "layers_pattern": (
+        _either(_is_part, _list_of(_is_part)),
+        "a regular expression, or a list of them",
+    ),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "use_rslora": _FLAG,
+    "use_dora": _FLAG,
+    "lora_bias": _FLAG,
+    "fan_in_fan_out": _FLAG,
+    "ensure_weight_tying": _FLAG,
+}
+"""What the fields that are read hold, where they are not null."""
+
+_REQUIRED = frozenset({"r", "lora_alpha"})

@@ -1,0 +1,1 @@
+"""The machine: threads, memory, the device, and files of tensors or JSON."""

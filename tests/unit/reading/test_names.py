@@ -1,0 +1,58 @@
+"""A name in memory means one tensor of the base, or none; where it could mean two, it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loudmerge.reading.families import family_of
+from tests.unit.builders import World, lora, outputs, values
+
+TWO = {"model.layers.0.a.weight": values(8, 6), "language_model.layers.0.a.weight": values(8, 6)}
+
+
+def test_a_name_that_two_tensors_could_mean_is_refused(tmp_path: Path) -> None:
+    error = World(tmp_path).refuse(TWO, lora("text_model.layers.0.a", 8, 6))
+    assert error.code == "unsupported-base"
+    assert "text_model.layers.0.a.weight: found two tensors it could mean: " in str(error)
+    assert all(f"{name} [8, 6] F32 in model.safetensors" in str(error) for name in TWO)
+
+
+def test_the_very_name_is_taken_before_others_that_could_be_meant(tmp_path: Path) -> None:
+    plan = World(tmp_path).plan(TWO, lora("language_model.layers.0.a", 8, 6))
+    assert {key: len(output.terms) for key, output in outputs(plan).items()} == {
+        "model.layers.0.a.weight": 0,
+        "language_model.layers.0.a.weight": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model_type", "disk", "memory"),
+    [
+        ("vit", "vit.encoder.layer.3.attention.attention.query", "vit.layers.3.attention.q_proj"),
+        ("vit", "encoder.layer.3.attention.output.dense", "layers.3.attention.o_proj"),
+        ("beit", "beit.encoder.layer.3.output.dense.weight", "beit.layers.3.mlp.fc2.weight"),
+        ("dinov2", "encoder.layer.3.attention.attention.value", "encoder.layer.3.attention.v_proj"),
+        (
+            "swin",
+            "encoder.layers.1.blocks.0.attention.self.key",
+            "encoder.layers.1.blocks.0.attention.k_proj",
+        ),
+        ("segformer", "segformer.encoder.block.1.0.mlp.dense2", "segformer.stages.1.blocks.0.mlp.fc2"),
+        ("vit_mae", "decoder.decoder_encoder.layer.0.intermediate.dense", "decoder.decoder_layers.0.mlp.fc1"),
+    ],
+)
+def test_names_of_a_vision_model_on_disk_and_in_memory_are_one(
+    model_type: str, disk: str, memory: str
+) -> None:
+    family = family_of(model_type)
+    assert family.canonical(disk) == family.canonical(memory) == memory
+
+
+def test_only_the_text_models_queries_of_mistral_large_4_keep_their_rows() -> None:
+    """transformers permutes the rows of the vision model's on loading: it trains another tensor."""
+    canonical = family_of("mistral_large4").canonical
+    assert canonical("layers.0.attention.wq.weight") == "layers.0.self_attn.q_proj.weight"
+    vision = "vision_tower.transformer.layers.0.attention"
+    assert canonical(f"{vision}.wq.weight") != canonical(f"{vision}.q_proj.weight")
