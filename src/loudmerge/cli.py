@@ -34,12 +34,12 @@ from loudmerge.command.terminal import (
     USAGE,
     Ending,
     Failure,
-    Progress,
     Result,
     Terminal,
     run,
 )
 from loudmerge.errors import MergeRefused
+from loudmerge.planning.options import Progress
 
 if TYPE_CHECKING:
     from loudmerge.executing.report import HasDetails
@@ -89,10 +89,9 @@ def commands() -> None:
 @click.argument("adapter", type=Name())
 @click.argument("out", type=Name(path_type=Path))
 @layout_options
-@choice("--dtype", "keep bfloat16 float16 float32", "The dtype of the floating-point tensors of OUT.")
+@choice("--dtype", "The dtype of the floating-point tensors of OUT.")
 @choice(
     "--rounding",
-    "auto nearest balanced stochastic peft",
     "How a sum is rounded. auto: what disturbs the output least; peft: as merge_and_unload does.",
 )
 @click.option(

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from loudmerge.errors import MergeRefused
 from loudmerge.evidence.hypotheses import FusedModule, FusedParameter
 from loudmerge.layout import Orientation
-from loudmerge.planning.plan import MergePlan, Options, OutputTensor
+from loudmerge.planning.options import Options
+from loudmerge.planning.plan import MergePlan, OutputTensor
 from loudmerge.planning.planner import make_plan
 from loudmerge.reading.adapter import Adapter, LoraPair, read_adapter
 from loudmerge.reading.adapter_config import AdapterConfig

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from loudmerge.command.arguments import Name, argument, output_options
-from loudmerge.command.terminal import DONE, ENVIRONMENT, MISMATCH, Ending, Progress, Terminal, run
+from loudmerge.command.terminal import DONE, ENVIRONMENT, MISMATCH, Ending, Terminal, run
 from loudmerge.errors import require
+from loudmerge.planning.options import Progress
 
 
 @click.command("canary", short_help="Check that upstream still keeps what must hold.")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from loudmerge.hub.client import resolve
+from loudmerge.planning.options import CHOICES
 from loudmerge.reading.families import major_minor
 from loudmerge.system import device
 
@@ -59,9 +60,9 @@ def check_transformers(_: click.Context, parameter: click.Parameter, value: str 
     return value
 
 
-def choice(name: str, choices: str, description: str) -> Callable[[Command], Command]:
-    """An option that takes one of some words, by default the first."""
-    words = choices.split()
+def choice(name: str, description: str) -> Callable[[Command], Command]:
+    """One of the options of `planning.options`."""
+    words = CHOICES[name.removeprefix("--").replace("-", "_")]
     return click.option(name, type=click.Choice(words), default=words[0], show_default=True, help=description)
 
 
@@ -80,9 +81,9 @@ def details_option(command: Command) -> Command:
 def layout_options(command: Command) -> Command:
     """--orientation and --lora-b-layout, which everything takes that may refuse an ambiguous layout."""
     packing = "How the columns of a fused lora_B are packed."
-    command = choice("--lora-b-layout", "auto rank_major grouped_by_expert", packing)(command)
+    command = choice("--lora-b-layout", packing)(command)
     reads = "Which axis of a fused expert parameter lora_A reads."
-    return choice("--orientation", "auto standard swapped", reads)(command)
+    return choice("--orientation", reads)(command)
 
 
 def input_options(command: Command) -> Command:

@@ -23,11 +23,9 @@ import click
 
 from loudmerge import __version__
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Mismatch, is_out_of_memory
+from loudmerge.planning.options import Progress
 
 DONE, USAGE, REFUSED, MISMATCH, ENVIRONMENT = 0, 2, 3, 4, 5
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, and the bytes done and to do in it."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +29,7 @@ from loudmerge.executing.readahead import ReadAhead
 from loudmerge.executing.resume import Finished, ShardRecord
 from loudmerge.executing.writer import ShardFile
 from loudmerge.layout import Axes
+from loudmerge.planning.options import Progress
 from loudmerge.planning.plan import MergePlan, OutputTensor
 from loudmerge.system.memory import CPU, empty
 from loudmerge.system.tensorfile import DTYPES, TensorEntry, TensorReader
@@ -66,10 +67,6 @@ WIDEST = "No --dtype has a larger range: are lora_alpha and r of adapter_config.
 BROKEN = "The adapter changes this tensor: get the base again, or mend it there; no --dtype helps."
 UNTOUCHED = "Leave out --dtype: a tensor that the adapter does not change is then copied as it is."
 """What helps where a result is not finite: against an overflow, and where the base is not finite itself."""
-
-Progress = Callable[[str, int, int], None]
-"""(stage, done, total), in bytes."""
-
 
 Prepared = Sequence[Future[Factors]]
 """The factors of a piece's terms, in their order, as soon as they are read."""

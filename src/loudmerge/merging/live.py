@@ -40,7 +40,7 @@ from loudmerge.merging.wrappers import (
     unwrapped,
     wrappers,
 )
-from loudmerge.planning.plan import Options
+from loudmerge.planning.options import Options
 from loudmerge.reading.adapter import LEVELS, PREFIX, WEIGHTS, read_adapter
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.checkpoint import open_checkpoint

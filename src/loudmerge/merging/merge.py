@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.errors import Mismatch
-from loudmerge.executing.execute import SMALL_BYTES, Progress, execute, shard_files
+from loudmerge.executing.execute import SMALL_BYTES, execute, shard_files
 from loudmerge.executing.outcome import Outcome, merged_keys
 from loudmerge.executing.outpath import refuse_existing, refuse_inputs
 from loudmerge.executing.report import (
@@ -25,7 +25,8 @@ from loudmerge.executing.report import (
 from loudmerge.executing.resume import Finished, identity
 from loudmerge.executing.writer import Staging, edited_json, index_json
 from loudmerge.hub.client import HubId, resolve
-from loudmerge.planning.plan import MergePlan, Options, check_options
+from loudmerge.planning.options import Options, Progress, check_options
+from loudmerge.planning.plan import MergePlan
 from loudmerge.planning.planner import make_plan
 from loudmerge.reading.adapter import read_adapter
 from loudmerge.reading.checkpoint import INDEX, open_checkpoint

@@ -13,7 +13,8 @@ from loudmerge.evidence.decision import Layout
 from loudmerge.layout import Axes, Orientation, Span
 from loudmerge.planning.closing import closing, is_head
 from loudmerge.planning.misplaced import missing_base, several_alphas
-from loudmerge.planning.plan import Counts, MergePlan, Options, OutputTensor, Site, Term
+from loudmerge.planning.options import Options
+from loudmerge.planning.plan import Counts, MergePlan, OutputTensor, Site, Term
 from loudmerge.planning.siblings import is_extra_layer
 from loudmerge.planning.sites import Placed, Placement, wrong_dtype
 from loudmerge.reading.adapter import EMBEDDING_NAMES, Adapter, FullTensor, LoraPair, TokenRows

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loudmerge.evidence.decision import Layout
 from loudmerge.layout import Axes, LoraBLayout, Orientation, Span
+from loudmerge.planning.options import Options
 from loudmerge.reading.adapter import Adapter, LoraPair
 from loudmerge.reading.checkpoint import INDEX, Checkpoint
 from loudmerge.reading.families import Family
@@ -118,32 +119,6 @@ class Counts:
     dense: int
     replaced: int
     copied: int
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to merge; the same names as the command's options."""
-
-    orientation: str = "auto"
-    lora_b_layout: str = "auto"
-    dtype: str = "keep"
-    rounding: str = "auto"
-
-
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "orientation": ("auto", "standard", "swapped"),
-    "lora_b_layout": ("auto", "rank_major", "grouped_by_expert"),
-    "dtype": ("keep", "bfloat16", "float16", "float32"),
-    "rounding": ("auto", "nearest", "balanced", "stochastic", "peft"),
-}
-
-
-def check_options(options: Options) -> None:
-    """Raises ValueError for an option's value that does not exist."""
-    for name, choices in _CHOICES.items():
-        value = getattr(options, name)
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)

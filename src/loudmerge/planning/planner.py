@@ -13,7 +13,8 @@ from loudmerge.planning.announced import Announced
 from loudmerge.planning.copies import settle_copies
 from loudmerge.planning.draft import Draft
 from loudmerge.planning.forwards import beyond_weight, lost_biases
-from loudmerge.planning.plan import MergePlan, Options
+from loudmerge.planning.options import Options
+from loudmerge.planning.plan import MergePlan
 from loudmerge.planning.siblings import missing_siblings
 from loudmerge.planning.sites import place
 from loudmerge.planning.towers import in_its_part

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from loudmerge.errors import Mismatch
 from loudmerge.executing.report import SCHEMA
-from loudmerge.planning.plan import MergePlan, Options, OutputTensor, check_options
+from loudmerge.planning.options import Options, check_options
+from loudmerge.planning.plan import MergePlan, OutputTensor
 from loudmerge.reading.sidefiles import REPORT, walk
 from loudmerge.system.jsonfile import parse
 from loudmerge.verifying.outfiles import TensorMismatch

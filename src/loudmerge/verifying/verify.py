@@ -24,6 +24,7 @@ import torch
 
 from loudmerge import __version__
 from loudmerge.executing.report import TensorKept, one_rounding
+from loudmerge.planning.options import Progress
 from loudmerge.planning.plan import MergePlan, OutputTensor
 from loudmerge.reading.sidefiles import REPORT
 from loudmerge.system.threads import one_torch_thread
@@ -42,9 +43,6 @@ from loudmerge.verifying.outreport import (
 from loudmerge.verifying.recompute import Buffers, FactorCache, Matrix, RawFiles, matrices
 
 __all__ = ["TensorMismatch", "Verification", "verify", "verify_plan"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, the bytes done and the bytes in all."""
 
 SHOWN_MISMATCHES = 10
 """How many mismatches the summary names before it only counts them."""

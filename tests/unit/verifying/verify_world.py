@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from loudmerge.evidence.decision import Layout
 from loudmerge.layout import Axes, LoraBLayout, Span
-from loudmerge.planning.plan import Counts, MergePlan, Options, OutputTensor, Site, Term
+from loudmerge.planning.options import Options
+from loudmerge.planning.plan import Counts, MergePlan, OutputTensor, Site, Term
 from loudmerge.reading.adapter import Adapter, LoraPair
 from loudmerge.reading.adapter_config import AdapterConfig
 from loudmerge.reading.checkpoint import open_checkpoint
