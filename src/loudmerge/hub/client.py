@@ -98,6 +98,14 @@ def resolve(name: str | Path) -> Path:
     return _download(hub_id)
 
 
+def directory(name: str | os.PathLike[str]) -> Path:
+    """A local directory; of a text that names none and spells a Hub id, its snapshot."""
+    path = Path(name)
+    if not isinstance(name, str) or path.exists() or HubId.parse(name) is None:
+        return path
+    return resolve(name)
+
+
 def _download(hub_id: HubId) -> Path:
     require("hub", "huggingface_hub")
     from huggingface_hub import constants, snapshot_download

@@ -24,7 +24,7 @@ from loudmerge.executing.report import (
 )
 from loudmerge.executing.resume import Finished, identity
 from loudmerge.executing.writer import Staging, edited_json, index_json
-from loudmerge.hub.client import HubId, resolve
+from loudmerge.hub.client import directory
 from loudmerge.planning.options import Options, Progress, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.planning.planner import make_plan
@@ -63,7 +63,7 @@ def plan(
     check_values(options, device, threads)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
-    found = [_directory(base), _directory(adapter)]
+    found = [directory(base), directory(adapter)]
     if out is not None:
         refuse_inputs(Path(out), found)
     return make_plan(open_checkpoint(found[0]), read_adapter(found[1]), options)
@@ -74,14 +74,6 @@ def check_values(options: Options, device: str, threads: int | None) -> None:
     check_options(options)
     check_device(device)
     check_threads(threads)
-
-
-def _directory(name: Pathish) -> Path:
-    """A local directory; of a text that names none and spells a Hub id, its snapshot."""
-    path = Path(name)
-    if not isinstance(name, str) or path.exists() or HubId.parse(name) is None:
-        return path
-    return resolve(name)
 
 
 def planned(base: Pathish, adapter: Pathish, out: Pathish, **options: Any) -> MergeReport:

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loudmerge.evidence.decision import Layout
 from loudmerge.layout import Axes, LoraBLayout, Orientation, Span
@@ -19,9 +19,6 @@ from loudmerge.reading.checkpoint import INDEX, Checkpoint
 from loudmerge.reading.families import Family
 from loudmerge.reading.sidefiles import CONFIG, REPORT
 from loudmerge.system.tensorfile import DTYPES, TensorEntry
-
-if TYPE_CHECKING:
-    from loudmerge.executing.report import MergeReport
 
 
 @dataclass(frozen=True)
@@ -154,12 +151,6 @@ class MergePlan:
         shards = (shard.name for shard in self.base.shards)
         index = () if self.base.index is None else (INDEX,)
         return (*self.side_files, CONFIG, REPORT, *shards, *index)
-
-    def report(self) -> MergeReport:
-        """The report of this plan, with status "planned"."""
-        from loudmerge.executing.report import planned_report  # noqa: PLC0415 - the report is a floor above
-
-        return planned_report(self)
 
     @property
     def consumed(self) -> Counter[str]:

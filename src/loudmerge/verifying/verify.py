@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,12 @@ import torch
 
 from loudmerge import __version__
 from loudmerge.executing.report import TensorKept, one_rounding
-from loudmerge.planning.options import Progress
+from loudmerge.hub.client import directory
+from loudmerge.planning.options import Progress, check_options
 from loudmerge.planning.plan import MergePlan, OutputTensor
+from loudmerge.planning.planner import make_plan
+from loudmerge.reading.adapter import read_adapter
+from loudmerge.reading.checkpoint import open_checkpoint
 from loudmerge.reading.sidefiles import REPORT
 from loudmerge.system.threads import one_torch_thread
 from loudmerge.verifying.judge import MatrixResult, check_matrix
@@ -127,11 +131,11 @@ def plan_again(
 
     The options are the report's, but for what `laid` says of the layout. Raises as `verify` does.
     """
-    from loudmerge.merging.merge import plan
-
     report = read_report(out / REPORT)
     asked = {name: value for name, value in laid.items() if value != "auto"}
-    made = plan(base, adapter, **asdict(recorded_options(report, out / REPORT)) | asked)
+    options = replace(recorded_options(report, out / REPORT), **asked)
+    check_options(options)
+    made = make_plan(open_checkpoint(directory(base)), read_adapter(directory(adapter)), options)
     if report is not None:
         check_layout(made, report, out / REPORT, asked)
     return made, report

@@ -171,7 +171,7 @@ def test_a_plans_report_has_attempted_nothing_yet(tmp_path: Path) -> None:
     assert document["delta_kept"] is document["rounding"] is document["seconds"] is None
     assert f"  expert    {3 * E}" in report.summary().splitlines()
     assert "kept" not in report.summary()
-    assert plan_of(base, adapter).report().summary().startswith(f"planned: {base}")
+    assert planned_report(plan_of(base, adapter)).summary().startswith(f"planned: {base}")
 
 
 def test_a_dry_run_says_for_which_out_and_what_it_took(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_dry_run_says_for_which_out_and_what_it_took(tmp_path: Path) -> None:
 
 def test_notes_are_in_the_summary(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", {f"{EMBED}.weight": values(V, H)}, tie_word_embeddings=True)
-    report = plan_of(base, write_adapter(tmp_path / "adapter", lora("lm_head", V, H))).report()
+    report = planned_report(plan_of(base, write_adapter(tmp_path / "adapter", lora("lm_head", V, H))))
     assert report.to_json()["config_edits"] == {"tie_word_embeddings": False}
     assert "  note      lm_head.weight becomes a weight of its own" in report.summary()
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from loudmerge.executing.report import planned_report
 from loudmerge.layout import Axes, Span
 from loudmerge.planning import planner
 from loudmerge.planning.draft import Draft
@@ -463,7 +464,7 @@ def test_a_dtype_without_numbers_is_copied_by_its_bytes() -> None:
 
 def test_the_report_of_a_plan_is_planned_and_is_json(world: World) -> None:
     plan = world.plan(UNTIED, lora(Q_PROJ, 8, H))
-    report = plan.report()
+    report = planned_report(plan)
     assert report.status == "planned"
     assert json.loads(json.dumps(report.to_json()))["counts"]["dense"] == {"attempted": 1, "applied": 0}
     assert plan.side_files == plan.base.side_files
