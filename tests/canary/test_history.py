@@ -10,11 +10,11 @@ from typing import NoReturn
 
 import pytest
 
-from loudmerge.canary.fetch import Unreachable
 from loudmerge.canary.guards import SDIST, Guard, load_guards
-from loudmerge.canary.packages import package_source
 from loudmerge.canary.replay import Replay, replay_clone, replay_releases
-from loudmerge.canary.sources import SourceOptions
+from loudmerge.canary.upstream.fetch import Unreachable
+from loudmerge.canary.upstream.packages import package_source
+from loudmerge.canary.upstream.sources import SourceOptions
 
 GUARDS = Path(__file__).parents[2] / "canary" / "guards"
 REPAIR = "unslothai/unsloth-zoo#647"

@@ -19,8 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from loudmerge.canary.guards import Guard, load_guards
-from loudmerge.canary.opener import Opener
-from loudmerge.canary.sources import SourceError, SourceOptions, Unreachable
+from loudmerge.canary.upstream.opener import Opener
+from loudmerge.canary.upstream.sources import SourceError, SourceOptions, Unreachable
 from tests.drills.drill import GUARDS, Drill, drill
 from tests.drills.mutants import OPERATORS
 

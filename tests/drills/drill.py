@@ -8,9 +8,9 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+from loudmerge.canary.code.syntax import parse
 from loudmerge.canary.guards import Guard, load_guards
-from loudmerge.canary.rules import RuleError, check
-from loudmerge.canary.syntax import parse
+from loudmerge.canary.rules.rules import RuleError, check
 from tests.drills.mutants import OPERATORS, Mutant, mutants
 from tests.drills.refactors import refactors
 from tests.drills.subjects import Subject, subjects

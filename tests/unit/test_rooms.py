@@ -48,9 +48,8 @@ def test_every_room_is_in_the_list_once() -> None:
 
 @pytest.mark.parametrize("room", FLOORS)
 def test_an_import_only_goes_down(room: str) -> None:
-    files = (
-        [SOURCE / f"{room}.py"] if (SOURCE / f"{room}.py").is_file() else sorted(SOURCE.glob(f"{room}/*.py"))
-    )
+    file = SOURCE / f"{room}.py"
+    files = [file] if file.is_file() else sorted((SOURCE / room).rglob("*.py"))
     assert files
     up = {other for file in files for other in imported(file) if FLOORS.get(other, 0) > FLOORS[room]}
     assert up == set()
@@ -59,7 +58,7 @@ def test_an_import_only_goes_down(room: str) -> None:
 @pytest.mark.parametrize("package", [room for room in FLOORS if (SOURCE / room).is_dir()])
 def test_every_file_of_a_package_is_named_in_its_row(package: str) -> None:
     named = re.findall(r"`(\w+\.py)`", ROWS[f" `{package}/` "])
-    there = [path.name for path in (SOURCE / package).glob("*.py") if path.name != "__init__.py"]
+    there = [path.name for path in (SOURCE / package).rglob("*.py") if path.name != "__init__.py"]
     assert sorted(named) == sorted(there)
 
 

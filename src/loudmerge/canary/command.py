@@ -58,7 +58,7 @@ def canary_command(
         from loudmerge.canary.report import Reports
         from loudmerge.canary.run import CanaryReport, at_refs, parse_ref
         from loudmerge.canary.run import run as run_canary
-        from loudmerge.canary.sources import SourceOptions, parse_overrides
+        from loudmerge.canary.upstream.sources import SourceOptions, parse_overrides
 
         with argument("--guards"):
             found = load_guards(guards or default_directory(Path()))

@@ -38,7 +38,8 @@ from typing import Any
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from loudmerge.canary import rules, shared
+from loudmerge.canary import shared
+from loudmerge.canary.rules import rules
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -28,8 +28,8 @@ import pytest
 
 if TYPE_CHECKING:
     from loudmerge.canary.guards import Guard
-    from loudmerge.canary.opener import Key
     from loudmerge.canary.run import CanaryReport, Judge, Verdict
+    from loudmerge.canary.upstream.opener import Key
 
 NAME = "loudmerge.canary.plugin"
 """Its name among pytest's plugins, and that of the entry point."""
@@ -77,9 +77,9 @@ class CanaryRun:
     def judge(self) -> Judge:
         """The judge, made when it is first needed."""
         if self._judge is None:
-            from loudmerge.canary.opener import Opener
             from loudmerge.canary.run import Judge
-            from loudmerge.canary.sources import SourceOptions
+            from loudmerge.canary.upstream.opener import Opener
+            from loudmerge.canary.upstream.sources import SourceOptions
 
             self._judge = Judge(Opener(SourceOptions.from_environment(self.overrides)))
         return self._judge
@@ -93,7 +93,7 @@ class CanaryRun:
 
 
 def _override(text: str) -> tuple[str, str]:
-    from loudmerge.canary.sources import parse_override
+    from loudmerge.canary.upstream.sources import parse_override
 
     try:
         return parse_override(text)

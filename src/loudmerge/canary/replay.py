@@ -21,13 +21,13 @@ from typing import Protocol, runtime_checkable
 
 import click
 
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.clone import Clone, CommitSource
-from loudmerge.canary.fetch import Unreachable
 from loudmerge.canary.guards import Guard, GuardError, default_directory, load_guards
-from loudmerge.canary.opener import Opener
 from loudmerge.canary.run import MISSING, OPENERS, UNREACHABLE, VERDICTS, Verdict, evaluate, excused
-from loudmerge.canary.sources import Source, SourceOptions, normalised
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.clone import Clone, CommitSource
+from loudmerge.canary.upstream.fetch import Unreachable
+from loudmerge.canary.upstream.opener import Opener
+from loudmerge.canary.upstream.sources import Source, SourceOptions, normalised
 
 Content = tuple[str, str, str]
 """(guard, path, identity of the file): the verdict on it is the same at every step."""

@@ -15,12 +15,12 @@ from hashlib import sha256
 
 from packaging.version import Version
 
-from loudmerge.canary import rules
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.fetch import Unreachable
 from loudmerge.canary.guards import Guard, is_package_ref, is_version
-from loudmerge.canary.opener import Key, Opener
-from loudmerge.canary.sources import KnowsHistory, ReadLog, Source, SourceOptions, normalised
+from loudmerge.canary.rules import rules
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.fetch import Unreachable
+from loudmerge.canary.upstream.opener import Key, Opener
+from loudmerge.canary.upstream.sources import KnowsHistory, ReadLog, Source, SourceOptions, normalised
 
 PRESENT, MISSING, PENDING, UNREACHABLE = "present", "missing", "pending", "unreachable"
 VERDICTS = (PRESENT, MISSING, PENDING, UNREACHABLE)

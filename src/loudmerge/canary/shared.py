@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from loudmerge.canary.syntax import RuleError
+from loudmerge.canary.code.syntax import RuleError
 
 TABLE = "shared"
 FIELDS = ("prelude", "setup")

@@ -24,13 +24,13 @@ from typing import Any
 
 import click
 
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.fetch import Client, Unreachable
-from loudmerge.canary.github import JSON
 from loudmerge.canary.guards import Guard, load_guards
 from loudmerge.canary.report import headline, load, markdown
 from loudmerge.canary.run import CanaryReport
-from loudmerge.canary.sources import default_cache
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.fetch import Client, Unreachable
+from loudmerge.canary.upstream.github import JSON
+from loudmerge.canary.upstream.sources import default_cache
 from loudmerge.command.terminal import ENVIRONMENT
 
 LABEL = "canary"

@@ -36,7 +36,9 @@ ASIDE = tuple(f"tests/unit/{room}" for room in ("canary", "canary_rules", "compa
 """They are about upstream's source, this matrix and other tools, whatever is installed."""
 UNIT_TESTS = ("tests/unit", *(f"--ignore={room}" for room in ASIDE))
 FAMILY_TESTS = ("tests/e2e/test_families.py",)
-MODULES = ("*.py", "compat/*.py")
+MODULES = ("**/*.py",)
+APART = ("canary", "conformance")
+"""Rooms that no cell runs."""
 TESTED = (
     *("pyproject.toml", "tests/*.py", "tests/unit/**/*", "tests/support/**/*"),
     *("tests/e2e/conftest.py", *FAMILY_TESTS),
@@ -81,7 +83,7 @@ def source(root: Path) -> str:
         files = {file for pattern in patterns for file in where.glob(pattern) if file.is_file()}
         for file in sorted(files):
             place = file.relative_to(where)
-            if "__pycache__" not in place.parts and not any(map(place.is_relative_to, ASIDE)):
+            if "__pycache__" not in place.parts and not any(map(place.is_relative_to, (*ASIDE, *APART))):
                 found.update(f"{place}\0{file.stat().st_size}\0".encode() + file.read_bytes())
     return found.hexdigest()
 

@@ -20,10 +20,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from packaging.version import Version
 
-from loudmerge.canary.fetch import Unreachable
 from loudmerge.canary.guards import WHEEL
-from loudmerge.canary.packages import Pip
-from loudmerge.canary.sources import SourceOptions
+from loudmerge.canary.upstream.fetch import Unreachable
+from loudmerge.canary.upstream.packages import Pip
+from loudmerge.canary.upstream.sources import SourceOptions
 from loudmerge.compat.cells import FILE, PACKAGES, RELEASED, Matrix, MatrixError, load
 from loudmerge.errors import EnvironmentFailed
 

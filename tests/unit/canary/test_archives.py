@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loudmerge.canary import archives
-from loudmerge.canary.archives import BrokenArchive, SourceError, unpack
+from loudmerge.canary.upstream import archives
+from loudmerge.canary.upstream.archives import BrokenArchive, SourceError, unpack
 
 TEXT = b"x = 1\n"
 

@@ -12,8 +12,8 @@ import pytest
 
 import loudmerge
 from loudmerge.canary.guards import load_guards
-from loudmerge.canary.rules import validate
-from loudmerge.canary.schema import FIELDS
+from loudmerge.canary.rules.rules import validate
+from loudmerge.canary.rules.schema import FIELDS
 from tests.unit.canary.wheelhouse import CHECKOUT
 
 if sys.version_info >= (3, 11):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.fetch import Client, Unreachable
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.fetch import Client, Unreachable
 from tests.support import upstream_server as server
 from tests.support.upstream_server import Handler, UpstreamServer
 from tests.unit.canary.world import QUICK, TOKEN

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loudmerge.canary.forks import Done, Forks, shared
+from loudmerge.canary.probing.forks import Done, Forks, shared
 
 SCRIPT = """
 import json, os, signal, sys, time

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.fetch import Unreachable
-from loudmerge.canary.opener import Opener
-from loudmerge.canary.sources import KnowsHistory
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.fetch import Unreachable
+from loudmerge.canary.upstream.opener import Opener
+from loudmerge.canary.upstream.sources import KnowsHistory
 from tests.support import upstream_server as server
 from tests.support.upstream_server import UpstreamServer
 from tests.unit.canary.world import GONE, GUARD, KEPT, PATH, TOKEN, UPSTREAM, guards, options, verdict

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loudmerge.canary.fetch import HttpOptions
 from loudmerge.canary.run import Verdict, run
+from loudmerge.canary.upstream.fetch import HttpOptions
 from tests.support import upstream_server as server
 from tests.support.upstream_server import Handler, UpstreamServer
 from tests.unit.canary.index import PACKAGE, use_index

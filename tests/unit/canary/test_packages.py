@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loudmerge.canary import archives
 from loudmerge.canary.run import Verdict, run
+from loudmerge.canary.upstream import archives
 from tests.support import upstream_server as server
 from tests.support.upstream_server import UpstreamServer
 from tests.unit.canary.index import PACKAGE, Index, use_index

@@ -8,8 +8,8 @@ import pytest
 from packaging.specifiers import InvalidSpecifier
 
 from loudmerge.canary.guards import GuardError, is_package_ref, is_range, specifiers
-from loudmerge.canary.packages import package_source, releases
 from loudmerge.canary.run import run
+from loudmerge.canary.upstream.packages import package_source, releases
 from tests.support.upstream_server import UpstreamServer
 from tests.unit.canary.index import PACKAGE, Index, use_index
 from tests.unit.canary.world import GONE, GUARD, KEPT, PATH, guards, options

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from loudmerge.canary.archives import SourceError
 from loudmerge.canary.replay import Replay, main, replay_clone, replay_releases
+from loudmerge.canary.upstream.archives import SourceError
 from tests.support.upstream_server import UpstreamServer
 from tests.unit.canary.index import PACKAGE, use_index
 from tests.unit.canary.world import GONE, GUARD, KEPT, PATH, UPSTREAM, guard_file, guards, options

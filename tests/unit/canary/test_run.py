@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from loudmerge.canary.run import CanaryReport, run, tally
-from loudmerge.canary.sources import SourceError
+from loudmerge.canary.upstream.sources import SourceError
 from tests.support import upstream_server as server
 from tests.support.upstream_server import UpstreamServer
 from tests.unit.canary.world import (

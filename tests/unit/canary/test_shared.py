@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loudmerge.canary.guards import GuardError
-from loudmerge.canary.rules import check
+from loudmerge.canary.rules.rules import check
 from tests.unit.canary.wheelhouse import CHECKOUT
 from tests.unit.canary.world import GUARD, KEPT, guards
 

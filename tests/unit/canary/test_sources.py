@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loudmerge.canary.run import run
-from loudmerge.canary.sources import (
+from loudmerge.canary.upstream.sources import (
     SourceError,
     SourceOptions,
     TreeSource,

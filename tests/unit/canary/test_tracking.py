@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import loudmerge
-from loudmerge.canary.fetch import Client, Unreachable
 from loudmerge.canary.report import markdown
 from loudmerge.canary.run import CanaryReport, Verdict
 from loudmerge.canary.tracking import MARKER, Tracker, track
+from loudmerge.canary.upstream.fetch import Client, Unreachable
 from tests.support import upstream_server as server
 from tests.support.issue_server import REPOSITORY, IssueServer, running_issues
 from tests.unit.canary.world import QUICK, TOKEN, guard_file

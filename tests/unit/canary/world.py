@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loudmerge.canary.fetch import HttpOptions
 from loudmerge.canary.guards import Guard, load_guards
 from loudmerge.canary.run import Verdict, run
-from loudmerge.canary.sources import SourceOptions
+from loudmerge.canary.upstream.fetch import HttpOptions
+from loudmerge.canary.upstream.sources import SourceOptions
 from tests.support.upstream_server import UpstreamServer
 
 UPSTREAM = "owner/zoo"

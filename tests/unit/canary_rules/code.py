@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import dedent
 from typing import Any
 
-from loudmerge.canary.rules import Finding, check
+from loudmerge.canary.rules.rules import Finding, check
 
 
 def found(source: str, **rule: Any) -> Finding:

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from loudmerge.canary.fingerprint import normal_form
+from loudmerge.canary.rules.fingerprint import normal_form
 from tests.unit.canary_rules.code import found, holds
 
 KNOWN = """

@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 
 from loudmerge.canary.guards import Guard, is_range, is_version, load_guards, specifiers
-from loudmerge.canary.rules import check
+from loudmerge.canary.rules.rules import check
 
 GUARDS = load_guards(Path(__file__).parents[3] / "canary" / "guards")
 INSTALLED = ("peft", "safetensors", "transformers", "trl")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from loudmerge.canary.pieces import GRID, parsed, pieces
-from loudmerge.canary.syntax import parse
+from loudmerge.canary.code.pieces import GRID, parsed, pieces
+from loudmerge.canary.code.syntax import parse
 
 LINES = chr(10)
 FILLER = "".join(f"x{number} = {number}\n" for number in range(GRID))

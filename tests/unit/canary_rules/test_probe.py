@@ -120,7 +120,7 @@ def test_a_library_is_seen_by_those_who_asked_for_it_alone() -> None:
 
 
 def test_waiting_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loudmerge.canary.probe.IDLE_S", 0)
+    monkeypatch.setattr("loudmerge.canary.probing.probe.IDLE_S", 0)
     assert "still running after 1 s" in ended("import time\ntime.sleep(60)", cpu_s=1)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from loudmerge.canary.rules import RuleError, check, validate
+from loudmerge.canary.rules.rules import RuleError, check, validate
 from tests.unit.canary_rules.code import found, holds
 
 GUARD = """

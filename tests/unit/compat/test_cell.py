@@ -42,10 +42,11 @@ def test_the_source_is_of_what_a_cell_runs(root: Path, file: str, counts: bool) 
 def test_the_source_is_of_the_recipe_too(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is among the modules of the matrix, and says what a cell trains."""
     package = tmp_path / "loudmerge"
-    (package / "compat").mkdir(parents=True)
+    for room in ("compat", "arithmetic", "canary/rules"):
+        (package / room).mkdir(parents=True)
     monkeypatch.setattr(loudmerge, "__file__", str(package / "__init__.py"))
     found = []
-    for module in ("delta.py", "compat/journey.py"):
+    for module in ("layout.py", "arithmetic/delta.py", "compat/journey.py", "canary/rules/rules.py"):
         found.append(source(root))
         (package / module).write_text("edited", "utf-8")
-    assert len({*found, source(root)}) == 3
+    assert len({*found, source(root)}) == 4

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
 
-from loudmerge.canary import archives
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.fetch import Client, Unreachable, write
-from loudmerge.canary.github import BaseUrlSource, GithubSource
 from loudmerge.canary.guards import INSTALLED, Guard, is_range
-from loudmerge.canary.packages import package_source, releases
-from loudmerge.canary.sources import Source, SourceOptions, installed, is_url, local
+from loudmerge.canary.upstream import archives
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.fetch import Client, Unreachable, write
+from loudmerge.canary.upstream.github import BaseUrlSource, GithubSource
+from loudmerge.canary.upstream.packages import package_source, releases
+from loudmerge.canary.upstream.sources import Source, SourceOptions, installed, is_url, local
 
 Key = tuple[str | None, str | None, str, str]
 Found = Source | tuple[str, ...] | Unreachable | SourceError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
-from loudmerge.canary.syntax import FUNCTIONS, Function, Module, dotted, imported
+from loudmerge.canary.code.syntax import FUNCTIONS, Function, Module, dotted, imported
 
 TRANSPARENT = frozenset(
     {

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from loudmerge.canary.syntax import FUNCTIONS, Module, binds, parse
+from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds, parse
 
 
 class Gone(Exception):

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.sources import Change, decoded, merge_commit
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.sources import Change, decoded, merge_commit
 
 GIT_SECONDS = 300
 

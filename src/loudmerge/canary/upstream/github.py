@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from loudmerge.canary import archives
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.fetch import Client, Unreachable, write
-from loudmerge.canary.sources import Change, SourceOptions, decoded
+from loudmerge.canary.upstream import archives
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.fetch import Client, Unreachable, write
+from loudmerge.canary.upstream.sources import Change, SourceOptions, decoded
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA_ONLY = "application/vnd.github.sha"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loudmerge.canary.syntax import RuleError
+from loudmerge.canary.code.syntax import RuleError
 
 _PLACE: Mapping[str, tuple[type, bool]] = {
     "mentions": (list, False),

@@ -22,12 +22,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loudmerge.canary import testing
-from loudmerge.canary.exits import LOOPS, RAISES
-from loudmerge.canary.extract import Gone
-from loudmerge.canary.fingerprint import difference, digest, normal_form
-from loudmerge.canary.flow import Place, Scope, places, unread
-from loudmerge.canary.kinds import (
+from loudmerge.canary.code.exits import LOOPS, RAISES
+from loudmerge.canary.code.flow import Place, Scope, places, unread
+from loudmerge.canary.code.rebinding import rebinding
+from loudmerge.canary.code.swallow import doubtful, swallowed
+from loudmerge.canary.code.syntax import Module, RuleError, parse
+from loudmerge.canary.code.values import excluded, governing, outcome, returned_values, unsettled
+from loudmerge.canary.code.wrapping import wrapped
+from loudmerge.canary.probing.extract import Gone
+from loudmerge.canary.probing.probe import Probe, mismatches, probe
+from loudmerge.canary.rules import testing
+from loudmerge.canary.rules.fingerprint import difference, digest, normal_form
+from loudmerge.canary.rules.kinds import (
     call_matches,
     does_something,
     exception_of,
@@ -36,15 +42,9 @@ from loudmerge.canary.kinds import (
     signature_problem,
     symbol_problem,
 )
-from loudmerge.canary.probe import Probe, mismatches, probe
-from loudmerge.canary.rebinding import rebinding
-from loudmerge.canary.schema import validate
-from loudmerge.canary.swallow import doubtful, swallowed
-from loudmerge.canary.syntax import Module, RuleError, parse
-from loudmerge.canary.values import excluded, governing, outcome, returned_values, unsettled
-from loudmerge.canary.walks import bound, walks
-from loudmerge.canary.wrapping import wrapped
-from loudmerge.canary.writes import overwritten
+from loudmerge.canary.rules.schema import validate
+from loudmerge.canary.rules.walks import bound, walks
+from loudmerge.canary.rules.writes import overwritten
 
 __all__ = ["Finding", "RuleError", "check", "validate"]
 

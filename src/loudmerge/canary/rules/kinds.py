@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loudmerge.canary.constants import UNKNOWN
-from loudmerge.canary.flow import Place, Scope, alias, places
-from loudmerge.canary.pieces import parsed
-from loudmerge.canary.syntax import (
+from loudmerge.canary.code.constants import UNKNOWN
+from loudmerge.canary.code.flow import Place, Scope, alias, places
+from loudmerge.canary.code.pieces import parsed
+from loudmerge.canary.code.syntax import (
     FUNCTIONS,
     Function,
     Module,
@@ -24,7 +24,7 @@ from loudmerge.canary.syntax import (
     parameters,
     reachable,
 )
-from loudmerge.canary.values import evaluate, possible
+from loudmerge.canary.code.values import evaluate, possible
 
 SPOKEN = frozenset({"print", "warning", "warn", "info", "debug", "error", "log", "warning_once"})
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loudmerge.canary.extract import Extract, extract
-from loudmerge.canary.forks import Forks, shared
-from loudmerge.canary.syntax import RuleError
+from loudmerge.canary.code.syntax import RuleError
+from loudmerge.canary.probing.extract import Extract, extract
+from loudmerge.canary.probing.forks import Forks, shared
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
 CPU_S = 10

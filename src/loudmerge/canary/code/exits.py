@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import NamedTuple
 
-from loudmerge.canary.syntax import EXITS, FUNCTIONS, dotted
+from loudmerge.canary.code.syntax import EXITS, FUNCTIONS, dotted
 
 TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
 BARE = ast.Name("BaseException", ast.Load())

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from loudmerge.canary.constants import UNKNOWN, compare
-from loudmerge.canary.exits import LEAVES, LOOPS, RAISES
-from loudmerge.canary.flow import Condition, Place, Scope, callee, places
-from loudmerge.canary.syntax import dotted, local_assignments, mentions, parameters
+from loudmerge.canary.code.constants import UNKNOWN, compare
+from loudmerge.canary.code.exits import LEAVES, LOOPS, RAISES
+from loudmerge.canary.code.flow import Condition, Place, Scope, callee, places
+from loudmerge.canary.code.syntax import dotted, local_assignments, mentions, parameters
 
 DEPTH = 12
 """How many names, calls and operators deep an expression is followed."""

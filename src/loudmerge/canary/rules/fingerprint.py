@@ -8,8 +8,8 @@ import difflib
 import hashlib
 from collections.abc import Iterable
 
-from loudmerge.canary.constants import UNKNOWN, constant
-from loudmerge.canary.syntax import FUNCTIONS, Function, dotted, inner_statements, mentions, parameters
+from loudmerge.canary.code.constants import UNKNOWN, constant
+from loudmerge.canary.code.syntax import FUNCTIONS, Function, dotted, inner_statements, mentions, parameters
 
 SPEAKING = frozenset(
     {"print", "warn", "warning", "info", "debug", "error", "warning_once", "exception", "log"}

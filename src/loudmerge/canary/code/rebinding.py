@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from loudmerge.canary.syntax import FUNCTIONS, Module, binds_anything
+from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds_anything
 
 
 def rebinding(module: Module, qualified: str) -> tuple[str, int]:

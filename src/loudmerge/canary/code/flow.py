@@ -10,8 +10,8 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from loudmerge.canary.constants import UNKNOWN, constant
-from loudmerge.canary.exits import (
+from loudmerge.canary.code.constants import UNKNOWN, constant
+from loudmerge.canary.code.exits import (
     BARE,
     CATCHING,
     ENDS,
@@ -27,8 +27,8 @@ from loudmerge.canary.exits import (
     matched,
     not_taken,
 )
-from loudmerge.canary.syntax import FUNCTIONS, Function, Module, dotted, local_assignments, parameters
-from loudmerge.canary.wrapping import wrapped, yields
+from loudmerge.canary.code.syntax import FUNCTIONS, Function, Module, dotted, local_assignments, parameters
+from loudmerge.canary.code.wrapping import wrapped, yields
 
 HELPER_DEPTH = 2
 """How many calls deep a helper of the same file still counts as part of the function."""

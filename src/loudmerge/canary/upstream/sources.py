@@ -15,9 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-from loudmerge.canary import archives
-from loudmerge.canary.archives import SourceError
-from loudmerge.canary.fetch import HttpOptions, Unreachable, write
+from loudmerge.canary.upstream import archives
+from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.fetch import HttpOptions, Unreachable, write
 
 __all__ = [
     "KnowsHistory",

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Union
 
-from loudmerge.canary.constants import UNKNOWN, constant
-from loudmerge.canary.pieces import pieces
+from loudmerge.canary.code.constants import UNKNOWN, constant
+from loudmerge.canary.code.pieces import pieces
 
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]  # noqa: UP007 (a runtime alias on Python 3.10)
 

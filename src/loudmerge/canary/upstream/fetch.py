@@ -18,7 +18,7 @@ import requests
 from requests.auth import AuthBase
 
 from loudmerge import __version__
-from loudmerge.canary.archives import SourceError
+from loudmerge.canary.upstream.archives import SourceError
 
 CHUNK = 2**16
 MAX_TEXT_BYTES = 8 * 2**20

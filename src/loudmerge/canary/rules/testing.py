@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 
-from loudmerge.canary.constants import UNKNOWN, constant
-from loudmerge.canary.flow import Place, Scope, alias, places
-from loudmerge.canary.pieces import parsed
-from loudmerge.canary.rebinding import rebinding
-from loudmerge.canary.swallow import swallowed
-from loudmerge.canary.syntax import (
+from loudmerge.canary.code.constants import UNKNOWN, constant
+from loudmerge.canary.code.flow import Place, Scope, alias, places
+from loudmerge.canary.code.pieces import parsed
+from loudmerge.canary.code.rebinding import rebinding
+from loudmerge.canary.code.swallow import swallowed
+from loudmerge.canary.code.syntax import (
     FUNCTIONS,
     Function,
     Module,
@@ -19,8 +19,8 @@ from loudmerge.canary.syntax import (
     reachable,
     targets,
 )
-from loudmerge.canary.values import evaluate
-from loudmerge.canary.wrapping import yields
+from loudmerge.canary.code.values import evaluate
+from loudmerge.canary.code.wrapping import yields
 
 STOPPED = frozenset({"skip", "xfail", "fixture"})
 SKIPS = frozenset({"pytest.skip", "pytest.xfail", "self.skipTest"})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from loudmerge.canary.constants import UNKNOWN, constant
-from loudmerge.canary.flow import Place, Scope, places
-from loudmerge.canary.syntax import dotted
-from loudmerge.canary.values import evaluate
+from loudmerge.canary.code.constants import UNKNOWN, constant
+from loudmerge.canary.code.flow import Place, Scope, places
+from loudmerge.canary.code.syntax import dotted
+from loudmerge.canary.code.values import evaluate
 
 
 def follows(loop: ast.stmt, attribute: str) -> bool:

@@ -6,11 +6,11 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from loudmerge.canary.constants import UNKNOWN
-from loudmerge.canary.flow import Place, Scope, in_order
-from loudmerge.canary.kinds import call_matches
-from loudmerge.canary.syntax import targets
-from loudmerge.canary.values import evaluate, excluded
+from loudmerge.canary.code.constants import UNKNOWN
+from loudmerge.canary.code.flow import Place, Scope, in_order
+from loudmerge.canary.code.syntax import targets
+from loudmerge.canary.code.values import evaluate, excluded
+from loudmerge.canary.rules.kinds import call_matches
 
 MUTATING = frozenset({"update", "clear", "pop", "popitem", "setdefault", "__setitem__", "__delitem__"})
 """What changes a dict."""

@@ -6,9 +6,9 @@ import ast
 import builtins
 from collections.abc import Collection, Iterator
 
-from loudmerge.canary.exits import CATCHING, OUTSIDE
-from loudmerge.canary.flow import Flow, Place, Scope, alias, known_constants, places
-from loudmerge.canary.syntax import (
+from loudmerge.canary.code.exits import CATCHING, OUTSIDE
+from loudmerge.canary.code.flow import Flow, Place, Scope, alias, known_constants, places
+from loudmerge.canary.code.syntax import (
     FUNCTIONS,
     Module,
     dotted,
@@ -16,7 +16,7 @@ from loudmerge.canary.syntax import (
     local_assignments,
     parameters,
 )
-from loudmerge.canary.wrapping import yields
+from loudmerge.canary.code.wrapping import yields
 
 LETTING = frozenset(
     {

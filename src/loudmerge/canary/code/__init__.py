@@ -1,0 +1,1 @@
+"""What code does, by its syntax tree."""

@@ -1,0 +1,1 @@
+"""What a guard can assert of code, and the fields that say it."""
