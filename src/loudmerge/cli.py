@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if "--json" in given:
             Terminal(as_json=True, quiet=True).result(Failure("usage", error.format_message()))
         sys.exit(USAGE)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):  # click makes an Abort of one only within a command
         Terminal("--json" in given, quiet=True).failure("interrupted", Failure("interrupted", "interrupted"))
         sys.exit(128 + received[-1])
     sys.exit(code)

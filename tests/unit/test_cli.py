@@ -246,6 +246,15 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(library: Library, run: Call
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_sigterm_before_a_command_has_begun_is_an_interrupt_too(
+    run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """click catches an interrupt only once it has read the arguments."""
+    monkeypatch.setattr(cli.commands, "main", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    ended = run(*COMMANDS["merge"], "--json")
+    assert (ended.code, ended.document["status"]) == (143, "interrupted")
+
+
 def test_merge_has_the_defaults_of_the_contract(library: Library, run: Callable[..., Ended]) -> None:
     run(*COMMANDS["merge"])
     assert library.calls == [

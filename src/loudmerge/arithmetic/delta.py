@@ -93,7 +93,7 @@ class Workspace:
         """Four buffers (rows, columns) whose content is undefined."""
         shape, count = (rows, columns), rows * columns
         if not self._held or self._held[0].numel() < count:
-            self._held = [torch.empty(count, device=self._device) for _ in range(4)]
+            self._held = [torch.empty(count, dtype=torch.float32, device=self._device) for _ in range(4)]
             self._blocks = {}
         if shape not in self._blocks:
             self._blocks[shape] = [held[:count].view(shape) for held in self._held]

@@ -229,11 +229,15 @@ def _case(item: pytest.Item) -> CanaryCase | None:
 def load_cases(config: pytest.Config) -> list[CanaryCase]:
     """The cases of the guard files. Raises pytest.UsageError when there are none, or a bad one."""
     from loudmerge.canary.guards import OWN, GuardError, load_guards
+    from loudmerge.canary.upstream.sources import parse_overrides
 
     given = config.getoption("canary_guards", None)
     try:
         guards = load_guards(given or config.rootpath / OWN)
-    except GuardError as error:
+        parse_overrides(
+            config.getoption("canary_source", []), {name for guard in guards for name in guard.names}
+        )
+    except (GuardError, ValueError) as error:
         raise pytest.UsageError(str(error)) from error
     return [CanaryCase(guard, ref) for guard in guards for ref in guard.refs]
 

@@ -203,6 +203,8 @@ def _replay(guards: Sequence[Guard], past: Past) -> Replay:
         if before.verdict != after.verdict
     ]
     evaluations = sum(verdict.evaluated for verdict, _ in judged.values())
+    if not evaluations:
+        raise SourceError(f"nothing could be judged: {rows[0][0].detail}")
     return Replay(past.steps, tuple(rows[0]), tuple(turns), evaluations)
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.layout import Axes, LoraBLayout, Orientation
 from loudmerge.planning.plan import OutputTensor, Site, Term
-from loudmerge.reading.adapter import WEIGHTS, Adapter, LoraPair
-from loudmerge.reading.adapter_config import CONFIG
+from loudmerge.reading.adapter import Adapter, LoraPair
+from loudmerge.reading.adapter_config import CONFIG, WEIGHTS
 from loudmerge.system.tensorfile import TensorReader
 
 ADAPTER_NAME = "default"

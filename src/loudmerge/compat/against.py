@@ -20,7 +20,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from loudmerge.compat.cells import PACKAGES, RELEASED
-from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, UNREACHABLE, CellResult, Tests
+from loudmerge.compat.result import (
+    FAILED,
+    NOT_INSTALLED,
+    NOT_RUN,
+    OK,
+    REFUSED,
+    UNREACHABLE,
+    CellResult,
+    Tests,
+)
 from loudmerge.errors import some
 
 SAME, REGRESSED, FIXED, NEW = "same", "regressed", "fixed", "new"
@@ -120,8 +129,13 @@ def losses(head: CellResult, base: CellResult, without: Collection[str] = ()) ->
 
 
 def _worse(head: Mapping[str, str], base: Mapping[str, str]) -> list[str]:
-    """The names that were ok and are not, or that have vanished."""
-    return [name for name, was in base.items() if name not in head or was == OK != head[name]]
+    """The names whose outcome is worse than it was, or bad and new, or that have vanished."""
+    names = [*base, *(name for name in head if name not in base)]
+    return [name for name in names if name not in head or _rank(head[name]) > _rank(base.get(name, REFUSED))]
+
+
+def _rank(outcome: str) -> int:
+    return 0 if outcome == OK else 1 if outcome.startswith(REFUSED) else 2
 
 
 def _counts(head: CellResult, base: CellResult) -> list[str]:

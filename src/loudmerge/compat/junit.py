@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from loudmerge.compat.result import Tests
-from loudmerge.compat.verdict import REFUSED, SUITE
+from loudmerge.compat.result import REFUSED, Tests
+from loudmerge.compat.verdict import SUITE
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 

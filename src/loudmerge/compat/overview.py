@@ -8,8 +8,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from loudmerge.compat.against import Change, fails
-from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, OK, STATUSES, UNREACHABLE, CellResult
-from loudmerge.compat.verdict import REFUSED
+from loudmerge.compat.result import (
+    FAILED,
+    NOT_INSTALLED,
+    NOT_RUN,
+    OK,
+    REFUSED,
+    STATUSES,
+    UNREACHABLE,
+    CellResult,
+)
 
 ABSENT = "–"
 GOOD, BAD, WITHHELD = "✓", "✗", "R"
@@ -103,7 +111,7 @@ def kl(value: float) -> str:
 
 def share(value: float) -> str:
     """A share to four digits, rounded down: 1.0000 is all of it."""
-    return f"{math.floor(value * 10_000) / 10_000:.4f}" if math.isfinite(value) else str(value)
+    return f"{math.floor(value * 10_000) / 10_000:.4f}" if math.isfinite(value * 10_000) else str(value)
 
 
 def path(row: CellResult) -> str:

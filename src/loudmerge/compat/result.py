@@ -15,6 +15,9 @@ STATUSES = (OK, FAILED, NOT_INSTALLED, UNREACHABLE, NOT_RUN)
 unreachable: the lane needs a host that was not reached. not-run: the cell was not asked for, or
 never came to it."""
 
+REFUSED = "refused by design"
+"""What a family's entry begins with that loudmerge refuses, as its tests require."""
+
 ASIDE: Mapping[str, Any] = {
     "detail": "",
     "seconds": 0.0,
@@ -289,4 +292,7 @@ class Reader:
     def pair(self, key: str, first: str, second: str) -> tuple[int, int]:
         """An object of two integers."""
         inner = Reader(self.mapping(key))
-        return inner.whole(first), inner.whole(second)
+        some, all_of_them = inner.whole(first), inner.whole(second)
+        if not 0 <= some <= all_of_them:
+            raise _wrong(key, dict(inner.document), f"no more {first} than {second}")
+        return some, all_of_them

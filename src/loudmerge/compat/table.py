@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import date, datetime, timedelta, timezone
+from datetime import date, datetime, timezone
 from pathlib import Path
 
 from loudmerge import __version__
@@ -110,12 +110,12 @@ def read(directory: Path) -> dict[str, CellResult]:
 def _of_late(row: CellResult, today: date) -> CellResult:
     """The row, or that there is none of late. A day that is none is no reason to believe one."""
     try:
-        late = not row.date or today - date.fromisoformat(row.date) <= timedelta(DAYS)
+        late = not row.date or -1 <= (today - date.fromisoformat(row.date)).days <= DAYS
     except ValueError:
         late = False
     if late:
         return row
-    detail = f"its last run is more than {DAYS} days ago"
+    detail = f"its last run is not of the last {DAYS} days"
     return CellResult(row.cell, row.lane, NOT_RUN, row.versions, detail=detail, date=row.date)
 
 
@@ -135,7 +135,7 @@ def _read(file: Path) -> CellResult:
         result = CellResult.from_json(document.read(file))
         if result.cell != file.stem:
             raise ResultError(f"found the result of {result.cell!r}, expected that of {file.stem!r}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         short = Shortfall(UNREADABLE, str(error), "a whole CELL.json")
         detail = f"{UNREADABLE}: {error}"
         return CellResult(file.stem, "", FAILED, {}, shortfalls=(short,), detail=detail)

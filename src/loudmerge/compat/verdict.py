@@ -11,13 +11,10 @@ from dataclasses import replace
 
 from loudmerge.compat.against import adapterless, packages
 from loudmerge.compat.cells import Expectation
-from loudmerge.compat.result import FAILED, NUMBERS, OK, CellResult, Figures, Shortfall, Tests
+from loudmerge.compat.result import FAILED, NUMBERS, OK, REFUSED, CellResult, Figures, Shortfall, Tests
 
 RAN = (OK, FAILED)
 """The statuses of a cell that ran: the others say why there is nothing to judge."""
-
-REFUSED = "refused by design"
-"""What a family's entry begins with that loudmerge refuses, as its tests require."""
 
 
 VERSIONS = "versions"

@@ -32,8 +32,8 @@ from loudmerge.executing.writer import Staging
 from loudmerge.layout import Axes, Span
 from loudmerge.merging.merge import Pathish, plan
 from loudmerge.planning.plan import MergePlan, Site
-from loudmerge.reading.adapter import WEIGHTS, read_adapter
-from loudmerge.reading.adapter_config import CONFIG, AdapterConfig
+from loudmerge.reading.adapter import read_adapter
+from loudmerge.reading.adapter_config import CONFIG, WEIGHTS, AdapterConfig
 from loudmerge.reading.experts import split_expert_name
 from loudmerge.reading.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
 from loudmerge.reading.sidefiles import CONFIG as BASE_CONFIG

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 from loudmerge import __version__
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem, require, some
+from loudmerge.reading.adapter_config import WEIGHTS as ADAPTER_WEIGHTS
+from loudmerge.reading.beside import weights_beside
 from loudmerge.reading.sidefiles import MODULES, WEIGHT_SUFFIXES, is_other_weights, module_folders
 
 if TYPE_CHECKING:
@@ -145,6 +147,7 @@ def _files_to_get(hub_id: HubId) -> list[str]:
         info = api().model_info(hub_id.repo, revision=hub_id.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     names = names_of(info)
     _refuse_pickles(hub_id, names)
+    _refuse_beside(hub_id, names)
     folders = _module_folders(hub_id) if MODULES in names else frozenset()
     return [name for name in names if not matches(name, NOT_DOWNLOADED) or is_other_weights(name, folders)]
 
@@ -167,6 +170,14 @@ def _refuse_pickles(hub_id: HubId, names: Sequence[str]) -> None:
                 "Unpickling can run any code; convert them where you trust them, with save_pretrained.",
             )
         )
+
+
+def _refuse_beside(hub_id: HubId, names: Sequence[str]) -> None:
+    """Not downloaded, so looked for here: weights that were trained with an adapter."""
+    if ADAPTER_WEIGHTS in names:
+        _, refused = weights_beside((name for name in names if "/" not in name), f"{hub_id} on the Hub")
+        if refused:
+            raise MergeRefused(refused)
 
 
 def endpoint() -> str | None:

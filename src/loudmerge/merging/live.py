@@ -41,8 +41,9 @@ from loudmerge.merging.wrappers import (
     wrappers,
 )
 from loudmerge.planning.options import Options
-from loudmerge.reading.adapter import LEVELS, PREFIX, WEIGHTS, read_adapter
+from loudmerge.reading.adapter import LEVELS, PREFIX, read_adapter
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
+from loudmerge.reading.adapter_config import WEIGHTS
 from loudmerge.reading.checkpoint import open_checkpoint
 from loudmerge.reading.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
 

@@ -111,7 +111,7 @@ class Draft:
     @property
     def _is_mica(self) -> bool:
         """PEFT merges it by itself: peft/tuners/lora/variants.py, `MiCALinearVariant.merge_unsafe`."""
-        return self.adapter.config.raw.get("init_lora_weights") == "mica"
+        return str(self.adapter.config.raw.get("init_lora_weights")).lower() == "mica"
 
     def _check_alpha(self, pair: LoraPair, name: str, rank: int) -> None:
         found = alphas(self.adapter.config.raw, name, rank)
@@ -267,7 +267,7 @@ class Draft:
             counts=Counts(self.expert, self.dense, self.replaced, len(outputs) - touched),
             num_experts=placement.num_experts,
             config_edits=self.edits,
-            notes=(*layout.overruled, *self.notes, *_left_out(self.base.left_out)),
+            notes=(*layout.overruled, *self.notes, *_unread(self.base.left_out, self.adapter.unread)),
         )
 
     def _output(self, entry: TensorEntry, *, closing: bool, head: bool) -> OutputTensor:
@@ -320,9 +320,11 @@ _DTYPES = ("dtype", "torch_dtype")
 _CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_CODES.items()}
 
 
-def _left_out(names: Sequence[str]) -> Iterable[str]:
-    if names:
-        yield f"other weights, and adapters, are not copied from the base: {some(names, 10)}"
+def _unread(of_base: Sequence[str], of_adapter: Sequence[str]) -> Iterable[str]:
+    if of_base:
+        yield f"other weights, and adapters, are not copied from the base: {some(of_base, 10)}"
+    if of_adapter:
+        yield f"other weights beside the adapter are not read: {some(of_adapter, 10)}"
 
 
 def wrong_shape(where: str, found: tuple[int, ...], entry: TensorEntry) -> Problem:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loudmerge.errors import MergeRefused, Problem
-from loudmerge.reading.adapter_config import AdapterConfig, ends_with, read_config
+from loudmerge.reading.adapter_config import WEIGHTS, AdapterConfig, ends_with, read_config
+from loudmerge.reading.beside import no_weights, weights_beside
 from loudmerge.system.tensorfile import FLOAT_CODES, TensorEntry, read_header
-
-WEIGHTS = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
 """Before each name, of a PeftModel's module as of a tensor that it saves."""
@@ -89,7 +88,7 @@ class Adapter:
     """An adapter directory: every tensor of its file is in exactly one of the tuples.
 
     copies: (full tensor or token rows, another that must have the same bytes). originals: the base's own
-    weights, which PEFT saves beside the trained ones.
+    weights, which PEFT saves beside the trained ones. unread: other files of weights in the directory.
     """
 
     path: Path
@@ -100,6 +99,7 @@ class Adapter:
     entries: Mapping[str, TensorEntry]
     copies: tuple[tuple[TensorEntry, TensorEntry], ...] = ()
     originals: tuple[TensorEntry, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -107,9 +107,10 @@ def read_adapter(path: Path) -> Adapter:
     config = read_config(path)
     weights = path / WEIGHTS
     if not weights.is_file():
-        raise MergeRefused(_no_weights(path))
+        raise MergeRefused(no_weights(path))
     entries, _ = read_header(weights)
     sorter = _Sorter(config)
+    unread, sorter.problems = weights_beside((f.name for f in path.iterdir() if f.is_file()), str(path))
     for entry in entries.values():
         sorter.add(entry)
     sorter.sort_full()
@@ -136,6 +137,7 @@ def read_adapter(path: Path) -> Adapter:
         copies=tuple(sorter.copies),
         originals=tuple(sorter.originals),
         entries=entries,
+        unread=tuple(unread),
     )
 
 
@@ -383,17 +385,3 @@ class _Sorter:
 
     def _refuse(self, code: str, entry: TensorEntry, found: str, expected: str, hint: str) -> None:
         self.problems.append(Problem(code, str(entry), found, expected, hint))
-
-
-def _no_weights(path: Path) -> Problem:
-    pickled = sorted(file.name for file in path.glob("*.bin"))
-    if pickled:
-        return Problem(
-            "unsafe-file",
-            str(path / pickled[0]),
-            "a pickle, which can run code when it is loaded",
-            WEIGHTS,
-            "Load it with PEFT where you trust it, and save it again with safe_serialization=True.",
-        )
-    hint = "Give the directory that holds it: PEFT's save_pretrained writes both."
-    return Problem("unsupported-adapter", str(path), f"no {WEIGHTS}", "the weights beside the config", hint)

@@ -15,7 +15,8 @@ from loudmerge.errors import MergeRefused, Problem
 from loudmerge.reading.patterns import by_pattern
 from loudmerge.system.jsonfile import read_json
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of an adapter directory."""
 
 INERT_FIELDS = frozenset(
     {
@@ -249,7 +250,8 @@ def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Prob
             " set this field to null, and merge into that.",
         )
     init = raw.get("init_lora_weights", True)
-    if _is_number(init) or init not in HARMLESS_INITS:  # 1 == True
+    known = init.lower() if isinstance(init, str) else init  # PEFT takes "Gaussian", too, and saves it so
+    if _is_number(init) or known not in HARMLESS_INITS:  # 1 == True
         yield refuse(
             "init_lora_weights",
             "an initialisation that leaves the base's weights alone",

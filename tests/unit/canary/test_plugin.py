@@ -89,6 +89,13 @@ def test_a_missing_guard_fails_and_says_why(project: Project) -> None:
     assert output.endswith("exit 1")
 
 
+def test_a_source_that_no_guard_reads_is_a_usage_error(project: Project) -> None:
+    project.repository.commit({PATH: KEPT})
+    output = project.pytest("--canary-guards", "guards", "--canary-source", f"zo={project.place}")
+    assert "no guard reads zo, expected one of" in output
+    assert output.endswith("exit 4")
+
+
 def test_a_pending_guard_is_an_expected_failure(project: Project) -> None:
     project.repository.commit({PATH: GONE})
     project.repository.pulls[7] = None

@@ -221,6 +221,16 @@ def test_a_release_that_cannot_be_downloaded_is_unreachable_not_missing(
     assert found.turns[0].detail
 
 
+def test_a_range_without_a_release_is_no_replay(
+    tmp_path: Path, upstream: UpstreamServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_index(monkeypatch, upstream).offer_wheel("1.0", KEPT)
+    with pytest.raises(SourceError, match="nothing could be judged: "):
+        replay_releases(
+            PACKAGE, guards(tmp_path, package_guard("1.0")), options(tmp_path), first="3.0", last="2.0"
+        )
+
+
 def test_a_package_that_no_guard_reads(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no guard reads the package other"):
         replay_releases("other", guards(tmp_path), options(tmp_path))

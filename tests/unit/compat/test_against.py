@@ -114,6 +114,30 @@ def test_what_failed_before_too_is_no_loss() -> None:
     assert compare(rows.BROKEN, rows.BROKEN).word == SAME
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "lost"),
+    [
+        ("refused by design: x", "other bytes", True),
+        (None, "other bytes", True),
+        (None, "refused by design: x", False),
+        ("no forward", "other bytes", False),
+        ("other bytes", "refused by design: x", False),
+    ],
+)
+def test_a_family_that_is_worse_than_before_is_lost_beside_one_that_failed(
+    was: str | None, now: str, lost: bool
+) -> None:
+    base = replace(
+        rows.SWAPPED,
+        status=FAILED,
+        families={**rows.SWAPPED.families, "jamba": "no forward", **({"new": was} if was else {})},
+        shortfalls=(Shortfall("families", "jamba: no forward", "each merged, or refused by design"),),
+    )
+    change = compare(replace(base, families={**base.families, "new": now}), base)
+    assert change.word == (REGRESSED if lost else SAME)
+    assert change.detail.endswith("family new") == lost
+
+
 def test_what_failed_before_and_has_vanished_is_lost() -> None:
     """A part that died shows nothing at all, which is less than a failure."""
     families = {name: says for name, says in rows.BROKEN.families.items() if name != "jamba"}

@@ -86,6 +86,8 @@ def test_a_row_of_before_a_key_that_nothing_is_judged_by_is_read(key: str) -> No
         ("date", 20261129, "date: found 20261129, expected a string"),
         ("kl_floor", None, "kl_floor: found None, expected a figure, as for the others"),
         ("samples", {"matched": 3}, "total: missing"),
+        ("samples", {"matched": 9, "total": 3}, "expected no more matched than total"),
+        ("merged", {"applied": -1, "attempted": 3}, "expected no more applied than attempted"),
         ("merged", {"applied": 1.5, "attempted": 2}, "applied: found 1.5, expected an integer"),
         ("versions", {"peft": 1}, "peft: found 1, expected a string"),
         ("families", ["ok"], r"families: found \['ok'\], expected an object"),

@@ -197,11 +197,12 @@ def test_a_kl_is_shown_by_its_size(value: float, shown: str) -> None:
 
 
 def test_a_share_is_rounded_down_so_that_1_means_all_of_it() -> None:
-    assert [share(value) for value in (1.0, 0.99999, 0.5, float("nan"))] == [
+    assert [share(value) for value in (1.0, 0.99999, 0.5, float("nan"), 1e308)] == [
         "1.0000",
         "0.9999",
         "0.5000",
         "nan",
+        "1e+308",
     ]
 
 

@@ -83,7 +83,9 @@ def test_a_row_that_is_kept_has_merged_what_there_was_then(project: Path) -> Non
     assert judged_by_the_command(project, kept, replace(two, crossed={one.cell: OK})) == kept
 
 
-@pytest.mark.parametrize(("days", "runs"), [(0, True), (60, True), (61, False), (400, False)])
+@pytest.mark.parametrize(
+    ("days", "runs"), [(0, True), (-1, True), (60, True), (61, False), (400, False), (-3, False)]
+)
 def test_a_row_that_names_its_day_is_one_of_the_last_60(tmp_path: Path, days: int, runs: bool) -> None:
     """The GPU's, which goes from table to table: a runner that is gone leaves its last row for ever."""
     day = (datetime.now(timezone.utc) - timedelta(days)).date().isoformat()
@@ -95,9 +97,15 @@ def test_a_row_that_names_its_day_is_one_of_the_last_60(tmp_path: Path, days: in
         assert why(found) == f"of {day}, source 0123456789ab"
         return
     assert (found.status, found.figures, found.date) == (NOT_RUN, None, day)
-    assert why(found) == f"its last run is more than 60 days ago; of {day}"
+    assert why(found) == f"its last run is not of the last 60 days; of {day}"
     (older,) = read_older(tmp_path / "results")
     assert older == found, "neither is it shown to have regressed"
+
+
+def test_what_is_no_file_is_a_failed_row(tmp_path: Path) -> None:
+    (tmp_path / "cell.json").mkdir()
+    row = read(tmp_path)["cell"]
+    assert (row.status, "Is a directory" in row.detail) == (FAILED, True)
 
 
 def test_a_day_that_is_none_is_not_of_late(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from loudmerge.converting.relayout import Factored, factored, fused, joined, par
 from loudmerge.converting.rewrite import GROUPED, LAYOUTS, PEFT_018, PEFT_019, PER_EXPERT
 from loudmerge.errors import MergeRefused
 from loudmerge.layout import LoraBLayout, Orientation, Span
-from loudmerge.reading.adapter import WEIGHTS, read_adapter
+from loudmerge.reading.adapter import read_adapter
+from loudmerge.reading.adapter_config import WEIGHTS
 from tests.unit.builders import fused_lora, values, write_adapter, write_base
 from tests.unit.reference import Built, build
 from tests.unit.strategies import NAMED, cases, examples, must_merge

@@ -119,6 +119,17 @@ def test_a_repository_with_pickled_weights_only_is_refused_before_any_download(s
     assert not [request for request in server.requests if "resolve" in request.path]
 
 
+def test_weights_beside_an_adapter_are_refused_though_they_are_not_downloaded(server: HubServer) -> None:
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS, "training_args.bin": b""}
+    server.add_repo("owner/adapter", adapter)
+    client.resolve("owner/adapter")
+    server.add_repo("owner/llava", {**adapter, "non_lora_trainables.bin": b"pickle"})
+    with pytest.raises(MergeRefused) as caught:
+        client.resolve("owner/llava")
+    assert "owner/llava on the Hub/non_lora_trainables.bin: found weights" in str(caught.value)
+    assert caught.value.code == "unconsumed-adapter-tensor"
+
+
 def test_the_token_of_the_environment_is_used(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add_repo("owner/base", BASE)
     server.gated.add("owner/base")

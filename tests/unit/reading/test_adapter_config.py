@@ -203,7 +203,7 @@ def test_replicated_layers_are_refused(value: object, tmp_path: Path) -> None:
     assert "other layers than its base" in error.hint
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica", "Gaussian", "MiCA"])
 def test_an_initialisation_that_leaves_the_base_alone_is_fine(init: object, tmp_path: Path) -> None:
     assert read(tmp_path, init_lora_weights=init).rank == 2
 

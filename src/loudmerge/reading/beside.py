@@ -1,0 +1,75 @@
+"""Weights in an adapter's directory beside the adapter's own: none that were trained with it are lost unsaid.
+
+ms-swift writes a trained vision tower as vit.safetensors there (swift/tuner_plugin/lora_llm.py), Unsloth a
+trained MTP head as mtp_head.safetensors (unsloth/save.py), LLaVA's trainer non_lora_trainables.bin.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from loudmerge.errors import Problem
+from loudmerge.reading.adapter_config import WEIGHTS
+from loudmerge.reading.sidefiles import is_weights
+
+TENSORS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+"""The formats that trainers write tensors in; others hold the adapter, or a model, for other engines."""
+
+_STATE = re.compile(
+    r"adapter_model\.(safetensors|bin)"  # the adapter, and what PEFT wrote of it before it had safetensors
+    r"|pytorch_model_fsdp(_\d+)?\.bin"  # the adapter again (accelerate/utils/fsdp_utils.py, adapter_only)
+    r"|(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.(pt|bin)|scaler\.pt|training_args\.bin"
+    r"|(rng_state|random_states)(_\d+)?\.(pth|pkl)"
+)
+"""What transformers' Trainer and accelerate keep of a training, to go on with it."""
+
+_OWN = re.compile(
+    r"(model|pytorch_model|consolidated)([.-]\S*)?\.(safetensors|bin|pth)"
+    r"|(value_head|scoring_head)\.(safetensors|bin)"
+)
+"""A model of its own, and heads that a reward model or PPO has beside the language model: no part of OUT."""
+
+_HINT = (
+    "If they were trained with the adapter, the merge would lose them: merge with the tool that wrote them. "
+    "If not, move them out of the directory."
+)
+
+
+def weights_beside(names: Iterable[str], where: str) -> tuple[list[str], list[Problem]]:
+    """What is not read of the files of these names (no folders): what a note should say; what is refused."""
+    said, refused = [], []
+    for name in sorted(names):
+        if _STATE.fullmatch(name) or not is_weights(name) or name.endswith(".json"):
+            continue
+        if PurePosixPath(name.lower()).suffix not in TENSORS or _OWN.fullmatch(name):
+            said.append(name)
+        else:
+            refused.append(_unread(name, where))
+    return said, refused
+
+
+def _unread(name: str, where: str) -> Problem:
+    return Problem(
+        "unconsumed-adapter-tensor",
+        f"{where}/{name}",
+        f"weights beside {WEIGHTS}, which PEFT does not load with it",
+        "the adapter's weights in one file, and beside it a training's state at most",
+        _HINT,
+    )
+
+
+def no_weights(path: Path) -> Problem:
+    """That the directory has no adapter's weights, but for pickles."""
+    pickled = sorted(file.name for file in path.glob("*.bin"))
+    if pickled:
+        return Problem(
+            "unsafe-file",
+            str(path / pickled[0]),
+            "a pickle, which can run code when it is loaded",
+            WEIGHTS,
+            "Load it with PEFT where you trust it, and save it again with safe_serialization=True.",
+        )
+    hint = "Give the directory that holds it: PEFT's save_pretrained writes both."
+    return Problem("unsupported-adapter", str(path), f"no {WEIGHTS}", "the weights beside the config", hint)

@@ -1,0 +1,68 @@
+"""Weights beside an adapter's own: refused, said or passed over, by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import loudmerge
+from loudmerge.errors import MergeRefused
+from loudmerge.reading.adapter import read_adapter
+from tests.unit.builders import plan_of
+from tests.unit.places import Place
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit.safetensors",
+        "mtp_head.safetensors",
+        "non_lora_trainables.bin",
+        "embeddings.pt",
+        "projector.pth",
+        "adapter_model_2.safetensors",
+        "optimizer.safetensors",
+    ],
+)
+def test_weights_that_may_have_been_trained_with_it_are_refused(place: Place, name: str) -> None:
+    """A merge would leave out what ms-swift, Unsloth and LLaVA write there."""
+    (place.adapter / name).write_bytes(b"never opened")
+    with pytest.raises(MergeRefused) as refused:
+        loudmerge.merge(place.base, place.adapter, place.out)
+    assert refused.value.code == "unconsumed-adapter-tensor"
+    assert f"{place.adapter}/{name}: found weights beside adapter_model.safetensors" in str(refused.value)
+    assert "the merge would lose them" in refused.value.hint
+    assert not place.out.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("optimizer.pt", "optimizer_1.bin", "scheduler.pt", "scaler.pt", "training_args.bin"),
+        *("rng_state.pth", "rng_state_0.pth", "random_states_0.pkl", "sampler.bin", "dl_state_dict.bin"),
+        *("adapter_model.bin", "pytorch_model_fsdp.bin", "tokenizer.model", "model.safetensors.index.json"),
+    ],
+)
+def test_the_state_of_a_training_is_none_of_the_adapters_weights(place: Place, name: str) -> None:
+    (place.adapter / name).write_bytes(b"never opened")
+    assert read_adapter(place.adapter).unread == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"),
+        *("value_head.safetensors", "consolidated.00.pth", "adapter.gguf"),
+    ],
+)
+def test_a_model_of_its_own_is_said_not_to_be_read(place: Place, name: str) -> None:
+    (place.adapter / name).write_bytes(b"never opened")
+    notes = plan_of(place.base, place.adapter).notes
+    assert notes[-1] == f"other weights beside the adapter are not read: {name}"
+
+
+def test_what_lies_in_folders_is_none_of_this_adapters(place: Place) -> None:
+    (place.adapter / "global_step5").mkdir()
+    Path(place.adapter, "global_step5", "states.pt").write_bytes(b"")
+    assert read_adapter(place.adapter).unread == ()
