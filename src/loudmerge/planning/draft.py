@@ -29,6 +29,10 @@ from loudmerge.system.tensorfile import DTYPE_CODES, FLOAT_CODES, MERGEABLE_CODE
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
+NEW_HEAD = (
+    f"{WHICH_BASE} A head that the training made (a classifier's, a reward model's) is in no base: merge the "
+    "live model with save_pretrained_merged, or save the model with its new head, untrained, as the base."
+)
 
 
 class Draft:
@@ -165,7 +169,8 @@ class Draft:
             elif entry is None and (stored := self._stored_bias(tensor)) is not None:
                 self.take_copy(stored, tensor.entry)
             elif entry is None:
-                self.problems.append(missing_base(str(tensor.entry), "a full tensor", tensor.name))
+                hint = NEW_HEAD if tensor.saved_module else WHICH_BASE
+                self.problems.append(missing_base(str(tensor.entry), "a full tensor", tensor.name, hint))
             elif tensor.entry.shape != entry.shape and not (
                 resizable and tensor.entry.shape[1:] == entry.shape[1:]
             ):

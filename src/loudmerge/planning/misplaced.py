@@ -10,14 +10,14 @@ from loudmerge.reading.experts import ExpertGroup
 from loudmerge.system.tensorfile import TensorEntry
 
 
-def missing_base(where: str, found: str, name: str) -> Problem:
+def missing_base(where: str, found: str, name: str, hint: str = WHICH_BASE) -> Problem:
     """The base has no tensor that `name`, in memory, could mean."""
     return Problem(
         "missing-base-tensor",
         where,
         found,
         f"a tensor that {name} in memory means, in the base",
-        WHICH_BASE,
+        hint,
     )
 
 

@@ -301,6 +301,7 @@ def test_a_full_tensor_that_the_base_lacks_is_refused(world: World) -> None:
     error = world.refuse(Q, full("score.weight", 2, H), modules_to_save=["score"])
     assert error.code == "missing-base-tensor"
     assert "found a full tensor, expected a tensor that score.weight in memory means" in str(error)
+    assert "merge the live model with save_pretrained_merged" in error.hint
 
 
 @pytest.mark.parametrize("shape", [(V, H + 1), (V,), (V, H, 1)])
