@@ -265,6 +265,20 @@ def truncated(handler: Handler) -> None:
     handler.close_connection = True
 
 
+def cut_off(content: bytes) -> Callable[[Handler], None]:
+    """The beginning of a longer answer, then the end of the connection."""
+
+    def act(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/html")
+        handler.send_header("Content-Length", str(len(content) + 100))
+        handler.end_headers()
+        handler.wfile.write(content)
+        handler.close_connection = True
+
+    return act
+
+
 def drip(handler: Handler) -> None:
     """A byte now and then, for as long as somebody listens."""
     handler.send_response(200)

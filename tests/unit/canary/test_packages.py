@@ -140,6 +140,16 @@ def test_an_index_that_does_not_answer_is_unreachable(tmp_path: Path, index: Ind
     assert [(verdict.verdict, verdict.version) for verdict in both] == [("unreachable", "")] * 2
 
 
+def test_an_index_page_that_is_cut_off_names_no_latest(tmp_path: Path, index: Index) -> None:
+    index.offer_wheel("1.0", KEPT)
+    (page,) = (page for name, page in index.server.files.items() if name.startswith("simple/"))
+    index.offer_wheel("2.0", GONE)
+    assert verdicts(tmp_path, LATEST)[0].verdict == "missing"
+    index.server.fail("/simple/", server.cut_off(page))
+    (found,) = verdicts(tmp_path, LATEST)
+    assert (found.verdict, found.version) == ("unreachable", "")
+
+
 def test_an_old_wheel_at_hand_does_not_pass_for_the_latest(
     tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:

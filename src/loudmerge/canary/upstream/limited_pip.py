@@ -11,14 +11,27 @@ import os
 import resource
 import runpy
 import sys
+from importlib import import_module
+from typing import Any
 
 NOTHING = ("download", "--isolated", "--no-index", "--no-deps", "--quiet", "loudmerge-asks-for-nothing")
 """What pip imports most of itself for, and refuses without asking anybody."""
 
 
 def prepare(_: str) -> None:
-    """Imports pip."""
+    """Imports pip, and has it refuse an answer that ends early.
+
+    Its urllib3, 1.26, takes that for the whole (`enforce_content_length` is off): an index page that was cut
+    off would name an older release as the latest.
+    """
     _pip(NOTHING)
+    response, pool = (import_module(f"pip._vendor.urllib3.{name}") for name in ("response", "connectionpool"))
+
+    class Whole(response.HTTPResponse):  # type: ignore[name-defined, misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "enforce_content_length": True})
+
+    pool.HTTPConnectionPool.ResponseCls = Whole
 
 
 def job() -> int:
