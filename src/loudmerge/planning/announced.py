@@ -20,7 +20,7 @@ from loudmerge.reading.adapter_config import ends_with
 from loudmerge.reading.checkpoint import Checkpoint
 from loudmerge.reading.experts import Experts, split_expert_name
 from loudmerge.reading.families import FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
-from loudmerge.reading.names import NUMBER, Names, template, with_indices
+from loudmerge.reading.names import Names, layer_list, template, with_indices
 from loudmerge.system.tensorfile import TensorEntry
 
 _WITH_HEAD = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -49,14 +49,14 @@ class Announced:
         # Of each list of layers with something trained, `layers.`: what precedes it in memory.
         self._prefixes: dict[str, set[str]] = defaultdict(set)
         for name in (*(pair.module for pair in adapter.pairs), *self._full.values()):
-            layers, held = _layers(family.canonical(name)), _layers(name)
+            layers, held = layer_list(family.canonical(name)), layer_list(name)
             if layers and held.endswith(layers):
                 self._prefixes[layers].add(held.removesuffix(layers))
         # The parent of such a list on disk, `model.`: the list.
         self._parents = {
-            _parent(_layers(key)): layers
+            _parent(layer_list(key)): layers
             for key, canonical in names.canonical.items()
-            if (layers := _layers(canonical)) in self._prefixes
+            if (layers := layer_list(canonical)) in self._prefixes
         }
         self._known = self._in_memory()
 
@@ -88,7 +88,7 @@ class Announced:
             return {canonical} if self._has_head() else set()
         if "experts" in canonical.split(".") or is_extra_layer(self._base, canonical):
             return set()
-        layers = _layers(canonical) or self._parents.get(_parent(_module(key)), "")
+        layers = layer_list(canonical) or self._parents.get(_parent(_module(key)), "")
         names = (canonical, self._as_on_disk.canonical(key))
         return {prefix + name for prefix in self._prefixes.get(layers, ()) for name in names}
 
@@ -142,7 +142,7 @@ class Announced:
     def _fused_parameters(self, experts: Experts) -> Iterable[str]:
         """Canonical names of the parameters that the base's experts have in memory where they are fused."""
         for group in experts.names:
-            if _layers(group) in self._prefixes and not is_extra_layer(self._base, group):
+            if layer_list(group) in self._prefixes and not is_extra_layer(self._base, group):
                 untrained = experts.projections(group) - self._apart
                 yield from (
                     f"{group}.{leaf}" for leaf, needs in FUSED_LEAVES.items() if untrained.issuperset(needs)
@@ -183,12 +183,6 @@ class Announced:
                 continue
             if not self._is_the_other(self._names.canonical[key], map(self._family.canonical, trained)):
                 yield _missing(_module(key), "no trained token rows", "trainable_token_indices")
-
-
-def _layers(name: str) -> str:
-    """What precedes a name's first index: `model.layers.` of `model.layers.3.mlp`; "" without an index."""
-    index = NUMBER.search(name)
-    return name[: index.start()] if index else ""
 
 
 def _parent(name: str) -> str:

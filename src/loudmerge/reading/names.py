@@ -47,6 +47,12 @@ class Names:
         return self._entries[keys[0]] if keys else None
 
 
+def layer_list(name: str) -> str:
+    """What precedes a name's first index: `model.layers.` of `model.layers.3.mlp`; "" without an index."""
+    index = NUMBER.search(name)
+    return name[: index.start()] if index else ""
+
+
 def template(name: str) -> str:
     """The name without its indices."""
     return NUMBER.sub("*", name)
