@@ -11,6 +11,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 import loudmerge
 from loudmerge.converting.convert import convert
@@ -69,6 +70,79 @@ def test_peft_reads_a_fused_adapter_that_came_back(detour: str, model_type: str,
     assert all(torch.equal(before[key], after[key]) for key in before)
     found = by_peft(tmp_path / "base", tmp_path / "back", model_type)
     assert (found - said).abs().max() <= BOUND * said.abs().max()
+
+
+# In memory their layers have another name than in the checkpoint.
+RENAMED = (
+    *("deepseek_ocr2", "dots3_note", "kimi_k25", "minimax_m3_vl", "mistral_large4", "nemotron_h"),
+    *("qwen3_omni_moe", "qwen3_omni_moe_thinker", "unlimited_ocr"),
+)
+TEXT_ONLY = ("qwen3_5_moe", "qwen4_exp", "dots3_note")
+"""Of these transformers has a text-only class that loads the whole model's checkpoint."""
+
+
+def loader(model_type: str, *, text_only: bool = False) -> type[PreTrainedModel]:
+    """The class that has the experts of this family fused in memory; skips where there is none."""
+    if model_type not in tiny.BUILDABLE:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    if not FUSED:
+        pytest.skip("transformers 4 has no fused experts")
+    if text_only:
+        found: type[PreTrainedModel] | None
+        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(tiny.config(model_type)), None)
+        broken = (model_type, transformers.__version__) == ("qwen3_5_moe", "5.5.0")
+        if found is None or found is tiny.model_class(model_type) or broken:
+            pytest.skip(
+                f"transformers {transformers.__version__} has no text class that loads a {model_type}"
+            )
+        return found
+    cls = tiny.model_class(model_type)
+    assert cls is not None
+    return cls
+
+
+def check_there_and_back(model_type: str, cls: type[PreTrainedModel], leaf: str, root: Path) -> None:
+    """Taken apart, a merge has the same logits; back again, PEFT has, by the same tensors."""
+    base, adapter, apart, back = (root / name for name in ("base", "adapter", "apart", "back"))
+    tiny.build(model_type).save_pretrained(base)
+    model = tiny.load(base, cls)
+    without = tiny.logits(model)
+    names = [name for name in tiny.text_linears(model) if leaf and name.endswith(leaf)]
+    assert bool(names) == bool(leaf)
+    live = tiny.attach_random_lora(
+        model,
+        target_modules=names,
+        target_parameters=tiny.expert_parameters(model),
+        save_to=adapter,
+    )
+    said = tiny.logits(live)
+    assert (said - without).abs().max() > 100 * BOUND * said.abs().max()
+    convert(adapter, apart, PER_EXPERT, base=base)
+    loudmerge.merge(base, apart, root / "out", dtype="float32", verify=False)
+    merged = tiny.logits(tiny.load(root / "out", cls))
+    assert (merged - said).abs().max() <= BOUND * said.abs().max()
+    convert(apart, back, READS, base=base)
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, back))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    # What PEFT reads of the adapter as it was trained: of some families that is not all.
+    wanted = tiny.logits(PeftModel.from_pretrained(tiny.load(base, cls), adapter).eval())
+    found = tiny.logits(PeftModel.from_pretrained(tiny.load(base, cls), back).eval())
+    assert (found - wanted).abs().max() <= BOUND * wanted.abs().max()
+
+
+@pytest.mark.parametrize("leaf", ["o_proj", ""], ids=["attention, too", "experts alone"])
+@pytest.mark.parametrize("model_type", RENAMED)
+def test_experts_come_back_under_the_name_that_memory_has(model_type: str, leaf: str, tmp_path: Path) -> None:
+    check_there_and_back(model_type, loader(model_type), leaf, tmp_path)
+
+
+@pytest.mark.parametrize("leaf", ["o_proj", ""], ids=["attention, too", "experts alone"])
+@pytest.mark.parametrize("model_type", TEXT_ONLY)
+def test_experts_of_a_text_only_class_come_back_under_its_name(
+    model_type: str, leaf: str, tmp_path: Path
+) -> None:
+    check_there_and_back(model_type, loader(model_type, text_only=True), leaf, tmp_path)
 
 
 @pytest.mark.skipif(FUSED, reason="transformers 5 has no experts that are Linears")

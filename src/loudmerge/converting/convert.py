@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loudmerge import __version__
+from loudmerge.converting.prefixes import Layers, own_linear, require_one_prefix
 from loudmerge.converting.relayout import Factored, dtype_of_all, factored, joined
 from loudmerge.converting.rewrite import (
     LAYOUTS,
@@ -32,7 +32,7 @@ from loudmerge.executing.writer import Staging
 from loudmerge.layout import Axes, Span
 from loudmerge.merging.merge import Pathish, plan
 from loudmerge.planning.plan import MergePlan, Site
-from loudmerge.reading.adapter import read_adapter
+from loudmerge.reading.adapter import Adapter, read_adapter
 from loudmerge.reading.adapter_config import CONFIG, WEIGHTS, AdapterConfig
 from loudmerge.reading.experts import split_expert_name
 from loudmerge.reading.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
@@ -134,19 +134,32 @@ def convert(
     with TensorReader() as reader, ThreadPoolExecutor(cores()) as pool:
         check_weights(found, sites, reader, pool)
         tensors = {name: reader.read(entry) for name, entry in found.entries.items()}
-    reading = _Reading(sites, family, planned, tensors)
+    reading = _Reading(found, sites, family, planned, tensors)
     experts = reading.fused()
     if to != PER_EXPERT:
         experts += reading.linears()
     if not experts and not reading.apart:
         raise MergeRefused(_nothing(where))
     draft = Rewritten(found.config, tensors, reading.taken)
-    if to == PER_EXPERT:
-        write_apart(draft, experts, reading.layers)
-    else:
-        write_fused(draft, experts, to, family.under(transformers), reading.layers)
+    _write(draft, experts, to, reading.layers, family, transformers)
     files = _publish(where, target, draft, overwrite=overwrite)
     return Conversion(where, trained_on, target, to, _before(sites), draft.sites, len(draft.tensors), files)
+
+
+def _write(
+    draft: Rewritten,
+    experts: Sequence[ExpertLora],
+    to: str,
+    layers: int,
+    family: Family,
+    transformers: str | None,
+) -> None:
+    """The experts' LoRA in the layout `to`. layers: as for `write_fused`."""
+    if to == PER_EXPERT:
+        write_apart(draft, experts, layers)
+    else:
+        write_fused(draft, experts, to, family.under(transformers), layers)
+    require_one_prefix(draft.tensors, [one.module for one in experts], family)
 
 
 def _nothing(adapter: Path) -> Problem:
@@ -196,11 +209,16 @@ class _Reading:
     """Takes the LoRA of experts out of an adapter's tensors.
 
     taken: the modules whose LoRA that was. layers: how many of the base's have experts; 0 without a base.
-    apart: the sites of experts' own Linears, by experts module.
+    apart: the sites of experts' own Linears, by the canonical name of their experts module.
     """
 
     def __init__(
-        self, sites: Sequence[Site], family: Family, planned: MergePlan | None, tensors: dict[str, Tensor]
+        self,
+        adapter: Adapter,
+        sites: Sequence[Site],
+        family: Family,
+        planned: MergePlan | None,
+        tensors: dict[str, Tensor],
     ) -> None:
         self._sites = sites
         self._family = family
@@ -214,7 +232,9 @@ class _Reading:
         for site in sites:
             parts = split_expert_name(family.canonical(site.parameter))
             if not site.num_experts and parts is not None and parts[1] is not None:
-                self.apart[self._experts(site.parameter)][PROJECTION_LEAVES[parts[2]], parts[1]] = site
+                self.apart[parts[0]][PROJECTION_LEAVES[parts[2]], parts[1]] = site
+        linears = [site.pair.module for own in self.apart.values() for site in own.values()]
+        self._layers = Layers(adapter, linears, family)
 
     def fused(self) -> list[ExpertLora]:
         """Every experts parameter that has LoRA."""
@@ -222,7 +242,7 @@ class _Reading:
 
     def linears(self) -> list[ExpertLora]:
         """The experts parameters that the experts' own Linears would be."""
-        return [one for module, own in self.apart.items() for one in self._joined(module, own)]
+        return [one for group, own in self.apart.items() for one in self._joined(group, own)]
 
     def _fused(self, index: int, site: Site) -> ExpertLora:
         module, _, leaf = site.parameter.rpartition(".")
@@ -234,16 +254,22 @@ class _Reading:
             factors = factors.transposed()
         parts = self._slots.parts.get(index, ())
         names = {
-            (projection, expert): self._slots.keys.get(
-                (index, projection, expert),
-                f"{self._experts(site.parameter)}.{expert}.{projection}_proj.weight",
-            ).removesuffix(".weight")
+            (projection, expert): self._name(index, site, projection, expert)
             for projection, _ in parts
             for expert in range(site.num_experts)
         }
         return ExpertLora(module, leaf, factors, site.scaling, parts, names)
 
-    def _joined(self, module: str, linears: Linears) -> Iterable[ExpertLora]:
+    def _name(self, index: int, site: Site, projection: str, expert: int) -> str:
+        """What one expert's own Linear is called; where there is none on disk, as transformers 4 had it."""
+        key = self._slots.keys.get((index, projection, expert))
+        if key is None:
+            group, *_ = split_expert_name(self._family.canonical(site.parameter)) or ("",)
+            key = f"{group}.{expert}.{projection}_proj"
+        module = site.parameter.rpartition(".")[0]
+        return own_linear(site, module, key.removesuffix(".weight"), self._family)
+
+    def _joined(self, group: str, linears: Linears) -> Iterable[ExpertLora]:
         """gate and up become one parameter, down another."""
         site = next(iter(linears.values()))
         if self._slots.num_experts == 1:
@@ -253,6 +279,7 @@ class _Reading:
             raise MergeRefused(
                 Problem("unsupported-adapter", str(site.pair.a), found, "gate before up", APART)
             )
+        module = self._layers.experts(group, site)
         first = ("gate_up_proj", (GATE, UP)) if self._gated else ("up_proj", (UP,))
         for leaf, projections in (first, ("down_proj", (DOWN,))):
             mine = {key: site for key, site in linears.items() if key[0] in projections}
@@ -306,14 +333,6 @@ class _Reading:
     def _take(self, site: Site) -> tuple[Tensor, Tensor]:
         self.taken.add(site.pair.module)
         return self._tensors.pop(site.pair.a.name), self._tensors.pop(site.pair.b.name)
-
-    def _experts(self, parameter: str) -> str:
-        """The experts module as transformers 5 has it in memory, from a parameter inside it."""
-        parts = split_expert_name(self._family.canonical(parameter))
-        group = parts[0] if parts is not None else parameter.rpartition(".")[0]
-        # nemotron_h's checkpoints say backbone where every class of transformers 5 says model.
-        prefix = re.sub(r"^backbone\.", "model.", parameter.partition("layers.")[0])
-        return group if group.startswith(prefix) else prefix + group
 
 
 def _one_expert(site: Site) -> Problem:
