@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loudmerge import __version__
 from loudmerge.converting.prefixes import Layers, own_linear, require_one_prefix
+from loudmerge.converting.publish import Expected, publish
 from loudmerge.converting.relayout import Factored, dtype_of_all, factored, joined
 from loudmerge.converting.rewrite import (
     LAYOUTS,
@@ -28,16 +27,15 @@ from loudmerge.converting.told import told_sites
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.executing.outpath import refuse_existing, refuse_inputs
 from loudmerge.executing.preflight import check_weights
-from loudmerge.executing.writer import Staging
 from loudmerge.layout import Axes, Span
 from loudmerge.merging.merge import Pathish, plan
+from loudmerge.planning.options import Options
 from loudmerge.planning.plan import MergePlan, Site
 from loudmerge.reading.adapter import Adapter, read_adapter
-from loudmerge.reading.adapter_config import CONFIG, WEIGHTS, AdapterConfig
+from loudmerge.reading.adapter_config import AdapterConfig
 from loudmerge.reading.experts import split_expert_name
 from loudmerge.reading.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
 from loudmerge.reading.sidefiles import CONFIG as BASE_CONFIG
-from loudmerge.reading.sidefiles import is_weights
 from loudmerge.system.tensorfile import TensorReader
 from loudmerge.system.threads import cores
 
@@ -141,8 +139,10 @@ def convert(
     if not experts and not reading.apart:
         raise MergeRefused(_nothing(where))
     draft = Rewritten(found.config, tensors, reading.taken)
-    _write(draft, experts, to, reading.layers, family, transformers)
-    files = _publish(where, target, draft, overwrite=overwrite)
+    read_as = _write(draft, experts, to, reading.layers, family, transformers)
+    filled = () if to == PER_EXPERT else reading.apart
+    expected = None if planned is None else Expected(planned, read_as, filled)
+    files = publish(where, target, draft, expected, overwrite=overwrite)
     return Conversion(where, trained_on, target, to, _before(sites), draft.sites, len(draft.tensors), files)
 
 
@@ -153,13 +153,15 @@ def _write(
     layers: int,
     family: Family,
     transformers: str | None,
-) -> None:
-    """The experts' LoRA in the layout `to`. layers: as for `write_fused`."""
+) -> Options:
+    """The experts' LoRA in the layout `to`; what a merge is told of it. layers: as for `write_fused`."""
+    read_as = Options()
     if to == PER_EXPERT:
         write_apart(draft, experts, layers)
     else:
-        write_fused(draft, experts, to, family.under(transformers), layers)
+        read_as = write_fused(draft, experts, to, family.under(transformers), layers, family.axes)
     require_one_prefix(draft.tensors, [one.module for one in experts], family)
+    return read_as
 
 
 def _nothing(adapter: Path) -> Problem:
@@ -359,22 +361,3 @@ def _before(sites: Iterable[Site]) -> dict[str, str]:
     if not orientations:
         return {"form": PER_EXPERT}
     return {"orientation": "/".join(sorted(orientations)), "lora_b_layout": "/".join(sorted(packings))}
-
-
-def _publish(adapter: Path, out: Path, draft: Rewritten, *, overwrite: bool) -> tuple[str, ...]:
-    """Writes OUT in one step, with the other files of the adapter's directory.
-
-    Not with other weights: adapter_model.bin, say, would be the adapter in the layout that it had.
-    """
-    others = [
-        path
-        for path in sorted(adapter.iterdir())
-        if path.is_file() and path.name != CONFIG and not is_weights(path.name)
-    ]
-    with Staging(out, overwrite=overwrite) as staging:
-        save_file(draft.tensors, staging.weights / WEIGHTS, metadata={"format": "pt"})
-        staging.write_file(CONFIG, (json.dumps(draft.raw, indent=2, sort_keys=False) + "\n").encode())
-        for path in others:
-            staging.copy_file(path, path.name)
-        staging.publish({WEIGHTS: (staging.weights / WEIGHTS).stat().st_size})
-    return tuple(sorted([WEIGHTS, CONFIG, *(path.name for path in others)]))

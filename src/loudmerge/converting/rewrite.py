@@ -18,6 +18,7 @@ from loudmerge.errors import MergeRefused, Problem
 from loudmerge.evidence.provenance import FIELDS_SINCE, orientation_written_by
 from loudmerge.layout import Axes, LoraBLayout, Span
 from loudmerge.planning.misplaced import several_alphas
+from loudmerge.planning.options import Options
 from loudmerge.reading.adapter import PREFIX
 from loudmerge.reading.adapter_config import AdapterConfig, ends_with, parse_config
 from loudmerge.reading.families import REGISTRATION_ORDER, Family
@@ -137,10 +138,13 @@ class Rewritten:
             self.raw[_MARKER] = packing.value
 
 
-def write_fused(draft: Rewritten, found: Sequence[ExpertLora], to: str, family: Family, layers: int) -> None:
+def write_fused(
+    draft: Rewritten, found: Sequence[ExpertLora], to: str, family: Family, layers: int, axes: Axes
+) -> Options:
     """One pair for each parameter, those of a module nested, in the orientation that the layout's PEFT reads.
 
-    layers: how many layers of the base have experts, for `_targets`.
+    layers: how many layers of the base have experts, for `_targets`. axes: those in which a merge states an
+    orientation; `family` may have others, of an older transformers. Returns what a merge would be told.
     Raises MergeRefused `ambiguous-layout` where that depends on the transformers version it will run under,
     and `family` has more than one's.
     """
@@ -174,6 +178,8 @@ def write_fused(draft: Rewritten, found: Sequence[ExpertLora], to: str, family: 
         draft.target(targets, "target_parameters")
     draft.name_writer(version)
     draft.mark(packing)
+    stated = orientation if family.axes is axes else orientation.flipped()
+    return Options(stated.value, packing.value)
 
 
 def write_apart(draft: Rewritten, found: Sequence[ExpertLora], layers: int) -> None:

@@ -16,7 +16,7 @@ from loudmerge.converting.prefixes import own_linear
 from loudmerge.converting.rewrite import GROUPED, PEFT_018, PEFT_019, PER_EXPERT
 from loudmerge.errors import MergeRefused
 from loudmerge.merging.merge import plan
-from loudmerge.reading.adapter import WEIGHTS
+from loudmerge.reading.adapter_config import WEIGHTS
 from loudmerge.reading.families import Family
 from loudmerge.reading.names import layer_list
 from tests.unit.converting.test_convert import FUSED, check_function, config, qwen, tensors
