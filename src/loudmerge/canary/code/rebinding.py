@@ -7,16 +7,31 @@ from collections.abc import Iterator
 
 from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds_anything
 
+IMPORTS = (ast.Import, ast.ImportFrom)
+
 
 def rebinding(module: Module, qualified: str) -> tuple[str, int]:
     """(what stands in the way of reading `f` or `Class.f` as a function, line), or ("", 0) for nothing."""
     for node in _binders(module, qualified):
         if node is None or isinstance(node, FUNCTIONS):
             continue
-        taken = isinstance(node, (ast.Import, ast.ImportFrom)) and not binds_anything(node)
+        taken = isinstance(node, IMPORTS) and not binds_anything(node)
         how = "is imported" if taken else "may be bound anew"
         text = ast.unparse(node).splitlines()[0]
         return f"{qualified} {how} at line {node.lineno}: {text}", node.lineno
+    return alternative(module, qualified)
+
+
+def alternative(module: Module, qualified: str) -> tuple[str, int]:
+    """(which definitions a `try` or an `if` chooses a function or its class from, line), or ("", 0)."""
+    owner = qualified.partition(".")[0]
+    names = [owner, *(node.name for node in module.lineage(owner))] if owner != qualified else [owner]
+    for name in names:
+        found = module.alternatives(name)
+        if len(found) > 1:
+            shown = sorted(found, key=lambda one: not isinstance(one, IMPORTS))
+            texts = (f"`{ast.unparse(one).splitlines()[0]}` at line {one.lineno}" for one in shown)
+            return f"{name} may be one of several: {'; '.join(texts)}", shown[0].lineno
     return "", 0
 
 
@@ -28,7 +43,7 @@ def _binders(module: Module, qualified: str) -> Iterator[ast.stmt | None]:
         yield module.last(f"{node.name}.{name}")
         yield module.member(node, name)
     if not classes:
-        yield module.define(owner or name)
+        yield module.define(owner or name) or module.last(owner or name)
         yield module.last(f"{name}.__code__")
         yield from _declared(module, owner or name)
 

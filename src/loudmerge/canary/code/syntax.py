@@ -6,9 +6,10 @@ import ast
 import builtins
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Union
 
+from loudmerge.canary.code.alternatives import Alternatives
 from loudmerge.canary.code.constants import UNKNOWN, constant
 from loudmerge.canary.code.pieces import pieces
 
@@ -136,18 +137,33 @@ class Module:
             node = self.last(node.value.id)
         return node
 
+    def alternatives(self, name: str, depth: int = MAX_ALIASES) -> tuple[ast.stmt, ...]:
+        """Each statement that may define a top-level name: one, unless a `try` or an `if` decides it."""
+        bound = self.bindings.get(name, [])
+        if len(bound) > 1:
+            read = Alternatives(frozenset(map(id, bound)), self.constants, partial(_stops, self.constants))
+            bound = list(read.after(self.tree.body) or bound)
+        found: dict[ast.stmt, None] = {}
+        for node in bound:
+            value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+            more = self.alternatives(value.id, depth - 1) if isinstance(value, ast.Name) and depth else ()
+            found.update(dict.fromkeys(more or (node,)))
+        return tuple(found)
+
     def function(self, qualified: str) -> Function | None:
         """The function or method `f` or `Class.f`, also one inherited from a class of the same file."""
         owner, _, name = qualified.rpartition(".")
         if not owner:
             node = self.define(name)
             rebound = name in self.shared or f"{name}.__code__" in self.bindings
-            return node if isinstance(node, FUNCTIONS) and not rebound else None
+            sure = not rebound and len(self.alternatives(name)) == 1
+            return node if isinstance(node, FUNCTIONS) and sure else None
         return self.method(owner, name)
 
     def method(self, owner: str, name: str) -> Function | None:
         for node in self.lineage(owner):
-            if f"{node.name}.{name}" in self.bindings:
+            other = [one for one in self.alternatives(node.name) if one is not node]
+            if other or f"{node.name}.{name}" in self.bindings:
                 return None
             found = self.member(node, name)
             if found is not None:
@@ -203,11 +219,11 @@ def reachable(body: Iterable[ast.stmt], constants: dict[str, Any]) -> Iterator[a
             continue
         yield node
         yield from reachable(inner_statements(node), constants)
-        if isinstance(node, ast.Raise) or _stops(node, constants):
+        if isinstance(node, ast.Raise) or _stops(constants, node):
             return
 
 
-def _stops(node: ast.stmt, constants: dict[str, Any]) -> bool:
+def _stops(constants: dict[str, Any], node: ast.stmt) -> bool:
     """`assert False`, `sys.exit()`."""
     if isinstance(node, ast.Assert):
         truth = constant(node.test, constants)

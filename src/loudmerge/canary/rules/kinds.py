@@ -10,6 +10,7 @@ from typing import Any
 from loudmerge.canary.code.constants import UNKNOWN
 from loudmerge.canary.code.flow import Place, Scope, alias, places
 from loudmerge.canary.code.pieces import parsed
+from loudmerge.canary.code.rebinding import alternative
 from loudmerge.canary.code.syntax import (
     FUNCTIONS,
     Function,
@@ -160,7 +161,20 @@ def symbol_problem(rule: Mapping[str, Any], module: Module) -> tuple[str, int]:
     """(why a symbol is not there as the rule says, line), or ("", line)."""
     name = str(rule["name"])
     owner, _, member = name.rpartition(".")
-    node = module.define(name) if not owner else _member(module, owner, member)
+    several = module.alternatives(owner or name)
+    if len(several) < 2:
+        node = module.define(name) if not owner else _member(module, owner, member)
+        return _defined_problem(rule, module, node)
+    if owner:
+        return alternative(module, name)
+    found = [_defined_problem(rule, module, node) for node in several]
+    return next((one for one in found if one[0]), found[0])
+
+
+def _defined_problem(rule: Mapping[str, Any], module: Module, node: ast.stmt | None) -> tuple[str, int]:
+    """The same for one of the statements that may define the symbol."""
+    name = str(rule["name"])
+    owner = name.rpartition(".")[0]
     if node is None:
         return f"{name} is not defined where it is reached", 0
     if binds_anything(node):
@@ -247,7 +261,8 @@ def _content_problem(rule: Mapping[str, Any], module: Module, node: ast.stmt) ->
         absent = [one for one in rule["contains"] if one not in held]
         if absent:
             return f"{name} does not hold {', '.join(map(repr, absent))}", line
-    members = {one for owner in module.lineage(name) for one in _members(owner, module)}
+    owners = module.lineage(name) if isinstance(node, ast.ClassDef) else []
+    members = {one for owner in owners for one in _members(owner, module)}
     absent = [one for one in rule.get("members", ()) if one not in members]
     return (f"{name} has no {', '.join(absent)}", line) if absent else ("", line)
 
