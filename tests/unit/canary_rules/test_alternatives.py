@@ -12,7 +12,9 @@ from tests.unit.canary_rules.code import found, holds
 F = "def f(a):\n    g(a)\n    if a:\n        raise RuntimeError('x')\n    return 7\n"
 INNER = indent(F, "    ")
 G = "def g(a):\n    return a\n"
+CASES = [{"call": "f(1)", "raises": "RuntimeError"}, {"call": "f(0)", "equals": 7}]
 RULES: dict[str, dict[str, Any]] = {
+    "probe": {"extract": ["f"], "cases": CASES},
     "raises": {"function": "f", "exception": "RuntimeError", "mentions": ["a"]},
     "calls": {"function": "f", "callee": "g"},
     "returns": {"function": "f", "values": [7]},

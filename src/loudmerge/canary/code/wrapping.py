@@ -27,7 +27,13 @@ def wrapped(module: Module, function: Function, known: tuple[str, ...] = ()) -> 
     marks = [_names(one, module) for one in function.decorator_list]
     if any(yields(function.body)) and not any("contextmanager" in names for names in marks):
         return f"{function.name} is a generator at line {function.lineno}: calling it runs nothing"
-    for node, names in zip(function.decorator_list, marks, strict=True):
+    return wrapping(module, function.decorator_list, known)
+
+
+def wrapping(module: Module, decorators: Sequence[ast.expr], known: tuple[str, ...] = ()) -> str:
+    """The first of these decorators under which the body may not run; empty where there is none."""
+    for node in decorators:
+        names = _names(node, module)
         own = module.defines(names[0].partition(".")[0])
         if not set(names) & set(known) and (own or names[-1] not in TRANSPARENT):
             return (

@@ -6,15 +6,16 @@ import ast
 import builtins
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds, parse
+from loudmerge.canary.probing.doubts import NOTHING, Known, covered, replaced
 
 
 class Gone(Exception):
-    """A function, class or method that was asked for is not in the file."""
+    """A function, class or method that was asked for is not in the file, or not what its name stands for."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,19 @@ class _Bare(ast.NodeTransformer):
     visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]  # noqa: N815 (ast's own name)
 
 
-def extract(text: str, path: str, names: Sequence[str], libraries: Sequence[str] = ()) -> Extract:
-    """The program that defines `names` (`f`, `Class`, `Class.f`). Raises Gone where one is missing."""
+def extract(
+    text: str,
+    path: str,
+    names: Sequence[str],
+    libraries: Sequence[str] = (),
+    *,
+    prelude: str = "",
+    known: Known = NOTHING,
+) -> Extract:
+    """The program that defines `names` (`f`, `Class`, `Class.f`). Raises Gone where one is missing.
+
+    prelude: what is run before it, so that the names which that binds are no stand-ins.
+    """
     module = parse(text, path)
     wanted = _methods(names)
     defined: dict[str, list[ast.stmt]] = {}
@@ -54,6 +66,8 @@ def extract(text: str, path: str, names: Sequence[str], libraries: Sequence[str]
         found = defined.get(name, [])
         if not found and name in wanted:
             raise Gone(f"{path} defines no {name}")
+        if problem := replaced(module, name, wanted.get(name, ()), asked=name in wanted):
+            raise Gone(problem)
         for unit in found:
             if id(unit) in units:
                 continue
@@ -63,9 +77,20 @@ def extract(text: str, path: str, names: Sequence[str], libraries: Sequence[str]
             kept = _Bare().visit(_pruned(copy.deepcopy(unit), wanted, module))
             units[id(unit)] = kept
             todo += [free for free in _free(kept) if not hasattr(builtins, free)]
+    _sure(module, units.values(), stubs - _bound(prelude), known)
     ordered = [units[id(unit)] for unit in module.tree.body if id(unit) in units]
     code = ast.unparse(ast.fix_missing_locations(ast.Module(ordered, [])))
     return Extract("from __future__ import annotations\n" + code, tuple(sorted(stubs)))
+
+
+def _sure(module: Module, units: Iterable[ast.stmt], absent: AbstractSet[str], known: Known) -> None:
+    for unit in units:
+        if problem := covered(module, unit, absent, known):
+            raise Gone(problem)
+
+
+def _bound(prelude: str) -> AbstractSet[str]:
+    return frozenset().union(*(binds(node) for node in parse(prelude, "prelude").tree.body))
 
 
 def _methods(names: Sequence[str]) -> dict[str, set[str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.canary.code.syntax import RuleError
+from loudmerge.canary.probing.doubts import NOTHING, Known
 from loudmerge.canary.probing.extract import Extract, extract
 from loudmerge.canary.probing.forks import Forks, shared
 
@@ -34,6 +35,7 @@ class Probe:
 
     prelude: code of ours run before upstream's. setup: run before each case.
     libraries: imported for real; all else that upstream imports is a stand-in.
+    known: stand-ins that do upstream's code nothing.
     """
 
     extract: tuple[str, ...]
@@ -43,6 +45,7 @@ class Probe:
     libraries: tuple[str, ...] = ()
     cpu_s: int = CPU_S
     memory_bytes: int = 0
+    known: Known = NOTHING
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def probe(text: str, path: str, job: Probe) -> tuple[tuple[Answer, ...], str]:
     for name in job.libraries:
         if importlib.util.find_spec(name.partition(".")[0]) is None:
             raise RuleError(f"the probe needs {name}, which is not installed here")
-    reply = _run(extract(text, path, job.extract, job.libraries), job)
+    code = extract(text, path, job.extract, job.libraries, prelude=job.prelude, known=job.known)
+    reply = _run(code, job)
     if "ended" in reply:
         return (), str(reply["ended"])
     found = tuple(Answer(one.get("value"), one.get("raised", "")) for one in reply["answers"])

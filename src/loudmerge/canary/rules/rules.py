@@ -29,6 +29,7 @@ from loudmerge.canary.code.swallow import doubtful, swallowed
 from loudmerge.canary.code.syntax import Module, RuleError, parse
 from loudmerge.canary.code.values import excluded, governing, outcome, returned_values, unsettled
 from loudmerge.canary.code.wrapping import wrapped
+from loudmerge.canary.probing.doubts import Known
 from loudmerge.canary.probing.extract import Gone
 from loudmerge.canary.probing.probe import Probe, mismatches, probe
 from loudmerge.canary.rules import testing
@@ -297,13 +298,14 @@ def _probe(rule: Rule, text: str, path: str) -> Finding:
         str(rule.get("prelude", "")),
         str(rule.get("setup", "")),
         tuple(rule.get("libraries", ())),
+        known=Known(tuple(rule.get("decorators", ())), tuple(rule.get("managers", ()))),
         **{name: rule[name] for name in ("cpu_s", "memory_bytes") if name in rule},
     )
     line = _line(parse(text, path), job.extract[0])
     try:
         answers, ended = probe(text, path, job)
     except Gone as error:
-        return Finding(False, str(error))
+        return Finding(False, str(error), line)
     if ended:
         return Finding(False, f"running {', '.join(job.extract)}: {ended}", line)
     wrong = mismatches(job.cases, answers)

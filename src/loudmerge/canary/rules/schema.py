@@ -51,6 +51,8 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
         "setup": (str, False),
         "prelude": (str, False),
         "libraries": (list, False),
+        "decorators": (list, False),
+        "managers": (list, False),
         "cpu_s": (int, False),
         "memory_bytes": (int, False),
     },
