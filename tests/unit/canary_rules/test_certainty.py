@@ -201,6 +201,19 @@ def test_a_state_may_be_reset_before_what_fills_it() -> None:
     assert "no call of work comes before it" in finding.detail
 
 
+@pytest.mark.parametrize("written", ["reset()", "global STATE\n    STATE = dict(fallback=0)"])
+def test_a_state_that_each_round_of_a_loop_resets_is_that_of_the_last_one(written: str) -> None:
+    """What the call that makes the facts writes itself counts in a loop, and only there."""
+    rule = {**RAISES, "after": "work"}
+    reset = 'def reset():\n    STATE["fallback"] = 0\n'
+    counting = '    STATE["fallback"] += 1\n'
+    work = f"{reset}def work(one):\n    {written}\n{counting}"
+    loop = f"for one in model:\n    work(one)\n{CHECK}"
+    assert not holds(merge(loop, work), **rule)
+    assert holds(merge(f"work(model)\n{CHECK}", work), **rule)
+    assert holds(merge(loop, f"def work(one):\n{counting}"), **rule)
+
+
 DECORATED = "def quiet(f):\n    return f\n"
 
 

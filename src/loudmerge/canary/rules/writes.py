@@ -22,7 +22,8 @@ def overwritten(rule: Mapping[str, Any], function: Scope, place: Place) -> str:
     """What writes the rule's `given` facts before a place of the function is reached; empty for nothing.
 
     A rule names in `after` the call that makes the facts: then only what comes behind it counts, and what
-    stands beside it in a loop. Counting up (`+=`) is how facts come about, and no write.
+    stands beside it in a loop, or in it: its next round undoes what the last one made. Counting up (`+=`) is
+    how facts come about, and no write.
     """
     before: list[Step] = []
     for step in in_order(function, rule.get("depth", 2)):
@@ -46,14 +47,14 @@ def _calls(place: Place, callee: str) -> bool:
 
 
 def _behind(maker: Place, before: list[Step], place: Place) -> list[Step]:
-    """The steps after a call, with all of the outermost loop around it that the place is not in."""
+    """The steps after a call, or in and after the outermost loop around it that the place is not in."""
     loop = next((one for one in maker.loops if one not in place.loops), None)
     first = next(
         number
         for number, (top, _) in enumerate(before)
         if top.node is maker.node or (loop is not None and loop in top.loops)
     )
-    return [step for step in before[first:] if step[0].node is not maker.node]
+    return [step for step in before[first:] if loop is not None or step[0].node is not maker.node]
 
 
 def _written(place: Place, given: Mapping[str, Any]) -> str:
@@ -92,4 +93,12 @@ def _other(node: ast.AST, scope: Scope, given: Mapping[str, Any], held: Any) -> 
     if value is None or isinstance(node, ast.AugAssign):
         return isinstance(node, ast.Delete)
     new = evaluate(value, scope, given)
+    if new is UNKNOWN and isinstance(held, Mapping) and isinstance(node, ast.stmt):
+        return any(isinstance(target, ast.Name) and _global(target.id, scope) for target in targets(node))
     return new is not UNKNOWN and new != held
+
+
+def _global(name: str, scope: Scope) -> bool:
+    """Whether a function says that a name is the file's: what it binds it to is no longer what was given."""
+    found = (node for node in ast.walk(scope.function) if isinstance(node, ast.Global))
+    return any(name in node.names for node in found)
