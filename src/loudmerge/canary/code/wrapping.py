@@ -43,6 +43,11 @@ def wrapping(module: Module, decorators: Sequence[ast.expr], known: tuple[str, .
     return ""
 
 
+def origin(decorator: ast.expr, module: Module) -> str:
+    """The last name of a decorator where it comes from."""
+    return _names(decorator, module)[1]
+
+
 def _names(decorator: ast.expr, module: Module) -> tuple[str, str]:
     """The name of a decorator as it is written (its text for none), and its last part where it comes from."""
     name = dotted(decorator.func if isinstance(decorator, ast.Call) else decorator) or ast.unparse(decorator)

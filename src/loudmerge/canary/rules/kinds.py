@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from loudmerge.canary.code.pieces import parsed
 from loudmerge.canary.code.rebinding import alternative
 from loudmerge.canary.code.syntax import (
     FUNCTIONS,
-    Function,
     Module,
     binds,
     binds_anything,
@@ -282,71 +280,3 @@ def _members(owner: ast.ClassDef, module: Module) -> set[str]:
             )
             found |= {one.attr for one in stores if dotted(one.value) == "self"}
     return found
-
-
-def signature_problem(rule: Mapping[str, Any], module: Module) -> tuple[str, int]:
-    """(why a function, or a class's constructor, does not admit the call, line), or ("", line)."""
-    name = str(rule["name"])
-    function = module.function(name)
-    node = module.define(name) if function is None and "." not in name else None
-    if function is None and not isinstance(node, ast.ClassDef):
-        return f"{name} is not defined where it is reached", 0
-    if function is not None:
-        found = _signature(function, skip=0)
-    else:
-        assert isinstance(node, ast.ClassDef)  # noqa: S101 (for the type checker)
-        found = _constructor(module, node.name)
-    line = function.lineno if function is not None else getattr(node, "lineno", 0)
-    absent = [one for one in rule.get("accepts", ()) if one not in found.parameters]
-    if absent:
-        return f"{name} has no parameter {', '.join(absent)}", line
-    if "call" not in rule:
-        return "", line
-    call = parsed(str(rule["call"]), "eval").body
-    if not isinstance(call, ast.Call):
-        return f"the rule's call {rule['call']!r} is no call", line
-    try:
-        found.bind(*call.args, **{word.arg: word.value for word in call.keywords if word.arg})
-    except TypeError as error:
-        return f"{name}{found} does not admit {rule['call']}: {error}", line
-    return "", line
-
-
-def _signature(function: Function, *, skip: int) -> inspect.Signature:
-    args, made = function.args, []
-    positional = [*args.posonlyargs, *args.args]
-    defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
-    for place, (arg, default) in enumerate(zip(positional, defaults, strict=True)):
-        kind = (
-            inspect.Parameter.POSITIONAL_ONLY
-            if place < len(args.posonlyargs)
-            else inspect.Parameter.POSITIONAL_OR_KEYWORD
-        )
-        made.append(
-            inspect.Parameter(arg.arg, kind, default=inspect.Parameter.empty if default is None else ...)
-        )
-    made = made[skip:]
-    if args.vararg:
-        made.append(inspect.Parameter(args.vararg.arg, inspect.Parameter.VAR_POSITIONAL))
-    for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True):
-        default_value = inspect.Parameter.empty if value is None else ...
-        made.append(inspect.Parameter(arg.arg, inspect.Parameter.KEYWORD_ONLY, default=default_value))
-    if args.kwarg:
-        made.append(inspect.Parameter(args.kwarg.arg, inspect.Parameter.VAR_KEYWORD))
-    return inspect.Signature(made)
-
-
-def _constructor(module: Module, name: str) -> inspect.Signature:
-    """A class's own __init__, or its dataclass fields, with those of its bases in the same file."""
-    function = module.method(name, "__init__")
-    if function is not None:
-        return _signature(function, skip=1)
-    fields: dict[str, inspect.Parameter] = {}
-    for owner in reversed(module.lineage(name)):
-        for node in reachable(owner.body, module.constants):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                default = inspect.Parameter.empty if node.value is None else ...
-                fields[node.target.id] = inspect.Parameter(
-                    node.target.id, inspect.Parameter.KEYWORD_ONLY, default=default
-                )
-    return inspect.Signature(list(fields.values()))

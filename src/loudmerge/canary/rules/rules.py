@@ -40,10 +40,10 @@ from loudmerge.canary.rules.kinds import (
     exception_of,
     keyword_problem,
     scope_of,
-    signature_problem,
     symbol_problem,
 )
 from loudmerge.canary.rules.schema import validate
+from loudmerge.canary.rules.signatures import signature_problem
 from loudmerge.canary.rules.walks import bound, walks
 from loudmerge.canary.rules.writes import overwritten
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loudmerge.canary.code.syntax import RuleError
+from loudmerge.canary.code.pieces import parsed
+from loudmerge.canary.code.syntax import RuleError, dotted
 
 _PLACE: Mapping[str, tuple[type, bool]] = {
     "mentions": (list, False),
@@ -42,7 +44,12 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
     },
     "branch": {**_BODY, "does": (list, False), **_PLACE, "mentions": (list, True)},
     "bounded-walk": {**_BODY, "follows": (str, True), "limit": (int, False)},
-    "signature": {"name": (str, True), "accepts": (list, False), "call": (str, False)},
+    "signature": {
+        "name": (str, True),
+        "accepts": (list, False),
+        "call": (str, False),
+        "decorators": (list, False),
+    },
     "tests": {"names": (list, True), "uses": (list, False), "awaited": (bool, False)},
     "fingerprint": {**_BODY, "known": (list, True), "focus": (list, False)},
     "probe": {
@@ -104,11 +111,29 @@ def _inside(kind: str, rule: Mapping[str, Any]) -> None:
             validate(one)
     if kind == "symbol" and rule.get("type", "function") not in TYPES:
         raise RuleError(f"symbol.type is {rule['type']!r}; it must be one of {', '.join(sorted(TYPES))}")
-    if kind == "signature" and not {"accepts", "call"} & rule.keys():
-        raise RuleError("a signature rule needs `accepts` or `call`")
+    if kind == "signature":
+        _signature(rule)
     if kind == "probe":
         for case in rule["cases"]:
             if not isinstance(case, Mapping) or set(case) not in CASES:
                 raise RuleError(
                     f"a probe's case is {{call, equals}}, {{call, raises}} or {{call, none}}, not {case!r}"
                 )
+
+
+def _signature(rule: Mapping[str, Any]) -> None:
+    if not rule.get("accepts") and "call" not in rule:
+        raise RuleError("a signature rule needs `call`, or names in `accepts`")
+    try:
+        call = parsed(str(rule.get("call", "f()")), "eval").body
+    except (SyntaxError, ValueError):
+        call = None
+    plain = (
+        isinstance(call, ast.Call)
+        and dotted(call.func) in {"f", rule["name"]}
+        and not any(isinstance(one, ast.Starred) for one in call.args)
+        and all(word.arg for word in call.keywords)
+    )
+    if not plain:
+        said = f"signature.call is {rule['call']!r}"
+        raise RuleError(f"{said}, not a call of f with plain arguments, as f(1, b=2)")
