@@ -44,7 +44,7 @@ from loudmerge.canary.rules.kinds import (
 )
 from loudmerge.canary.rules.schema import validate
 from loudmerge.canary.rules.signatures import signature_problem
-from loudmerge.canary.rules.walks import bound, walks
+from loudmerge.canary.rules.walks import again, bound, walks
 from loudmerge.canary.rules.writes import overwritten
 
 __all__ = ["Finding", "RuleError", "check", "validate"]
@@ -255,6 +255,8 @@ def _bounded_walk(rule: Rule, module: Module) -> Finding:
             return Finding(
                 False, f"the walk along {rule['follows']} at line {place.line} has no bound", place.line
             )
+    if line := again(scope):
+        return Finding(False, f"{rule['function']} calls itself at line {line}: no loop bounds that", line)
     return Finding(
         True, f"the walk is bounded by {bound(loops[0], rule.get('limit', 10_000))}", loops[0].line
     )

@@ -6,9 +6,23 @@ import ast
 from collections.abc import Iterator
 
 from loudmerge.canary.code.constants import UNKNOWN, constant
-from loudmerge.canary.code.flow import Place, Scope, places
+from loudmerge.canary.code.flow import Place, Scope, callee, places, walked
 from loudmerge.canary.code.syntax import dotted
 from loudmerge.canary.code.values import evaluate
+
+GAINING = frozenset({"add", "append", "update"})
+LOSING = frozenset({"clear", "pop", "remove", "discard", "difference_update", "intersection_update"})
+"""What becomes of a set or list by these methods."""
+
+
+def again(scope: Scope) -> int:
+    """The line at which a function calls itself, by a helper or directly; 0 where it does not."""
+    for place in places(scope):
+        if isinstance(place.node, ast.Call):
+            called = callee(place.node, place.scope, walked(place.scope).nested)[0]
+            if called is scope.function:
+                return place.line
+    return 0
 
 
 def follows(loop: ast.stmt, attribute: str) -> bool:
@@ -96,12 +110,22 @@ def _visited(test: ast.expr, loop: ast.While) -> bool:
 
 
 def _grows(name: str, loop: ast.While) -> bool:
+    """Whether a loop adds to a set what another round may not have, and never empties it or makes it anew."""
+    added: list[ast.expr] = []
+    stored = 0
     for node in ast.walk(loop):
-        if isinstance(node, ast.Call) and dotted(node.func) in {f"{name}.add", f"{name}.append"}:
-            return True
-        if isinstance(node, ast.AugAssign) and dotted(node.target) == name:
-            return True
-    return False
+        if isinstance(node, ast.Call) and dotted(node.func).startswith(f"{name}."):
+            method = dotted(node.func).removeprefix(f"{name}.")
+            if method in LOSING:
+                return False
+            added += node.args if method in GAINING else []
+        elif isinstance(node, ast.AugAssign) and dotted(node.target) == name:
+            added += [node.value] if isinstance(node.op, (ast.Add, ast.BitOr)) else []
+            stored -= isinstance(node.op, (ast.Add, ast.BitOr))
+        elif isinstance(node, (ast.Name, ast.Attribute)) and dotted(node) == name:
+            stored += not isinstance(node.ctx, ast.Load)
+    new = any(isinstance(part, ast.Name) for value in added for part in ast.walk(value))
+    return new and not stored
 
 
 def _counted(test: ast.expr, loop: ast.While, scope: Scope, limit: int, *, stays: bool) -> bool:
