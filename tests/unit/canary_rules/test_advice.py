@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.canary_rules.code import found, holds
 
-RAISES: dict[str, Any] = {"kind": "raises", "function": "f", "exception": "ValueError"}
+RAISES: dict[str, Any] = {"kind": "raises", "function": "f", "exception": "ValueError", "always": True}
 FUNCTION = "def f(x):\n    raise ValueError\n"
 CLASS = "class A:\n    def f(self):\n        raise ValueError\n"
 

@@ -281,6 +281,11 @@ def test_what_a_branch_does_is_said_by_name(does: str) -> None:
         ({"kind": "calls", "function": 1, "callee": "f"}, "calls.function is 1"),
         ({"kind": "probe", "extract": ["f"], "cases": [{"call": "f()"}]}, "a probe's case is"),
         ({"kind": "all", "rules": [{"kind": "grep"}]}, "rule.kind is 'grep'"),
+        ({"kind": "raises", "function": "f", "exception": "OSError"}, "any other OSError would do"),
+        (
+            {"kind": "raises", "function": "f", "exception": "OSError", "mentions": [], "always": False},
+            "a raises rule needs `mentions`, `given`, `otherwise`, `handles` or `always`",
+        ),
     ],
 )
 def test_a_rule_that_says_nothing_is_refused(rule: dict[str, object], says: str) -> None:

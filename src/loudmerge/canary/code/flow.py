@@ -294,7 +294,7 @@ def places(
         return found
     for place in list(found):
         if isinstance(place.node, ast.Call):
-            inner = _helper(place.node, scope, walk.nested)
+            inner = helper(place.node, scope, walk.nested)
             if inner is not None and inner.function not in (*seen, scope.function):
                 found += places(inner, depth - 1, place, (*seen, scope.function))
     return found
@@ -305,7 +305,7 @@ def in_order(scope: Scope, depth: int = HELPER_DEPTH) -> Iterator[tuple[Place, P
     walk = walked(scope)
     for place in _bound(walk, scope, Place(scope.function, scope)):
         yield place, place
-        inner = _helper(place.node, scope, walk.nested) if isinstance(place.node, ast.Call) else None
+        inner = helper(place.node, scope, walk.nested) if isinstance(place.node, ast.Call) else None
         if inner is not None and inner.function is not scope.function and depth > 0:
             yield from ((place, one) for one in places(inner, depth - 1, place, (scope.function,)))
 
@@ -333,7 +333,7 @@ def _within(frame: Frame, scope: Scope, start: Place) -> Place:
     )
 
 
-def _helper(call: ast.Call, scope: Scope, nested: Mapping[str, Function]) -> Scope | None:
+def helper(call: ast.Call, scope: Scope, nested: Mapping[str, Function]) -> Scope | None:
     """The function of the same file that a call runs, with its parameters bound to the call's arguments."""
     function, owner, skip = callee(call, scope, nested)
     if function is None or _unread(function, scope):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN, compare
-from loudmerge.canary.code.exits import LEAVES, LOOPS, RAISES
-from loudmerge.canary.code.flow import Condition, Place, Scope, callee, places
-from loudmerge.canary.code.syntax import dotted, local_assignments, mentions, parameters
+from loudmerge.canary.code.flow import Condition, Place, Scope, alias, callee, places
+from loudmerge.canary.code.syntax import dotted, local_assignments, parameters
 
 DEPTH = 12
 """How many names, calls and operators deep an expression is followed."""
 
-OVER = (ast.For, ast.AsyncFor)
 EMPTY = frozenset({"list", "tuple", "set", "dict", "frozenset"})
 """What makes something empty where it is called with nothing."""
 
@@ -24,16 +22,25 @@ def evaluate(node: ast.expr, scope: Scope, given: Mapping[str, Any], depth: int 
     """The value of an expression where `given` (text -> value) and the code settle it, else UNKNOWN."""
     if depth <= 0:
         return UNKNOWN
-    if given:
-        said = _said(node)
-        if said in given:
-            return given[said]
+    if given and (fact := _fact(node, scope, given)):
+        return given[fact]
     handler = _EVALUATORS.get(type(node))
     return UNKNOWN if handler is None else handler(node, scope, given, depth - 1)
 
 
+def _fact(node: ast.expr, scope: Scope, given: Mapping[str, Any]) -> str:
+    """The fact about an expression: its text, or for a call `NAME()`, whatever is passed; empty for none."""
+    text = said(node)
+    if text in given or not isinstance(node, ast.Call):
+        return text if text in given else ""
+    name = alias(dotted(node.func), scope)
+    calls = [one for one in given if one.endswith("()")]
+    return next((one for one in calls if f".{name}".endswith(f".{one[:-2]}")), "")
+
+
 @lru_cache(maxsize=16384)
-def _said(node: ast.expr) -> str:
+def said(node: ast.expr) -> str:
+    """An expression's text."""
     return ast.unparse(node)
 
 
@@ -47,7 +54,8 @@ def _name(node: ast.Name, scope: Scope, given: Mapping[str, Any], depth: int) ->
     if bound:
         first = _assigned(*bound[0], scope, given, depth)
         same = first is not UNKNOWN and all(
-            _assigned(one, place, scope, given, depth) == first for one, place in bound[1:]
+            _adds_nothing(one, scope, given, depth) or _assigned(one, place, scope, given, depth) == first
+            for one, place in bound[1:]
         )
         return first if same else UNKNOWN
     if node.id in scope.module.constants:
@@ -63,6 +71,14 @@ def _assigned(node: ast.stmt, place: int | None, scope: Scope, given: Mapping[st
     if place is None or value is UNKNOWN:
         return value
     return value[place] if isinstance(value, (list, tuple)) and place < len(value) else UNKNOWN
+
+
+def _adds_nothing(node: ast.stmt, scope: Scope, given: Mapping[str, Any], depth: int) -> bool:
+    """Whether a statement adds 0 to what it binds, however often a loop runs it."""
+    if not isinstance(node, ast.AugAssign) or not isinstance(node.op, ast.Add):
+        return False
+    value = evaluate(node.value, scope, given, depth)
+    return type(value) is int and value == 0
 
 
 def _subscript(node: ast.Subscript, scope: Scope, given: Mapping[str, Any], depth: int) -> Any:
@@ -231,30 +247,12 @@ def outcome(condition: Condition, given: Mapping[str, Any]) -> bool | None:
     return None if value is UNKNOWN else bool(value) is condition.wanted
 
 
-def unsettled(place: Place, given: Mapping[str, Any], mentioned: Iterable[str] = ()) -> str:
-    """The first condition that keeps the given facts from leading to a place for certain; empty for none.
-
-    What an error alone turns away from needs no fact: no error passes for a success. Nor does a condition on
-    what is `mentioned`, unless the facts are about it.
-    """
-    open_to = set(mentioned)
-    for one in place.conditions:
-        met = outcome(one, given)
-        if met or (met is None and one.how == RAISES):
-            continue
-        if met is None and open_to & _sources(one.test, one.scope, 4, set()) and not _told(one, given):
-            continue
-        said = f"`{_said(one.test)}`" if one.wanted else f"`not ({_said(one.test)})`"
-        return f"the loop over {said}, which may run over nothing," if one.how == LOOPS else said
-    return ""
-
-
 def excluded(place: Place, given: Mapping[str, Any]) -> bool:
     """Whether the given facts themselves keep a place from being reached."""
-    return any(outcome(one, given) is False and _told(one, given) for one in place.conditions)
+    return any(outcome(one, given) is False and told(one, given) for one in place.conditions)
 
 
-def _told(condition: Condition, given: Mapping[str, Any]) -> bool:
+def told(condition: Condition, given: Mapping[str, Any]) -> bool:
     """Whether any part of a condition is known by the facts, and not without them."""
     withheld = dict.fromkeys(given, UNKNOWN)
     return any(
@@ -263,40 +261,6 @@ def _told(condition: Condition, given: Mapping[str, Any]) -> bool:
         for part in ast.walk(condition.test)
         if isinstance(part, ast.expr)
     )
-
-
-def governing(place: Place) -> set[str]:
-    """Every name and string in the conditions of a place, local names and helper parameters traced back."""
-    found: set[str] = set()
-    seen: set[tuple[int, str]] = set()
-    for condition in place.conditions:
-        if condition.how not in {LEAVES, LOOPS}:
-            found |= _sources(condition.test, condition.scope, 4, seen)
-    return found
-
-
-def _sources(node: ast.AST, scope: Scope, depth: int, seen: set[tuple[int, str]]) -> set[str]:
-    found = set(mentions(node))
-    if depth <= 0:
-        return found
-    for part in _names_and_calls(node):
-        if isinstance(part, ast.Name) and (id(scope.function), part.id) not in seen:
-            seen.add((id(scope.function), part.id))
-            for name, passed, outer in scope.given:
-                found |= _sources(passed, outer, depth - 1, seen) if name == part.id else set()
-            for bound, _ in local_assignments(scope.function, part.id):
-                came = bound.iter if isinstance(bound, OVER) else getattr(bound, "value", None)
-                found |= _sources(came, scope, depth - 1, seen) if came is not None else set()
-        elif isinstance(part, ast.Call):
-            function = callee(part, scope, {})[0]
-            if function is not None and len(function.body) <= 6:
-                found |= set().union(*(mentions(one) for one in function.body))
-    return found
-
-
-@lru_cache(maxsize=16384)
-def _names_and_calls(node: ast.AST) -> tuple[ast.Name | ast.Call, ...]:
-    return tuple(part for part in ast.walk(node) if isinstance(part, (ast.Name, ast.Call)))
 
 
 def returned_values(scope: Scope, position: int | None, depth: int = DEPTH) -> tuple[set[Any], int]:

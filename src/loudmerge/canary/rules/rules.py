@@ -22,12 +22,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loudmerge.canary.code.conditions import governing, unsettled
 from loudmerge.canary.code.exits import LOOPS, RAISES
 from loudmerge.canary.code.flow import Place, Scope, places, unread
 from loudmerge.canary.code.rebinding import rebinding
 from loudmerge.canary.code.swallow import doubtful, swallowed
 from loudmerge.canary.code.syntax import Module, RuleError, parse
-from loudmerge.canary.code.values import excluded, governing, outcome, returned_values, unsettled
+from loudmerge.canary.code.values import excluded, outcome, returned_values
 from loudmerge.canary.code.wrapping import wrapped
 from loudmerge.canary.probing.doubts import Known
 from loudmerge.canary.probing.extract import Gone

@@ -111,6 +111,9 @@ def _inside(kind: str, rule: Mapping[str, Any]) -> None:
             validate(one)
     if kind == "symbol" and rule.get("type", "function") not in TYPES:
         raise RuleError(f"symbol.type is {rule['type']!r}; it must be one of {', '.join(sorted(TYPES))}")
+    if kind == "raises" and not _narrow(rule):
+        fields = "`mentions`, `given`, `otherwise`, `handles` or `always`"
+        raise RuleError(f"a raises rule needs {fields}: any other {rule['exception']} would do")
     if kind == "signature":
         _signature(rule)
     if kind == "probe":
@@ -137,3 +140,8 @@ def _signature(rule: Mapping[str, Any]) -> None:
     if not plain:
         said = f"signature.call is {rule['call']!r}"
         raise RuleError(f"{said}, not a call of f with plain arguments, as f(1, b=2)")
+
+
+def _narrow(rule: Mapping[str, Any]) -> bool:
+    """Whether a rule says which of the raises of one exception it means."""
+    return "given" in rule or any(rule.get(name) for name in ("mentions", "otherwise", "handles", "always"))
