@@ -125,6 +125,32 @@ def test_calls_sees_through_import_aliases_and_asks_for_keywords() -> None:
     assert not holds(source, **rule, args=["tokenizer"])
 
 
+@pytest.mark.parametrize(
+    ("body", "out"),
+    [
+        ("for one in save:\n    n = write(one)", True),
+        ("try:\n    write(save)\nexcept KeyError:\n    log()", True),
+        ("try:\n    write(save)\nexcept Exception as e:\n    raise ValueError(0) from e", True),
+        ("with torch.no_grad():\n    write(save)", True),
+        (
+            "for one in save:\n    try:\n        n = write(one)\n    except Exception:\n        continue",
+            False,
+        ),
+        ("write(0)\ntry:\n    write(save)\nexcept RuntimeError:\n    log()", False),
+        ("with suppress(RuntimeError):\n    write(save)", False),
+        ("with zoo.timer():\n    write(save)", False),
+        ("try:\n    write(save)\nfinally:\n    return save", False),
+    ],
+)
+def test_an_error_of_every_call_can_be_asked_to_get_out(body: str, out: bool) -> None:
+    rule = {"kind": "calls", "function": "merge", "callee": "write", "lets_out": ["RuntimeError"]}
+    finding = found(merge(body), **rule)
+    assert finding.holds is out, finding.detail
+    assert out or "its RuntimeError does not get out: " in finding.detail
+    if "timer" in body:
+        assert holds(merge(body), **rule, managers=["timer"])
+
+
 def test_returns_reads_names_branches_dicts_and_calls() -> None:
     source = """
     NAMES = {"a": "swapped"}

@@ -189,7 +189,19 @@ def _calls(rule: Rule, module: Module) -> Finding:
         for place in places(scope, rule.get("depth", 2))
         if isinstance(place.node, ast.Call) and call_matches(place.node, rule["callee"], place.scope)
     ]
-    return _first(rule, f"calls {rule['callee']}", found, scope)
+    kept = [(place, why) for place, _ in found if (why := _kept(rule, place))]
+    return _first(rule, f"calls {rule['callee']}", kept or found, scope)
+
+
+def _kept(rule: Rule, place: Place) -> str:
+    """Which of the errors that a rule `lets_out` does not leave the function from a call; empty for none.
+
+    It holds for every call: an error that one of several keeps is lost.
+    """
+    for name in rule.get("lets_out", ()):
+        if why := swallowed(place, name) or doubtful(place, rule.get("managers", ())):
+            return f"its {name} does not get out: {why}"
+    return ""
 
 
 def _excepted(rule: Rule, place: Place) -> str:

@@ -33,6 +33,8 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
         "callee": (str, True),
         "args": (list, False),
         "keywords": (dict, False),
+        "lets_out": (list, False),
+        "managers": (list, False),
         **_PLACE,
     },
     "raises": {
