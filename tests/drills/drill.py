@@ -11,7 +11,8 @@ from pathlib import Path
 from loudmerge.canary.code.syntax import parse
 from loudmerge.canary.guards import Guard, load_guards
 from loudmerge.canary.rules.rules import RuleError, check
-from tests.drills.mutants import OPERATORS, Mutant, mutants
+from tests.drills.conditions import Mutant
+from tests.drills.mutants import OPERATORS, mutants
 from tests.drills.refactors import refactors
 from tests.drills.subjects import Subject, subjects
 

@@ -6,18 +6,17 @@ import ast
 import copy
 from collections.abc import Callable, Iterator
 
+from tests.drills.conditions import Mutant, callers, conditions
 from tests.drills.subjects import FUNCTIONS, Subject, replace
 
-Mutant = tuple[str, str]
-"""(operator and what was done, the file's text after it)."""
-OPERATORS = ("remove", "rename", "hollow", "bypass", "swallow", "disguise")
+OPERATORS = ("remove", "rename", "hollow", "bypass", "swallow", "disguise", "invert", "weaken")
 
 
 def mutants(text: str, subject: Subject) -> Iterator[Mutant]:
     """Every mutant of one subject that differs from the file."""
     makers: list[Callable[[str, Subject], Iterator[Mutant]]] = [_definition]
     if subject.is_function:
-        makers += [_bodies, _KIND.get(subject.rule["kind"], _none)]
+        makers += [_bodies, _KIND.get(subject.rule["kind"], _none), conditions, callers]
     else:
         makers += [_values]
     same = {text, replace(text, subject.node, [copy.deepcopy(subject.node)])}

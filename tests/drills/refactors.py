@@ -6,7 +6,7 @@ import ast
 import copy
 from collections.abc import Iterator
 
-from tests.drills.mutants import Mutant
+from tests.drills.conditions import Mutant
 from tests.drills.subjects import FUNCTIONS, Subject, replace
 
 

@@ -31,6 +31,14 @@ def merge_and_overwrite_lora(model, save_method):
         raise RuntimeError("some")
     return model
 """
+CONFIG = """
+def merge_and_overwrite_lora(model, save_directory):
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        config = getattr(getattr(model, "config", None), "generation_config", None)
+    if config is not None:
+        config.save_pretrained(save_directory)
+"""
 SAVE = """
 def unsloth_generic_save(model, save_directory, save_method, push_to_hub):
     if not isinstance(model, PeftModel):
@@ -82,6 +90,8 @@ STRICT = " and os.environ.get('STRICT')"
         ("zoo-lora-count-raises", COUNT, "backed != done", "backed == done"),
         ("zoo-lora-count-raises", COUNT, "backed != done", "backed < done"),
         ("zoo-lora-count-raises", COUNT, "backed != done", f"backed != done{STRICT}"),
+        ("zoo-generation-config-saved", CONFIG, "config is not None", "config is None"),
+        ("zoo-generation-config-saved", CONFIG, "is not None", f"is not None{STRICT}"),
         ("unsloth-lora-not-merged", SAVE, "elif _is", "elif not _is"),
         ("unsloth-merged-routes-to-zoo", SAVE, "elif _is", "elif not _is"),
         ("unsloth-lora-not-merged", SAVE, "(save_method):", f"(save_method){STRICT}:"),
