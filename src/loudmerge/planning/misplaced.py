@@ -9,9 +9,15 @@ from loudmerge.reading.adapter import LoraPair
 from loudmerge.reading.experts import ExpertGroup
 from loudmerge.system.tensorfile import TensorEntry
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+"""The modules by which torch.compile, FSDP, its checkpointing, and DDP wrap others."""
+
 
 def missing_base(where: str, found: str, name: str, hint: str = WHICH_BASE) -> Problem:
     """The base has no tensor that `name`, in memory, could mean."""
+    around = [wrapper for wrapper in WRAPPERS if wrapper in name.split(".")]
+    if around:
+        hint = f"{around[0]} is a wrapper's name: save the adapter from the model without it. {hint}"
     return Problem(
         "missing-base-tensor",
         where,

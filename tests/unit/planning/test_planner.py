@@ -304,6 +304,18 @@ def test_a_full_tensor_that_the_base_lacks_is_refused(world: World) -> None:
     assert "merge the live model with save_pretrained_merged" in error.hint
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"]
+)
+def test_an_adapter_that_was_saved_wrapped_is_refused_by_the_wrappers_name(
+    wrapper: str, world: World
+) -> None:
+    error = world.refuse(Q, lora(Q_PROJ.replace(".self_attn", f".{wrapper}.self_attn"), 8, H))
+    assert error.code == "missing-base-tensor"
+    assert f"{wrapper} is a wrapper's name: save the adapter from the model without it." in error.hint
+    assert "wrapper" not in world.refuse(Q, lora("model.layers.7.self_attn.q_proj", 8, H)).hint
+
+
 @pytest.mark.parametrize("shape", [(V, H + 1), (V,), (V, H, 1)])
 def test_a_full_tensor_of_another_width_is_refused(shape: tuple[int, ...], world: World) -> None:
     error = world.refuse(UNTIED, full("lm_head.weight", *shape), modules_to_save=["lm_head"])
