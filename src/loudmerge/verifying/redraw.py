@@ -1,7 +1,6 @@
 r"""The numbers that stochastic rounding draws, a second time and in numpy: for `verify`. Pure.
 
-What is drawn is a rule that files keep (`arithmetic.rounding`): for row o, column c of matrix m of the tensor
-k
+What is drawn is a rule that files keep (`arithmetic.rounding`): for row o, column c of matrix m of tensor k
 
     u = shuffle((offset + c % 4096) % 2**20) >> 4
     offset = hash(hash(o ^ s0) ^ s1) >> 12,    s0, s1 = first words of SHA-256(k \0 m \0 c // 4096)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN, constant
+from loudmerge.canary.code.nodes import FORS, TRIES, WITHS
 
-LOOPS = (ast.For, ast.AsyncFor, ast.While)
-TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
+LOOPS = (*FORS, ast.While)
 
 Found = tuple[ast.stmt, ...]
 
@@ -45,7 +45,7 @@ class Alternatives:
             return _either(before, self.after(node.body, before), self.after(node.orelse, before))
         if isinstance(node, TRIES):
             return self._try(node, before)
-        if isinstance(node, (ast.With, ast.AsyncWith)):
+        if isinstance(node, WITHS):
             return self.after(node.body, before)
         if isinstance(node, ast.Match):
             return _either(before, *(self.after(case.body, before) for case in node.cases))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from typing import NamedTuple
 
+from loudmerge.canary.code.nodes import FORS, TRIES, WITHS
 from loudmerge.canary.code.syntax import EXITS, FUNCTIONS, dotted
 
-TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
 BARE = ast.Name("BaseException", ast.Load())
 """What `except:` catches. What a handler catches is a condition of all that it does."""
 RAISES = "raises"
@@ -89,9 +89,9 @@ def not_taken(node: ast.stmt, at: Frame, frame: Frame) -> Test:
 
 def _way_in(node: ast.stmt) -> Test:
     """How control passes beyond a statement with an exit inside that no test governs."""
-    if isinstance(node, (ast.For, ast.AsyncFor)):
+    if isinstance(node, FORS):
         return Test(node.iter, wanted=False, how=LEAVES)
-    if isinstance(node, (ast.With, ast.AsyncWith)):
+    if isinstance(node, WITHS):
         return Test(node.items[0].context_expr, wanted=False, how=LEAVES)
     kind = node.handlers[0].type if isinstance(node, TRIES) and node.handlers else None
     return Test(kind or BARE, wanted=True, how=LEAVES)

@@ -17,7 +17,6 @@ from loudmerge.canary.code.exits import (
     ENDS,
     LOOPS,
     OUTSIDE,
-    TRIES,
     Frame,
     Test,
     alone,
@@ -27,6 +26,7 @@ from loudmerge.canary.code.exits import (
     matched,
     not_taken,
 )
+from loudmerge.canary.code.nodes import FORS, TRIES, WITHS
 from loudmerge.canary.code.syntax import FUNCTIONS, Function, Module, dotted, local_assignments, parameters
 from loudmerge.canary.code.wrapping import wrapped, yields
 
@@ -116,11 +116,11 @@ class Flow:
         """Whether control passes beyond a loop, try, with or match; None for any other statement."""
         if isinstance(node, ast.While):
             return self._while(node, at)
-        if isinstance(node, (ast.For, ast.AsyncFor)):
+        if isinstance(node, FORS):
             return self._for(node, at)
         if isinstance(node, TRIES):
             return self._try(node, at)
-        if isinstance(node, (ast.With, ast.AsyncWith)):
+        if isinstance(node, WITHS):
             return self._with(node, at)
         return self._match(node, at) if isinstance(node, ast.Match) else None
 

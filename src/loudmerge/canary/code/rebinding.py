@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from loudmerge.canary.code.nodes import IMPORTS
 from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds_anything
-
-IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 def rebinding(module: Module, qualified: str) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 
 from loudmerge.canary.code.exits import CATCHING, OUTSIDE
 from loudmerge.canary.code.flow import Flow, Place, Scope, alias, known_constants, places
+from loudmerge.canary.code.nodes import IMPORTS
 from loudmerge.canary.code.syntax import (
     FUNCTIONS,
     Module,
@@ -29,7 +30,6 @@ LETTING = frozenset(
 )
 """Managers that let every exception pass, by their last name: of Python, torch, safetensors, tqdm, filelock
 and accelerate. What is written `torch....` does, too."""
-IMPORTS = (ast.Import, ast.ImportFrom)
 DEPTH = 4
 """How many names in a row are followed to what they stand for."""
 
@@ -93,7 +93,7 @@ def _class(name: str, node: ast.stmt | None) -> str:
     """A name's last part where it is a class's: Python's, the file's, or one written as classes are."""
     last = name.rpartition(".")[2]
     known = isinstance(node, ast.ClassDef) or isinstance(getattr(builtins, last, None), type)
-    elsewhere = node is None or isinstance(node, (ast.Import, ast.ImportFrom))
+    elsewhere = node is None or isinstance(node, IMPORTS)
     return last if known or (elsewhere and last[:1].isupper() and not last.isupper()) else ""
 
 

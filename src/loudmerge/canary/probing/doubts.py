@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from loudmerge.canary.code.flow import Place, Scope
-from loudmerge.canary.code.rebinding import IMPORTS, alternative, rebinding
+from loudmerge.canary.code.nodes import IMPORTS, WITHS
+from loudmerge.canary.code.rebinding import alternative, rebinding
 from loudmerge.canary.code.swallow import doubtful
 from loudmerge.canary.code.syntax import FUNCTIONS, Function, Module, local_assignments, own_statements
 from loudmerge.canary.code.wrapping import wrapping
 
 MADE = (*FUNCTIONS, ast.ClassDef)
-WITHS = (ast.With, ast.AsyncWith)
 
 
 @dataclass(frozen=True)
