@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from loudmerge.canary.rules.rules import RuleError, check, validate
@@ -86,6 +88,14 @@ def test_the_condition_of_a_loop_variable_is_traced_to_what_it_runs_over() -> No
     rule = {"kind": "raises", "function": "f", "exception": "ValueError"}
     assert holds(source, **rule, mentions=["shapes"])
     assert not holds(source, **rule, mentions=["axes"])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="except* is of Python 3.11")
+def test_a_group_of_handlers_swallows_as_one_does() -> None:
+    source = "def f(x):\n    try:\n        if x:\n            raise ValueError\n    except* {}:\n        pass"
+    rule = {"kind": "raises", "function": "f", "exception": "ValueError", "mentions": ["x"]}
+    assert not holds(source.format("ValueError"), **rule)
+    assert holds(source.format("KeyError"), **rule)
 
 
 def test_raises_says_what_swallows_it() -> None:

@@ -40,6 +40,13 @@ def test_a_value_that_does_not_exist_names_its_argument_before_anything_is_read(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["orientation", "lora_b_layout"])
+def test_verify_knows_no_other_layouts(tmp_path: Path, option: str) -> None:
+    options: dict[str, Any] = {option: "sideways"}
+    with pytest.raises(ValueError, match=f"{option} is 'sideways', expected one of auto, "):
+        loudmerge.verify(tmp_path / "out", tmp_path / "base", tmp_path / "adapter", **options)
+
+
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:12", "auto"])
 def test_what_names_a_device_passes_whether_there_is_one_or_not(name: str) -> None:
     check_device(name)
