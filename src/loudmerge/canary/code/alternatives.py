@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN, constant
-from loudmerge.canary.code.nodes import FORS, TRIES, WITHS
+from loudmerge.canary.code.nodes import For, Try, With
 
-LOOPS = (*FORS, ast.While)
+LOOPS = For | ast.While
 
 Found = tuple[ast.stmt, ...]
 
@@ -43,15 +43,15 @@ class Alternatives:
             return _either(then, other)
         if isinstance(node, LOOPS):
             return _either(before, self.after(node.body, before), self.after(node.orelse, before))
-        if isinstance(node, TRIES):
+        if isinstance(node, Try):
             return self._try(node, before)
-        if isinstance(node, WITHS):
+        if isinstance(node, With):
             return self.after(node.body, before)
         if isinstance(node, ast.Match):
             return _either(before, *(self.after(case.body, before) for case in node.cases))
         return before
 
-    def _try(self, node: ast.Try, before: Found) -> Found | None:
+    def _try(self, node: Try, before: Found) -> Found | None:
         """A handler comes from anywhere in the body: what it leaves is as before, or as the body has it."""
         whole = self.after(node.body, before)
         ended = self.after(node.orelse, whole) if whole is not None else None

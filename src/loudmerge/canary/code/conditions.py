@@ -9,7 +9,7 @@ from typing import Any
 
 from loudmerge.canary.code.exits import LEAVES, LOOPS, RAISES
 from loudmerge.canary.code.flow import Condition, Place, Scope, callee, helper, walked
-from loudmerge.canary.code.nodes import FORS
+from loudmerge.canary.code.nodes import For
 from loudmerge.canary.code.syntax import dotted, local_assignments, mentions, parameters
 from loudmerge.canary.code.values import outcome, said, told
 
@@ -107,7 +107,7 @@ def _sources(node: ast.AST, scope: Scope, depth: int, seen: set[tuple[int, str]]
             for name, passed, outer in scope.given:
                 found |= _sources(passed, outer, depth - 1, seen) if name == part.id else set()
             for bound, _ in local_assignments(scope.function, part.id):
-                came = bound.iter if isinstance(bound, FORS) else getattr(bound, "value", None)
+                came = bound.iter if isinstance(bound, For) else getattr(bound, "value", None)
                 found |= _sources(came, scope, depth - 1, seen) if came is not None else set()
         elif isinstance(part, ast.Call):
             function = callee(part, scope, {})[0]

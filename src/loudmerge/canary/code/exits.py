@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import NamedTuple
 
-from loudmerge.canary.code.nodes import FORS, TRIES, WITHS
+from loudmerge.canary.code.nodes import For, Try, With
 from loudmerge.canary.code.syntax import EXITS, FUNCTIONS, dotted
 
 BARE = ast.Name("BaseException", ast.Load())
@@ -34,10 +34,10 @@ class Frame(NamedTuple):
     """What encloses a node within its own function: tests and how they come out, tries, managers, loops."""
 
     tests: tuple[Test, ...] = ()
-    tries: tuple[ast.Try, ...] = ()
+    tries: tuple[Try, ...] = ()
     managers: tuple[ast.expr, ...] = ()
     loops: tuple[ast.stmt, ...] = ()
-    handles: tuple[ast.Try, ...] = ()
+    handles: tuple[Try, ...] = ()
 
     def under(self, test: ast.expr, wanted: bool, how: str = "") -> Frame:  # noqa: FBT001 (how it comes out)
         return self._replace(tests=(*self.tests, Test(test, wanted, how)))
@@ -89,11 +89,11 @@ def not_taken(node: ast.stmt, at: Frame, frame: Frame) -> Test:
 
 def _way_in(node: ast.stmt) -> Test:
     """How control passes beyond a statement with an exit inside that no test governs."""
-    if isinstance(node, FORS):
+    if isinstance(node, For):
         return Test(node.iter, wanted=False, how=LEAVES)
-    if isinstance(node, WITHS):
+    if isinstance(node, With):
         return Test(node.items[0].context_expr, wanted=False, how=LEAVES)
-    kind = node.handlers[0].type if isinstance(node, TRIES) and node.handlers else None
+    kind = node.handlers[0].type if isinstance(node, Try) and node.handlers else None
     return Test(kind or BARE, wanted=True, how=LEAVES)
 
 

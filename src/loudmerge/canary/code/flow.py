@@ -26,7 +26,7 @@ from loudmerge.canary.code.exits import (
     matched,
     not_taken,
 )
-from loudmerge.canary.code.nodes import FORS, TRIES, WITHS
+from loudmerge.canary.code.nodes import For, Try, With
 from loudmerge.canary.code.syntax import FUNCTIONS, Function, Module, dotted, local_assignments, parameters
 from loudmerge.canary.code.wrapping import wrapped, yields
 
@@ -66,10 +66,10 @@ class Place(NamedTuple):
     node: ast.AST
     scope: Scope
     conditions: tuple[Condition, ...] = ()
-    tries: tuple[tuple[ast.Try, Scope], ...] = ()
+    tries: tuple[tuple[Try, Scope], ...] = ()
     managers: tuple[tuple[ast.expr, Scope], ...] = ()
     loops: tuple[ast.stmt, ...] = ()
-    handles: tuple[ast.Try, ...] = ()
+    handles: tuple[Try, ...] = ()
 
     @property
     def line(self) -> int:
@@ -116,11 +116,11 @@ class Flow:
         """Whether control passes beyond a loop, try, with or match; None for any other statement."""
         if isinstance(node, ast.While):
             return self._while(node, at)
-        if isinstance(node, FORS):
+        if isinstance(node, For):
             return self._for(node, at)
-        if isinstance(node, TRIES):
+        if isinstance(node, Try):
             return self._try(node, at)
-        if isinstance(node, WITHS):
+        if isinstance(node, With):
             return self._with(node, at)
         return self._match(node, at) if isinstance(node, ast.Match) else None
 
@@ -164,7 +164,7 @@ class Flow:
         endless = truth is not UNKNOWN and bool(truth) and not breaks(node.body)
         return not endless and (self.block(node.orelse, at) or breaks(node.body))
 
-    def _for(self, node: ast.For | ast.AsyncFor, at: Frame) -> bool:
+    def _for(self, node: For, at: Frame) -> bool:
         self.steps.append((node, at))
         self.expression(node.iter, at)
         items = constant(node.iter, self.constants)
@@ -173,13 +173,13 @@ class Flow:
             self.block(node.body, inside.under(node.iter, True, LOOPS))
         return self.block(node.orelse, self._unbroken(node, at)) or breaks(node.body)
 
-    def _unbroken(self, node: ast.For | ast.AsyncFor, at: Frame) -> Frame:
+    def _unbroken(self, node: For, at: Frame) -> Frame:
         """What encloses the `else` of a loop: none of its breaks was reached."""
         loops = (*at.loops, node)
         broken = [one for one in self.steps if isinstance(one[0], ast.Break) and one[1].loops == loops]
         return at._replace(tests=at.tests + tuple(not_taken(node, at, frame) for _, frame in broken))
 
-    def _try(self, node: ast.Try, at: Frame) -> bool:
+    def _try(self, node: Try, at: Frame) -> bool:
         self.steps.append((node, at))
         ended = self.block(node.body, at._replace(tries=(*at.tries, node)))
         ended = ended and self.block(node.orelse, at)
@@ -187,7 +187,7 @@ class Flow:
         handled = [self.block(one.body, failed.under(one.type or BARE, True)) for one in node.handlers]
         return self.block(node.finalbody, at) and (ended or any(handled))
 
-    def _with(self, node: ast.With | ast.AsyncWith, at: Frame) -> bool:
+    def _with(self, node: With, at: Frame) -> bool:
         for item in node.items:
             self.expression(item.context_expr, at)
         managers = tuple(item.context_expr for item in node.items)

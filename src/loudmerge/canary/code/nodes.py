@@ -1,11 +1,14 @@
-"""Statements that Python's syntax has in more than one form."""
+"""Statements that Python's syntax has in more than one form: for isinstance and for annotations."""
 
 from __future__ import annotations
 
 import ast
+import sys
 
-IMPORTS = (ast.Import, ast.ImportFrom)
-FORS = (ast.For, ast.AsyncFor)
-WITHS = (ast.With, ast.AsyncWith)
-TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
-"""`try … except*` from Python 3.11 on."""
+Import = ast.Import | ast.ImportFrom
+For = ast.For | ast.AsyncFor
+With = ast.With | ast.AsyncWith
+if sys.version_info >= (3, 11):
+    Try = ast.Try | ast.TryStar
+else:
+    Try = ast.Try

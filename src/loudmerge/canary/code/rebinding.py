@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from loudmerge.canary.code.nodes import IMPORTS
+from loudmerge.canary.code.nodes import Import
 from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds_anything
 
 
@@ -14,7 +14,7 @@ def rebinding(module: Module, qualified: str) -> tuple[str, int]:
     for node in _binders(module, qualified):
         if node is None or isinstance(node, FUNCTIONS):
             continue
-        taken = isinstance(node, IMPORTS) and not binds_anything(node)
+        taken = isinstance(node, Import) and not binds_anything(node)
         how = "is imported" if taken else "may be bound anew"
         text = ast.unparse(node).splitlines()[0]
         return f"{qualified} {how} at line {node.lineno}: {text}", node.lineno
@@ -28,7 +28,7 @@ def alternative(module: Module, qualified: str) -> tuple[str, int]:
     for name in names:
         found = module.alternatives(name)
         if len(found) > 1:
-            shown = sorted(found, key=lambda one: not isinstance(one, IMPORTS))
+            shown = sorted(found, key=lambda one: not isinstance(one, Import))
             texts = (f"`{ast.unparse(one).splitlines()[0]}` at line {one.lineno}" for one in shown)
             return f"{name} may be one of several: {'; '.join(texts)}", shown[0].lineno
     return "", 0

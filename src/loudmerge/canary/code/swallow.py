@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 
 from loudmerge.canary.code.exits import CATCHING, OUTSIDE
 from loudmerge.canary.code.flow import Flow, Place, Scope, alias, known_constants, places
-from loudmerge.canary.code.nodes import IMPORTS
+from loudmerge.canary.code.nodes import Import
 from loudmerge.canary.code.syntax import (
     FUNCTIONS,
     Module,
@@ -93,7 +93,7 @@ def _class(name: str, node: ast.stmt | None) -> str:
     """A name's last part where it is a class's: Python's, the file's, or one written as classes are."""
     last = name.rpartition(".")[2]
     known = isinstance(node, ast.ClassDef) or isinstance(getattr(builtins, last, None), type)
-    elsewhere = node is None or isinstance(node, IMPORTS)
+    elsewhere = node is None or isinstance(node, Import)
     return last if known or (elsewhere and last[:1].isupper() and not last.isupper()) else ""
 
 
@@ -133,7 +133,7 @@ def _bound(name: str, scope: Scope) -> ast.expr | None:
 def _letting(name: str, last: str, scope: Scope) -> bool:
     """Whether a name is that of a manager of Python's or a package's, which nothing here defines."""
     local = [node for node, _ in local_assignments(scope.function, name)]
-    hidden = name in parameters(scope.function) or any(not isinstance(node, IMPORTS) for node in local)
+    hidden = name in parameters(scope.function) or any(not isinstance(node, Import) for node in local)
     if hidden or isinstance(scope.module.define(name), (*FUNCTIONS, ast.ClassDef)):
         return False
     of_torch = name.startswith("torch.") and not scope.module.defines("torch")

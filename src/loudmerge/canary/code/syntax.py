@@ -11,7 +11,7 @@ from typing import Any, Union
 
 from loudmerge.canary.code.alternatives import Alternatives
 from loudmerge.canary.code.constants import UNKNOWN, constant
-from loudmerge.canary.code.nodes import IMPORTS, WITHS
+from loudmerge.canary.code.nodes import Import, With
 from loudmerge.canary.code.pieces import pieces
 
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]  # noqa: UP007 (a runtime alias on Python 3.10)
@@ -45,7 +45,7 @@ def targets(node: ast.stmt) -> Iterator[ast.expr]:
         found = list(node.targets)
     elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.AsyncFor)):
         found = [node.target]
-    elif isinstance(node, WITHS):
+    elif isinstance(node, With):
         found = [item.optional_vars for item in node.items if item.optional_vars is not None]
     while found:
         target = found.pop(0)
@@ -122,7 +122,7 @@ class Module:
     def defines(self, name: str) -> bool:
         """Whether the file itself says what a top-level name is, and does not only import it."""
         node = self.last(name)
-        return node is not None and not isinstance(node, IMPORTS)
+        return node is not None and not isinstance(node, Import)
 
     def value(self, name: str) -> ast.expr | None:
         """The expression last assigned to a top-level name."""
@@ -315,7 +315,7 @@ def binds_directly(node: ast.stmt) -> frozenset[str]:
     """The names a statement itself binds, blocks inside it left out."""
     if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
         return frozenset({node.name})
-    if isinstance(node, IMPORTS):
+    if isinstance(node, Import):
         return frozenset(alias.asname or alias.name.split(".")[0] for alias in node.names)
     return frozenset(target.id for target in targets(node) if isinstance(target, ast.Name))
 
@@ -332,7 +332,7 @@ def own_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 def imported(node: ast.Module | Function) -> dict[str, str]:
     """Local name -> the name it was imported as, anywhere in a function or among a file's own statements."""
     inside = ast.walk(node) if isinstance(node, FUNCTIONS) else own_statements(node.body)
-    found = [one for one in inside if isinstance(one, IMPORTS)]
+    found = [one for one in inside if isinstance(one, Import)]
     return {one.asname: one.name for statement in found for one in statement.names if one.asname}
 
 

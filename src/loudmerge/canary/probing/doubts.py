@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from loudmerge.canary.code.flow import Place, Scope
-from loudmerge.canary.code.nodes import IMPORTS, WITHS
+from loudmerge.canary.code.nodes import Import, With
 from loudmerge.canary.code.rebinding import alternative, rebinding
 from loudmerge.canary.code.swallow import doubtful
 from loudmerge.canary.code.syntax import FUNCTIONS, Function, Module, local_assignments, own_statements
@@ -38,8 +38,8 @@ def replaced(module: Module, name: str, methods: Collection[str], *, asked: bool
         return rebinding(module, name)[0]
     if any(isinstance(node, ast.ClassDef) for node in bound):
         return _class_replaced(module, name, methods)
-    own = [node for node in bound if not isinstance(node, IMPORTS)]
-    imported = [node for node in found if isinstance(node, IMPORTS)]
+    own = [node for node in bound if not isinstance(node, Import)]
+    imported = [node for node in found if isinstance(node, Import)]
     if own and (imported if asked else imported == list(found)):
         return f"{name} is imported at line {imported[0].lineno}: {ast.unparse(imported[0])}"
     return ""
@@ -69,7 +69,7 @@ def covered(module: Module, unit: ast.stmt, absent: Collection[str], known: Know
 def _managed(module: Module, function: Function, absent: Collection[str], known: Known) -> str:
     scope = Scope(module, function)
     for node in own_statements(function.body):
-        for item in node.items if isinstance(node, WITHS) else ():
+        for item in node.items if isinstance(node, With) else ():
             if set(_origins(item.context_expr, function)) & set(absent):
                 place = Place(node, scope, managers=((item.context_expr, scope),))
                 if said := doubtful(place, known.managers):

@@ -8,7 +8,7 @@ from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN
 from loudmerge.canary.code.flow import Place, Scope, alias, places
-from loudmerge.canary.code.nodes import IMPORTS
+from loudmerge.canary.code.nodes import Import
 from loudmerge.canary.code.pieces import parsed
 from loudmerge.canary.code.rebinding import alternative
 from loudmerge.canary.code.syntax import (
@@ -186,7 +186,7 @@ def _defined_problem(rule: Mapping[str, Any], module: Module, node: ast.stmt | N
         "class": is_class,
         "variable": not is_function and not is_class,
     }
-    if kind and not fits[kind] and not isinstance(node, IMPORTS):
+    if kind and not fits[kind] and not isinstance(node, Import):
         return f"{name} is no {kind} at line {node.lineno}", node.lineno
     if isinstance(node, FUNCTIONS) and idle(Scope(module, node, owner)):
         return f"{name} does nothing", node.lineno

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from loudmerge.canary.code.constants import UNKNOWN, constant
 from loudmerge.canary.code.exits import OUTSIDE
 from loudmerge.canary.code.flow import Condition, Flow, Place, Scope, alias, places
-from loudmerge.canary.code.nodes import IMPORTS
+from loudmerge.canary.code.nodes import Import
 from loudmerge.canary.code.pieces import parsed
 from loudmerge.canary.code.syntax import (
     FUNCTIONS,
@@ -238,7 +238,7 @@ def _full(name: str, tree: ast.Module | Function) -> str:
     """`pytest.skip` for a `skip` that was imported from pytest, under any name."""
     head, dot, rest = name.partition(".")
     for node in own_statements(tree.body):
-        for one in node.names if isinstance(node, IMPORTS) else []:
+        for one in node.names if isinstance(node, Import) else []:
             if (one.asname or one.name) == head:
                 start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
                 return f"{start}{one.name}{dot}{rest}"
