@@ -36,7 +36,13 @@ def install(session: nox.Session, versions: str = "newest", *, seeded: bool = Tr
     beside = ["--extra-index-url", index] if index else []
     # Their torch is the same 700 MB: taken from another, before and after.
     environments = [str(one) for one in Path(session.virtualenv.location).parent.iterdir() if one.is_dir()]
-    share = ("python", "-m", "loudmerge.compat.links", session.virtualenv.location, *environments)
+    share = (
+        "python",
+        "-m",
+        "loudmerge.compat.environments.links",
+        session.virtualenv.location,
+        *environments,
+    )
     if seeded:
         session.run(*share, torch, env={"PYTHONPATH": "src"})
     # Most of what is installed is never imported.

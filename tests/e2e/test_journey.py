@@ -15,11 +15,12 @@ import loudmerge
 from loudmerge.arithmetic import delta
 from loudmerge.arithmetic.delta import Factors
 from loudmerge.comparing import behaviour
-from loudmerge.compat import cells, journey
-from loudmerge.compat.cells import Expectation
-from loudmerge.compat.journey import CELL_RECIPE, Journey, Merge, Reference
-from loudmerge.compat.result import FAILED, OK, CellResult, Tests
-from loudmerge.compat.verdict import judged
+from loudmerge.compat.inside import journey
+from loudmerge.compat.inside.journey import CELL_RECIPE, Journey, Merge, Reference
+from loudmerge.compat.judging import cells
+from loudmerge.compat.judging.cells import Expectation
+from loudmerge.compat.judging.result import FAILED, OK, CellResult, Tests
+from loudmerge.compat.judging.verdict import judged
 from loudmerge.errors import Mismatch
 from loudmerge.executing import readahead
 from loudmerge.executing.report import MergeReport

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from loudmerge.compat import table
 from loudmerge.compat.arguments import at_least_one
-from loudmerge.compat.cell import PARTS, source
-from loudmerge.compat.cells import FILE, Matrix, MatrixError, load
-from loudmerge.compat.children import exit_on_signals
-from loudmerge.compat.environment import Installer
-from loudmerge.compat.result import CellResult
-from loudmerge.compat.runner import Options, failures, run
+from loudmerge.compat.environments.children import exit_on_signals
+from loudmerge.compat.environments.environment import Installer
+from loudmerge.compat.inside.cell import PARTS, source
+from loudmerge.compat.judging.cells import FILE, Matrix, MatrixError, load
+from loudmerge.compat.judging.result import CellResult
+from loudmerge.compat.running.runner import Options, failures, run
 
 HOME = ".compat"
 DONE, SHORT, USAGE = 0, 1, 2

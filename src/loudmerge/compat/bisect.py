@@ -23,13 +23,14 @@ from typing import Any
 
 from packaging.version import Version
 
-from loudmerge.compat import cells, environment
-from loudmerge.compat.cells import PACKAGES, Cell, Matrix
-from loudmerge.compat.children import Children, exit_on_signals
-from loudmerge.compat.commands import NotInstalled, Unreachable
-from loudmerge.compat.environment import Environment, Installer
-from loudmerge.compat.questions import CHECKS, Check, Checks, Expected, Node, Question
+from loudmerge.compat.environments import environment
+from loudmerge.compat.environments.children import Children, exit_on_signals
+from loudmerge.compat.environments.commands import NotInstalled, Unreachable
+from loudmerge.compat.environments.environment import Environment, Installer
+from loudmerge.compat.judging import cells
+from loudmerge.compat.judging.cells import PACKAGES, Cell, Matrix
 from loudmerge.compat.releases import Index, PipIndex
+from loudmerge.compat.running.questions import CHECKS, Check, Checks, Expected, Node, Question
 from loudmerge.errors import EnvironmentFailed
 
 SECONDS = 1800

@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 
-from loudmerge.compat import document, journey, weights
 from loudmerge.compat.arguments import at_least_one
-from loudmerge.compat.cell import source
-from loudmerge.compat.children import exit_on_signals
-from loudmerge.compat.journey import Journey
-from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
+from loudmerge.compat.environments.children import exit_on_signals
+from loudmerge.compat.inside import journey, weights
+from loudmerge.compat.inside.cell import source
+from loudmerge.compat.inside.journey import Journey
+from loudmerge.compat.judging import document
+from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
 from loudmerge.demo import training
 from loudmerge.demo.training import Recipe
 from loudmerge.errors import EnvironmentFailed

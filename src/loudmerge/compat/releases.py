@@ -24,7 +24,7 @@ from loudmerge.canary.guards import WHEEL
 from loudmerge.canary.upstream.fetch import Unreachable
 from loudmerge.canary.upstream.packages import Pip
 from loudmerge.canary.upstream.sources import SourceOptions
-from loudmerge.compat.cells import FILE, PACKAGES, RELEASED, Matrix, MatrixError, load
+from loudmerge.compat.judging.cells import FILE, PACKAGES, RELEASED, Matrix, MatrixError, load
 from loudmerge.errors import EnvironmentFailed
 
 

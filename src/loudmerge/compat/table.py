@@ -19,13 +19,15 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 from loudmerge import __version__
-from loudmerge.compat import document, markdown, page, readme, rows
-from loudmerge.compat.against import rows_and_changes
-from loudmerge.compat.cells import FILE, LATEST, PACKAGES, RELEASED, Cell, Matrix, MatrixError, load
-from loudmerge.compat.environment import differing
-from loudmerge.compat.overview import Overview
-from loudmerge.compat.result import FAILED, NOT_RUN, CellResult, Shortfall
-from loudmerge.compat.verdict import RAN, VERSIONS, all_crossed, judged
+from loudmerge.compat.environments.environment import differing
+from loudmerge.compat.judging import document
+from loudmerge.compat.judging.against import rows_and_changes
+from loudmerge.compat.judging.cells import FILE, LATEST, PACKAGES, RELEASED, Cell, Matrix, MatrixError, load
+from loudmerge.compat.judging.result import FAILED, NOT_RUN, CellResult, Shortfall
+from loudmerge.compat.judging.verdict import RAN, VERSIONS, all_crossed, judged
+from loudmerge.compat.rendering import markdown, page, readme
+from loudmerge.compat.rendering.overview import Overview
+from loudmerge.compat.running import rows
 
 MARKDOWN, PAGE = "COMPAT.md", "compat.html"
 UNREADABLE = "unreadable"

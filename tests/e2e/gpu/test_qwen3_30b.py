@@ -18,11 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loudmerge.compat import gpu, weights
-from loudmerge.compat.cell import source
+from loudmerge.compat import gpu
 from loudmerge.compat.gpu import Options
-from loudmerge.compat.journey import Journey
-from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult
+from loudmerge.compat.inside import weights
+from loudmerge.compat.inside.cell import source
+from loudmerge.compat.inside.journey import Journey
+from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult
 from loudmerge.errors import EnvironmentFailed
 
 SMALL = {

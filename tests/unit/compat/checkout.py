@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import loudmerge
-from loudmerge.compat.cell import source
-from loudmerge.compat.cells import Cell
-from loudmerge.compat.environment import STAMP, Environment, Installer, Stamp, requirements
-from loudmerge.compat.runner import Options
+from loudmerge.compat.environments.environment import STAMP, Environment, Installer, Stamp, requirements
+from loudmerge.compat.inside.cell import source
+from loudmerge.compat.judging.cells import Cell
+from loudmerge.compat.running.runner import Options
 from tests.unit.compat.made import VERSIONS
 
 PROJECT = """

@@ -13,7 +13,7 @@ FILLED = ("ok", "failed", "not-installed", "unreachable")
 
 def style(*, dark: bool) -> dict[str, Colour]:
     """page.css's colours by name."""
-    sheet = files("loudmerge.compat").joinpath("page.css").read_text("utf-8")
+    sheet = files("loudmerge.compat.rendering").joinpath("page.css").read_text("utf-8")
     parts = sheet.split("prefers-color-scheme: dark")
     found = re.findall(r"--([\w-]+): #(\w\w)(\w\w)(\w\w);", parts[1] if dark else parts[0])
     return {name: (int(red, 16), int(green, 16), int(blue, 16)) for name, red, green, blue in found}

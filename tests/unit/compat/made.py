@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from loudmerge.compat.cells import Cell, Expectation
-from loudmerge.compat.result import OK, CellResult, Figures, Tests
+from loudmerge.compat.judging.cells import Cell, Expectation
+from loudmerge.compat.judging.result import OK, CellResult, Figures, Tests
 
 EXPECT = """
 [expect]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime, timezone
 
-from loudmerge.compat.result import (
+from loudmerge.compat.judging.result import (
     FAILED,
     NOT_INSTALLED,
     NOT_RUN,

@@ -19,13 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from loudmerge.compat import observe
 from loudmerge.compat.bisect import Finding, Search, bases, between, main, search
-from loudmerge.compat.cells import FILE, PACKAGES, Matrix, load, name_of
-from loudmerge.compat.commands import NotInstalled, Unreachable
-from loudmerge.compat.environment import STAMP, Environment, Installer, Stamp, requirements
-from loudmerge.compat.questions import Answer, Check, Checks, Expected, Node
-from loudmerge.compat.result import OK, CellResult, Figures
+from loudmerge.compat.environments.commands import NotInstalled, Unreachable
+from loudmerge.compat.environments.environment import STAMP, Environment, Installer, Stamp, requirements
+from loudmerge.compat.inside import observe
+from loudmerge.compat.judging.cells import FILE, PACKAGES, Matrix, load, name_of
+from loudmerge.compat.judging.result import OK, CellResult, Figures
+from loudmerge.compat.running.questions import Answer, Check, Checks, Expected, Node
 from loudmerge.errors import EnvironmentFailed
 from tests.unit.compat.made import EXPECT
 

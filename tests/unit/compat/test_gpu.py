@@ -33,7 +33,7 @@ def test_the_row_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 SLOW = """
 import runpy, sys, time
 from pathlib import Path
-from loudmerge.compat import journey, weights
+from loudmerge.compat.inside import journey, weights
 
 def write(directory, *_):
     directory.mkdir()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from loudmerge.compat.__main__ import main
-from loudmerge.compat.cells import load
-from loudmerge.compat.result import CellResult
+from loudmerge.compat.judging.cells import load
+from loudmerge.compat.judging.result import CellResult
 from tests.unit.compat import checkout
 from tests.unit.compat.made import EXPECT, VERSIONS, cell, result
 

@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 
 from loudmerge.compat import releases, table
-from loudmerge.compat.cells import FILE, PACKAGES, Matrix, load
+from loudmerge.compat.judging.cells import FILE, PACKAGES, Matrix, load
 from loudmerge.compat.releases import News, PipIndex, lag, main, newer, newest_pins
 from loudmerge.errors import EnvironmentFailed
 from tests.unit.compat.local_index import LocalIndex, ask

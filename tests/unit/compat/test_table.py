@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from loudmerge import __version__
-from loudmerge.compat import markdown, table
-from loudmerge.compat.overview import kl, share
-from loudmerge.compat.readme import END, START
-from loudmerge.compat.result import FAILED, NOT_INSTALLED, NOT_RUN, STATUSES, CellResult
+from loudmerge.compat import table
+from loudmerge.compat.judging.result import FAILED, NOT_INSTALLED, NOT_RUN, STATUSES, CellResult
+from loudmerge.compat.rendering import markdown
+from loudmerge.compat.rendering.overview import kl, share
+from loudmerge.compat.rendering.readme import END, START
 from loudmerge.compat.table import MARKDOWN, PAGE, ResultError, in_order, main, read, read_older, survey
 from tests.unit.compat import rows
 from tests.unit.compat.made import EXPECT

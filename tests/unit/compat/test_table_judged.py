@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from loudmerge.compat import table
-from loudmerge.compat.cells import load
-from loudmerge.compat.overview import why
-from loudmerge.compat.result import FAILED, NOT_RUN, OK, CellResult
+from loudmerge.compat.judging.cells import load
+from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult
+from loudmerge.compat.rendering.overview import why
 from loudmerge.compat.table import MARKDOWN, in_order, main, read, read_older
 from tests.unit.compat import rows
 from tests.unit.compat.made import FIGURES

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from loudmerge.compat.cells import FILE, Cell, load
-from loudmerge.compat.result import FAILED, OK, CellResult, Tests
+from loudmerge.compat.judging.cells import FILE, Cell, load
+from loudmerge.compat.judging.result import FAILED, OK, CellResult, Tests
 from tests.unit.compat.made import result
 
 ROOT = Path(__file__).parents[3]
@@ -492,7 +492,10 @@ def test_a_session_on_a_gpu_takes_no_other_session_s_torch(
     monkeypatch.setenv("LOUDMERGE_TORCH", "torch==2.13.0")
     session = Session()
     noxfile[name].func(session)
-    assert any("loudmerge.compat.links" in ran and "torch==2.13.0" in ran for ran in session.ran) == seeds
+    assert (
+        any("loudmerge.compat.environments.links" in ran and "torch==2.13.0" in ran for ran in session.ran)
+        == seeds
+    )
 
 
 RENDER = "Render, and compare with the base"

@@ -1,0 +1,1 @@
+"""Virtual environments, and the commands that make and use them."""

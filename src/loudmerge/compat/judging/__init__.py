@@ -1,0 +1,1 @@
+"""What a cell must show, what it showed, and what it falls short of."""

@@ -1,0 +1,1 @@
+"""The table: as a value, as Markdown, as a page, in the README."""

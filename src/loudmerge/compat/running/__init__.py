@@ -1,0 +1,1 @@
+"""Starts what runs in the environments, and reads what it left."""
