@@ -161,6 +161,7 @@ _GLM5_NEXT = {
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": {**_LINEAR_THEN_FULL, **_LINEAR_HEADS},
     "beam": _DENSE_THEN_SPARSE,
+    "cosmos3_edge_text": {"rope_parameters": _MROPE},
     "dbrx": {
         "attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32},

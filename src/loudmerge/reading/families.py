@@ -249,6 +249,14 @@ FAMILIES: Mapping[str, Family] = {
     **_rows(Family(known=False, renames=renames.DINOV2), "dinov2", "dinov2_with_registers"),
     "swin": Family(known=False, renames=renames.SWIN),
     "segformer": Family(known=False, renames=renames.SEGFORMER),
+    "exaone": Family(known=False, renames=renames.EXAONE),
+    "cosmos3_omni": Family(known=False, renames=renames.COSMOS3),
+    "cosmos3_edge": Family(known=False, renames=renames.COSMOS3_EDGE),
+    "gte": Family(known=False, renames=renames.GTE),
+    "nomic_bert": Family(known=False, renames=renames.NOMIC),
+    "jina_embeddings_v3": Family(known=False, renames=renames.JINA_V3),
+    "qianfan_ocr": Family(known=False, renames=renames.QIANFAN),
+    "hrm_text": Family(known=False, renames=renames.HRM),
     # No experts: here only because their Linears are known to be Linears.
     **_rows(
         Family(known=False),

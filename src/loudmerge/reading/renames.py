@@ -125,6 +125,68 @@ STEP3P7: tuple[Rename, ...] = (
     (r"\.share_expert\.", ".mlp.shared_experts."),
 )
 
+EXAONE: tuple[Rename, ...] = (
+    (r"^transformer\.wte\.", "embed_tokens."),
+    (r"^transformer\.h\.", "layers."),
+    (r"^transformer\.ln_f\.", "norm."),
+    (r"\.attn\.attention\.out_proj\.", ".self_attn.o_proj."),
+    (r"\.attn\.attention\.", ".self_attn."),
+    (r"\.ln_1\.", ".input_layernorm."),
+    (r"\.ln_2\.", ".post_attention_layernorm."),
+    (r"\.mlp\.c_fc_0\.", ".mlp.gate_proj."),
+    (r"\.mlp\.c_fc_1\.", ".mlp.up_proj."),
+    (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+)
+COSMOS3: tuple[Rename, ...] = (
+    (r"\.self_attn\.to_([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.self_attn\.to_out\.", ".self_attn.o_proj."),
+    (r"\.self_attn\.norm_([qk])\.", r".self_attn.\1_norm."),
+    (r"^(blocks|merger|patch_embed|pos_embed|deepstack_merger_list)\.", r"visual.\1."),
+)
+COSMOS3_EDGE: tuple[Rename, ...] = (
+    *COSMOS3,
+    (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+)
+# Of the four below what is one tensor on disk and several in memory has no name in memory: query, key, value.
+GTE: tuple[Rename, ...] = (
+    (r"^(new|gte)\.", ""),
+    (r"\bencoder\.layer\.", "layers."),
+    (r"\.attention\.o_proj\.", ".self_attn.o_proj."),
+    (r"\.attn_ln\.", ".post_attention_layernorm."),
+    (r"\.mlp_ln\.", ".post_mlp_layernorm."),
+    (r"^lm_head\.norm\.", "lm_head.layer_norm."),
+)
+JINA_V3: tuple[Rename, ...] = (
+    (r"^(roberta|bert|nomic_bert)\.", ""),
+    (r"\bemb_ln\.", "embeddings.LayerNorm."),
+    (r"\bencoder\.layers\.", "layers."),
+    (r"\.(mixer|attn)\.out_proj\.", ".self_attn.o_proj."),
+    (r"\.norm1\.", ".post_attention_layernorm."),
+    (r"\.norm2\.", ".post_mlp_layernorm."),
+)
+NOMIC: tuple[Rename, ...] = (
+    *JINA_V3,
+    (r"\.fc11\.", ".up_proj."),
+    (r"\.fc12\.", ".gate_proj."),
+    (r"\.fc2\.", ".down_proj."),
+)
+QIANFAN: tuple[Rename, ...] = (
+    (r"^vision_model\.", "vision_tower."),
+    (r"\bencoder\.layers\.", "layers."),
+    (r"\.ls([12])$", r".lambda_\1"),
+    (r"\.attn\.proj\.", ".attention.projection_layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.embeddings\.class_embedding$", ".embeddings.cls_token"),
+    (r"\.embeddings\.position_embedding$", ".embeddings.position_embeddings"),
+    (r"\.embeddings\.patch_embedding\.", ".embeddings.patch_embeddings.projection."),
+    (r"^mlp1\.0\.", "multi_modal_projector.layer_norm."),
+    (r"^mlp1\.1\.", "multi_modal_projector.linear_1."),
+    (r"^mlp1\.3\.", "multi_modal_projector.linear_2."),
+)
+HRM: tuple[Rename, ...] = ((r"\.attn\.o_proj\.", ".self_attn.o_proj."),)
+
 QKV: tuple[Rename, ...] = tuple(
     (rf"\battention\.(attention|self)\.{name}\b", f"attention.{name[0]}_proj")
     for name in ("query", "key", "value")

@@ -41,11 +41,28 @@ def test_the_very_name_is_taken_before_others_that_could_be_meant(tmp_path: Path
         ),
         ("segformer", "segformer.encoder.block.1.0.mlp.dense2", "segformer.stages.1.blocks.0.mlp.fc2"),
         ("vit_mae", "decoder.decoder_encoder.layer.0.intermediate.dense", "decoder.decoder_layers.0.mlp.fc1"),
+        ("exaone", "transformer.wte.weight", "embed_tokens.weight"),
+        ("exaone", "transformer.h.3.attn.attention.out_proj.weight", "layers.3.self_attn.o_proj.weight"),
+        ("exaone", "transformer.h.3.mlp.c_fc_1.weight", "layers.3.mlp.up_proj.weight"),
+        ("cosmos3_omni", "layers.3.self_attn.to_out.weight", "layers.3.self_attn.o_proj.weight"),
+        ("cosmos3_omni", "blocks.3.attn.proj.weight", "visual.blocks.3.attn.proj.weight"),
+        ("cosmos3_edge", "layers.3.mlp.up_proj.weight", "layers.3.mlp.fc1.weight"),
+        # As the Hub's files have them, and as transformers saves a model with a head.
+        ("gte", "new.encoder.layer.3.attention.o_proj.weight", "layers.3.self_attn.o_proj.weight"),
+        ("gte", "gte.encoder.layer.3.mlp.down_proj.weight", "layers.3.mlp.down_proj.weight"),
+        ("nomic_bert", "encoder.layers.3.mlp.fc12.weight", "layers.3.mlp.gate_proj.weight"),
+        ("nomic_bert", "bert.encoder.layers.3.attn.out_proj.weight", "layers.3.self_attn.o_proj.weight"),
+        ("jina_embeddings_v3", "roberta.encoder.layers.3.mlp.fc1.weight", "layers.3.mlp.fc1.weight"),
+        ("qianfan_ocr", "language_model.model.layers.3.mlp.up_proj.weight", "layers.3.mlp.up_proj.weight"),
+        (
+            "qianfan_ocr",
+            "vision_model.encoder.layers.3.attn.proj.bias",
+            "vision_tower.layers.3.attention.projection_layer.bias",
+        ),
+        ("hrm_text", "H_module.layers.3.attn.o_proj.weight", "H_module.layers.3.self_attn.o_proj.weight"),
     ],
 )
-def test_names_of_a_vision_model_on_disk_and_in_memory_are_one(
-    model_type: str, disk: str, memory: str
-) -> None:
+def test_names_of_a_model_on_disk_and_in_memory_are_one(model_type: str, disk: str, memory: str) -> None:
     family = family_of(model_type)
     assert family.canonical(disk) == family.canonical(memory) == memory
 

@@ -1,0 +1,97 @@
+"""Dense models whose checkpoints have other names than the classes of transformers, against PEFT itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+import loudmerge
+from tests.support import tiny
+from tests.support.bfloat16 import assert_rounded_alike
+
+# The libraries' own deprecations; those that loudmerge itself raises are checked by the other tests.
+pytestmark = pytest.mark.filterwarnings("default")
+
+FUSED: Mapping[str, str] = {
+    "cosmos3_edge": r"$^",
+    "cosmos3_omni": r"$^",
+    "exaone": r"$^",
+    "gte": r"\.(q|k|v|gate|up)_proj$",
+    "hrm_text": r"\.(q|k|v|gate|up)_proj$",
+    "jina_embeddings_v3": r"\.[qkv]_proj$",
+    "nomic_bert": r"\.[qkv]_proj$",
+    "qianfan_ocr": r"vision_tower\..*\.[qkv]_proj$",
+}
+"""Families, and their Linears that are one tensor on disk with others."""
+
+
+def linears(model: PreTrainedModel) -> list[str]:
+    """All but a head."""
+    named = model.named_modules()
+    return [name for name, module in named if type(module) is nn.Linear and not name.endswith("lm_head")]
+
+
+def save_base(model_type: str, path: Path, dtype: torch.dtype) -> type[PreTrainedModel]:
+    if tiny.model_class(model_type) is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    model = tiny.build(model_type, dtype=dtype)
+    model.save_pretrained(path)
+    return type(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", FUSED)
+def test_out_is_what_peft_makes_of_the_live_model(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """All Linears that have a weight of their own on disk: the same weights, reloaded."""
+    cls = save_base(model_type, tmp_path / "base", dtype)
+    live = tiny.load(tmp_path / "base", cls, dtype)
+    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+    whole = [name for name in linears(live) if not re.search(FUSED[model_type], name)]
+    peft_model = tiny.attach_random_lora(live, target_modules=whole, save_to=tmp_path / "adapter")
+    loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rounding="peft", verify=True)
+    wanted = peft_model.merge_and_unload().state_dict()
+    found = tiny.load(tmp_path / "out", cls, dtype).state_dict()
+    assert all(not torch.equal(found[f"{name}.weight"], before[f"{name}.weight"]) for name in whole)
+    if dtype is torch.bfloat16:
+        assert_rounded_alike(found, wanted)
+    else:
+        assert wanted.keys() == found.keys()
+        for name, tensor in wanted.items():
+            assert (tensor - found[name]).abs().max() <= 1e-6 * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("model_type", ["exaone", "hrm_text"])
+def test_the_merged_model_says_what_the_trained_one_says(model_type: str, tmp_path: Path) -> None:
+    cls = save_base(model_type, tmp_path / "base", torch.float32)
+    live = tiny.load(tmp_path / "base", cls)
+    untrained = tiny.logits(live)
+    whole = [name for name in linears(live) if not re.search(FUSED[model_type], name)]
+    peft_model = tiny.attach_random_lora(live, target_modules=whole, save_to=tmp_path / "adapter")
+    trained = tiny.logits(peft_model)
+    loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rounding="nearest")
+    merged = tiny.logits(tiny.load(tmp_path / "out", cls))
+    bound = 5e-5 * float(trained.abs().max())
+    assert (merged - trained).abs().max() <= bound
+    assert (untrained - trained).abs().max() > 100 * bound
+
+
+@pytest.mark.parametrize("model_type", [name for name in FUSED if FUSED[name] != r"$^"])
+def test_a_lora_on_a_part_of_a_tensor_is_refused(model_type: str, tmp_path: Path) -> None:
+    cls = save_base(model_type, tmp_path / "base", torch.float32)
+    live = tiny.load(tmp_path / "base", cls)
+    parts = [name for name in linears(live) if re.search(FUSED[model_type], name)]
+    tiny.attach_random_lora(live, target_modules=parts, save_to=tmp_path / "adapter")
+    with pytest.raises(loudmerge.MergeRefused) as refusal:
+        loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert {problem.code for problem in refusal.value.problems} == {"missing-base-tensor"}
+    assert len(refusal.value.problems) == len(parts)
+    assert not (tmp_path / "out").exists()
