@@ -7,7 +7,8 @@ r"""rank_pattern and alpha_pattern: which key means a module, by the rules of PE
 | from 0.15 | `(.*\.)?(KEY)$` | one of each pattern |
 
 The first key counts, but PEFT writes a config's keys sorted: where several match, the file does not say which
-was first in training. The rank of a LoRA's tensors may tell.
+was first in training. The rank of a LoRA's tensors may tell. Keys in another order no PEFT has written: there
+the order is what whoever wrote them had, and what PEFT reads.
 
 Sources: peft/tuners/lora/model.py, `_create_and_replace`; peft/utils/other.py, `get_pattern_key` (from 0.14).
 """
@@ -42,9 +43,10 @@ def alphas(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, ...]
     if not pattern:
         return (float(config["lora_alpha"]),)  # of each of some ten thousand experts it is asked
     keys = _told_by_rank(_matching(pattern, name), _matching(ranks, name), ranks, rank) or [None]
-    if not config.keys() >= _ALWAYS:
+    saved = config.keys() >= _ALWAYS
+    if not saved or [*pattern] != sorted(pattern):
         del keys[1:]
-    elif config.keys().isdisjoint(_SINCE_0_15):
+    if saved and config.keys().isdisjoint(_SINCE_0_15):
         keys += _before_0_15(ranks, pattern, name, rank)
         if config.keys().isdisjoint(_SINCE_0_14):
             keys += _before_0_14(ranks, pattern, name, rank, config["r"])

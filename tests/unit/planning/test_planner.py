@@ -156,7 +156,7 @@ def test_weights_that_are_left_out_are_noted(world: World) -> None:
 
 def test_two_alphas_for_one_name_are_refused(world: World) -> None:
     saved = dict.fromkeys(("auto_mapping", "inference_mode", "layers_pattern", "corda_config"))
-    error = world.refuse(Q, lora(Q_PROJ, 8, H), **saved, alpha_pattern={"q_proj": 1, r".*q_proj": 2})
+    error = world.refuse(Q, lora(Q_PROJ, 8, H), **saved, alpha_pattern={r".*q_proj": 1, "q_proj": 2})
     assert error.code == "unsupported-adapter"
     assert f"found an alpha of 1 or 2 for {Q_PROJ}, by which key of alpha_pattern counts" in str(error)
 

@@ -99,3 +99,10 @@ def test_a_config_that_no_peft_wrote_means_what_it_says() -> None:
     written = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": 16, ".*": 32}}
     assert alphas(written, NAMES[0], 4) == (16,)
     assert alphas(written, NAMES[2], 4) == (32,)
+
+
+def test_keys_in_an_order_that_no_peft_saves_count_in_that_order() -> None:
+    """What another tool wrote, or a person; PEFT 0.17.1 to 0.21.2 read the first, too, and save them sorted."""
+    both = {"q_proj": 16, ".*": 32}
+    assert alphas({**config("0.15", {}, {}), "alpha_pattern": both}, NAMES[0], 4) == (16,)
+    assert set(alphas(config("0.15", {}, both), NAMES[0], 4)) == {16, 32}
