@@ -221,7 +221,6 @@ CRAFTED: dict[str, Any] = {
     "use_bdlora": [{"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": [], "nblocks": 2}],
     "megatron_config": [{"tensor_model_parallel_size": 2}],
     "arrow_config": [{"top_k": 2}],
-    "velora_config": [{"num_groups": 2}],
     "kasa_config": [{"beta": 1e-4}],
     "monteclora_config": [{"samples": 2}],
     "alora_invocation_tokens": [[1, 2]],

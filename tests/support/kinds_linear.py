@@ -176,6 +176,13 @@ LINEAR: tuple[Kind, ...] = (
         needs_peft=(0, 21),
     ),
     Kind(
+        "VeLoRA",
+        "llama",
+        {"target_modules": ["q_proj", "down_proj"], "velora_config": {"num_groups": 4}},
+        (r"q_proj\.lora_A", r"q_proj\.lora_velora_embed$"),
+        needs_peft=(0, 20),
+    ),
+    Kind(
         "bias lora_only",
         "qwen2_moe",
         {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"},

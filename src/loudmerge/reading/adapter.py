@@ -37,7 +37,7 @@ ONE_SAVE = "Get the config and the weights of one and the same save."
 _LORA_KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+?)(?P<nesting>(?:\.base_layer)*)"
     r"\.(?P<role>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector(?:\.weight)?)$"
+    r"|lora_magnitude_vector(?:\.weight)?|lora_velora_embed)$"
 )
 _ROWS_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta$")
 
@@ -87,8 +87,8 @@ class TokenRows:
 class Adapter:
     """An adapter directory: every tensor of its file is in exactly one of the tuples.
 
-    copies: (full tensor or token rows, another that must have the same bytes). originals: the base's own
-    weights, which PEFT saves beside the trained ones. unread: other files of weights in the directory.
+    copies: (full tensor or token rows, another that must have the same bytes). unread: other files of weights
+    in the directory. originals: the base's own weights, which PEFT saves, too, and what VeLoRA trained by.
     """
 
     path: Path
@@ -234,6 +234,18 @@ class _Sorter:
     def _check_extras(self, roles: Mapping[str, TensorEntry], *, embedding: bool) -> None:
         """A pair has a bias and a magnitude where the config says so, and nowhere else."""
         bias, magnitude = roles.get("lora_B.bias"), roles.get("lora_magnitude_vector")
+        projection = roles.get("lora_velora_embed")
+        if projection is not None and self.config.raw.get("velora_config"):
+            # VeLoRA stores activations compressed by it: peft/tuners/lora/velora.py, `VeloraFunction`.
+            self.originals.append(projection)
+        elif projection is not None:
+            self._refuse(
+                "unconsumed-adapter-tensor",
+                projection,
+                "what VeLoRA compresses activations by",
+                "none: the config has no velora_config",
+                ONE_SAVE,
+            )
         if bias is not None and not self.config.lora_bias:
             self._refuse(
                 "unconsumed-adapter-tensor",

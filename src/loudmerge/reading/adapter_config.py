@@ -43,6 +43,7 @@ INERT_FIELDS = frozenset(
         "task_type",
         "trainable_token_indices",
         "unsloth_fused_expert_lora",
+        "velora_config",
     }
 )
 """Fields that say how an adapter was trained or found, or that are read elsewhere in loudmerge."""

@@ -87,6 +87,19 @@ def test_a_bias_belongs_to_its_pair(tmp_path: Path) -> None:
     assert pair.bias.shape == (6,)
 
 
+def test_what_velora_compressed_activations_by_is_read_by_nothing_but_a_training(tmp_path: Path) -> None:
+    held = {**lora(Q_PROJ, 6, 4), f"{PREFIX}{Q_PROJ}.lora_velora_embed": values(2)}
+    adapter = read(tmp_path, held, velora_config={"num_groups": 2})
+    assert [entry.name for entry in adapter.originals] == [f"{PREFIX}{Q_PROJ}.lora_velora_embed"]
+    assert len(adapter.pairs[0].entries) == 2
+
+
+def test_what_velora_compressed_activations_by_alone_is_no_pair(tmp_path: Path) -> None:
+    held = full(f"{Q_PROJ}.lora_velora_embed", 2)
+    error = refused(tmp_path, held, velora_config={"num_groups": 2})
+    assert error.code == "missing-adapter-tensor"
+
+
 @pytest.mark.parametrize(("kept", "missing"), [("A", "lora_B"), ("B", "lora_A")])
 def test_half_a_pair_is_refused(kept: str, missing: str, tmp_path: Path) -> None:
     held = {key: value for key, value in lora(Q_PROJ, 6, 4).items() if f"lora_{kept}" in key}
@@ -106,6 +119,10 @@ def test_a_bias_alone_is_half_a_pair(tmp_path: Path) -> None:
     [
         ("lora_B.bias", {}, "unconsumed-adapter-tensor", "found a LoRA bias, expected none"),
         ("", {"lora_bias": True}, "missing-adapter-tensor", "found no bias beside it, expected lora_bias's"),
+        (
+            "lora_velora_embed", {}, "unconsumed-adapter-tensor",
+            "found what VeLoRA compresses activations by, expected none: the config has no velora_config",
+        ),
         (
             "lora_magnitude_vector", {}, "unconsumed-adapter-tensor",
             "found a DoRA magnitude, expected what use_dora false in the config says",

@@ -138,7 +138,6 @@ def test_an_unknown_field_that_is_empty_is_passed_over(value: object, tmp_path: 
         ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 3}),
         ("monteclora_config", {"n": 1}),
-        ("velora_config", {"n": 1}),
         ("kasa_config", {"beta": 1}),
         ("megatron_config", {"a": 1}),
         ("frobnicate", 0.5),

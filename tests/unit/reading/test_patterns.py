@@ -102,7 +102,7 @@ def test_a_config_that_no_peft_wrote_means_what_it_says() -> None:
 
 
 def test_keys_in_an_order_that_no_peft_saves_count_in_that_order() -> None:
-    """What another tool wrote, or a person; PEFT 0.17.1 to 0.21.2 read the first, too, and save them sorted."""
+    """A tool or a person wrote them. PEFT 0.17.1 to 0.21.2 read the first, too, and save them sorted."""
     both = {"q_proj": 16, ".*": 32}
     assert alphas({**config("0.15", {}, {}), "alpha_pattern": both}, NAMES[0], 4) == (16,)
     assert set(alphas(config("0.15", {}, both), NAMES[0], 4)) == {16, 32}
