@@ -17,7 +17,7 @@ from loudmerge.planning.options import Options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.planning.planner import make_plan
 from loudmerge.reading.adapter import read_adapter
-from loudmerge.reading.adapter_config import CONFIG, WEIGHTS
+from loudmerge.reading.adapter_config import AUTOMODEL, CONFIG, WEIGHTS
 from loudmerge.reading.experts import split_expert_name
 from loudmerge.reading.sidefiles import is_weights
 
@@ -68,13 +68,13 @@ def publish(
 ) -> tuple[str, ...]:
     """Writes OUT, with the other files of the adapter's directory; their names.
 
-    Not with other weights: adapter_model.bin, say, would be the adapter in the layout that it had.
+    Not with other weights, nor with what NeMo AutoModel says of the layout: both are of the one that it had.
     expected: None without a base.
     """
     others = [
         path
         for path in sorted(adapter.iterdir())
-        if path.is_file() and path.name != CONFIG and not is_weights(path.name)
+        if path.is_file() and path.name not in (CONFIG, AUTOMODEL) and not is_weights(path.name)
     ]
     with Staging(out, overwrite=overwrite) as staging:
         save_file(draft.tensors, staging.weights / WEIGHTS, metadata={"format": "pt"})

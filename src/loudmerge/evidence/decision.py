@@ -18,7 +18,7 @@ from loudmerge.evidence.packing import Packing
 from loudmerge.evidence.provenance import config_evidence
 from loudmerge.evidence.weighing import UNREAD, FusedSite, Weighed, fused_site
 from loudmerge.layout import LoraBLayout, Orientation, PairShape
-from loudmerge.reading.adapter_config import AdapterConfig
+from loudmerge.reading.adapter_config import OWN_RANK, AdapterConfig
 from loudmerge.reading.families import REGISTRATION_ORDER, Family
 
 Weigh = Callable[[Iterable[FusedSite]], Weighed]
@@ -239,7 +239,8 @@ def _why_none(module: FusedModule) -> Problem:
             # Another base, or another config; of the two the adapter's Linears tell.
             found = f"{found}: {shape.rows // fits[0]} experts of rank {fits[0]}, as adapter_config.json says"
             found = f"{found}, or {by_rank}" if by_rank else found
-            return Problem("num-experts-mismatch", str(pair.a), found, expected, WHICH_BASE)
+            hint = f"{WHICH_BASE} {OWN_RANK}" if by_rank else WHICH_BASE
+            return Problem("num-experts-mismatch", str(pair.a), found, expected, hint)
         if by_rank is None:
             return Problem(
                 "num-experts-mismatch", str(pair.a), found, f"a multiple of {expected}", WHICH_BASE
@@ -249,7 +250,7 @@ def _why_none(module: FusedModule) -> Problem:
             str(pair.a),
             f"{found}: {by_rank}",
             f"rank {' or '.join(map(str, ranks))}, as adapter_config.json says",
-            "Is this the base, and the config, that the adapter was trained with?",
+            f"Is this the base, and the config, that the adapter was trained with? {OWN_RANK}",
         )
     single = [
         p

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from loudmerge.evidence.hypotheses import Evidence
 from loudmerge.layout import Axes, Orientation
-from loudmerge.reading.adapter_config import AdapterConfig
+from loudmerge.reading.adapter_config import AUTOMODEL, AdapterConfig
 from loudmerge.reading.families import Era, Family
 
 FIELDS_SINCE: Mapping[str, tuple[int, int]] = {
@@ -24,6 +24,12 @@ FIELDS_SINCE: Mapping[str, tuple[int, int]] = {
 
 _FIELDS_OF_017 = frozenset({"corda_config", "eva_config", "qalora_group_size", "trainable_token_indices"})
 """Fields that PEFT 0.17 always writes, and hand-written configs do not have."""
+
+_STAMPS: Mapping[str, tuple[int, int, int]] = {"peft-0.18": (0, 18, 0), "peft-0.19.1": (0, 19, 1)}
+"""`paramwrapper_layout` of NeMo AutoModel, and the release of PEFT whose adapters are laid so.
+
+Source: nemo_automodel/components/moe/state_dict_mixin.py, `_convert_lora_to_paramwrapper` (0.7.0).
+"""
 
 
 def config_evidence(config: AdapterConfig, family: Family, parameters: Iterable[str]) -> Evidence:
@@ -93,9 +99,7 @@ def _written_by(config: AdapterConfig) -> tuple[tuple[int, int, int] | None, str
     newest = _newest_field(config)
     named = config.peft_version
     if named is None:
-        if newest == (0, 0) and config.raw.keys() >= _FIELDS_OF_017:
-            return (0, 17, 0), "no peft_version and no field newer than PEFT 0.17"
-        return None, "no peft_version, and its fields are not those of a PEFT that writes none (<= 0.17)"
+        return _unnamed(config, newest)
     match = re.match(r"^(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(?!\d)(.*)$", named)
     if match is None:
         return None, f"peft_version {named!r} is no version"
@@ -109,6 +113,15 @@ def _written_by(config: AdapterConfig) -> tuple[tuple[int, int, int] | None, str
             f"peft_version {named} is stale: the config has fields of PEFT {since}, which saved it again",
         )
     return version, f"peft_version {named}"
+
+
+def _unnamed(config: AdapterConfig, newest: tuple[int, int]) -> tuple[tuple[int, int, int] | None, str]:
+    """The same, where the config names no version."""
+    if newest == (0, 0) and config.raw.keys() >= _FIELDS_OF_017:
+        return (0, 17, 0), "no peft_version and no field newer than PEFT 0.17"
+    if newest == (0, 0) and config.written_as is not None:
+        return _STAMPS.get(config.written_as), f"paramwrapper_layout {config.written_as} in {AUTOMODEL}"
+    return None, "no peft_version, and its fields are not those of a PEFT that writes none (<= 0.17)"
 
 
 def _regime(version: tuple[int, int, int], era: Era) -> Orientation:

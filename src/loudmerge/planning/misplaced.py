@@ -45,7 +45,8 @@ def not_targeted(pair: LoraPair) -> Problem:
         str(pair.a),
         f"a LoRA on {pair.module}, which the adapter's config does not target",
         "target_modules, layers_to_transform and exclude_modules that have this module targeted",
-        "Get the config and the weights of one and the same save.",
+        "Get the config and the weights of one and the same save. If they are, name the module in"
+        " target_modules as its tensors are named: NeMo AutoModel has names of its own for shared experts.",
     )
 
 

@@ -29,6 +29,7 @@ from loudmerge.planning.misplaced import (
     unknown_family,
 )
 from loudmerge.reading.adapter import Adapter, LoraPair
+from loudmerge.reading.adapter_config import OWN_RANK
 from loudmerge.reading.experts import ExpertGroup, Experts, Slot, split_expert_name
 from loudmerge.reading.families import FUSED_LEAVES, PROJECTION_LEAVES, Family
 from loudmerge.reading.names import Names
@@ -355,7 +356,8 @@ def dense_problem(placed: Placed) -> Problem | None:
             str(pair.a),
             f"rank {rank}",
             f"rank {placed.rank}, as adapter_config.json says for {pair.module}",
-            "Is this the config that the adapter was trained with?",
+            "Is this the config that the adapter was trained with?"
+            + (f" {OWN_RANK}" if placed.expert else ""),
         )
     out, into = _dims(slot)
     shapes = (pair.a.shape[1], pair.b.shape[0])

@@ -18,6 +18,12 @@ from loudmerge.system.jsonfile import read_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter directory."""
 
+AUTOMODEL = "automodel_peft_config.json"
+"""What NeMo AutoModel writes beside them: nemo_automodel/components/checkpoint/addons.py, `PeftAddon`."""
+
+OWN_RANK = "Experts of another rank (NeMo AutoModel's moe_rank_scaling) need rank_pattern to say so."
+"""What helps where only the rank does not fit."""
+
 INERT_FIELDS = frozenset(
     {
         "auto_mapping",
@@ -78,7 +84,10 @@ _HEADS = ("classifier", "score")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json says. `raw` is the whole file."""
+    """What adapter_config.json says. `raw` is the whole file.
+
+    written_as: the layout of fused experts by AUTOMODEL, "peft-0.18" or "peft-0.19.1"; None without one.
+    """
 
     raw: Mapping[str, Any]
     peft_version: str | None
@@ -92,6 +101,7 @@ class AdapterConfig:
     fan_in_fan_out: bool
     target_parameters: frozenset[str]
     modules_to_save: frozenset[str]
+    written_as: str | None = None
 
     @property
     def bias(self) -> str:
@@ -196,16 +206,26 @@ def ends_with(name: str, target: str) -> bool:
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """Reads adapter_config.json of an adapter directory. Raises MergeRefused with every problem found."""
+    """Reads adapter_config.json of an adapter directory, and AUTOMODEL where it is.
+
+    Raises MergeRefused with every problem found.
+    """
     file = path / CONFIG
     raw = read_json(file, "unsupported-adapter", "a directory that PEFT's save_pretrained wrote")
     problems = list(_config_problems(file, raw))
     if problems:
         raise MergeRefused(problems)
-    return parse_config(raw)
+    return parse_config(raw, _written_as(path))
 
 
-def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
+def _written_as(path: Path) -> str | None:
+    if not (path / AUTOMODEL).is_file():
+        return None
+    stamp = read_json(path / AUTOMODEL, "unsupported-adapter", "the file as NeMo AutoModel wrote it")
+    return None if stamp.get("paramwrapper_layout") is None else str(stamp["paramwrapper_layout"])
+
+
+def parse_config(raw: Mapping[str, Any], written_as: str | None = None) -> AdapterConfig:
     """What a config says that has no problems."""
     return AdapterConfig(
         raw=raw,
@@ -220,6 +240,7 @@ def parse_config(raw: Mapping[str, Any]) -> AdapterConfig:
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         target_parameters=frozenset(raw.get("target_parameters") or ()),
         modules_to_save=frozenset(raw.get("modules_to_save") or ()),
+        written_as=written_as,
     )
 
 

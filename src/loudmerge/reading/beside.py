@@ -18,7 +18,7 @@ TENSORS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 """The formats that trainers write tensors in; others hold the adapter, or a model, for other engines."""
 
 _STATE = re.compile(
-    r"adapter_model\.(safetensors|bin)"  # the adapter, and what PEFT wrote of it before it had safetensors
+    r"adapter_model\.(safetensors|bin|pt)"  # the adapter, as PEFT wrote it before, and again by torchtune
     r"|pytorch_model_fsdp(_\d+)?\.bin"  # the adapter again (accelerate/utils/fsdp_utils.py, adapter_only)
     r"|(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.(pt|bin)|scaler\.pt|training_args\.bin"
     r"|(rng_state|random_states)(_\d+)?\.(pth|pkl)"

@@ -363,11 +363,14 @@ def test_what_is_not_of_experts_stays_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "converted" / "README.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "optimizer.pt", "model.safetensors.index.json"])
-def test_other_weights_are_left_out(name: str, tmp_path: Path) -> None:
-    """adapter_model.bin is the adapter once more, in the layout that it had."""
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.bin", "optimizer.pt", "model.safetensors.index.json", "automodel_peft_config.json"],
+)
+def test_what_is_of_the_layout_that_it_had_is_left_out(name: str, tmp_path: Path) -> None:
+    """adapter_model.bin is the adapter once more; automodel_peft_config.json names the layout to NeMo."""
     built = build(qwen(), tmp_path)
-    (built.adapter / name).write_bytes(b"old")
+    (built.adapter / name).write_bytes(b"{}")
     found = convert(built.adapter, tmp_path / "converted", PEFT_018, base=built.base)
     written = [path.name for path in (tmp_path / "converted").iterdir()]
     assert name not in written

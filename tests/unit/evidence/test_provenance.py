@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,21 @@ def test_other_fields_without_a_version_date_nothing(fields: dict[str, Any]) -> 
     assert (
         found.detail == "no peft_version, and its fields are not those of a PEFT that writes none (<= 0.17)"
     )
+
+
+@pytest.mark.parametrize(
+    ("stamp", "orientation"), [("peft-0.18", "swapped"), ("peft-0.19.1", "standard"), ("peft-0.30", "")]
+)
+def test_what_nemo_automodel_stamped_is_the_layout_of_that_release(stamp: str, orientation: str) -> None:
+    found = says(replace(config(), written_as=stamp))
+    assert found.says == orientation
+    assert found.detail == f"paramwrapper_layout {stamp} in automodel_peft_config.json"
+
+
+def test_a_stamp_beside_what_peft_saved_again_says_nothing() -> None:
+    assert says(replace(config(peft_version="0.18.1"), written_as="peft-0.19.1")).says == "swapped"
+    assert says(replace(config(**config_fields("0.17.1")), written_as="peft-0.19.1")).says == "swapped"
+    assert says(replace(config(**config_fields("none")), written_as="peft-0.19.1")).says == ""
 
 
 def test_what_the_installed_peft_writes_is_believed(tmp_path: Path) -> None:

@@ -161,6 +161,16 @@ def test_two_alphas_for_one_name_are_refused(world: World) -> None:
     assert f"found an alpha of 1 or 2 for {Q_PROJ}, by which key of alpha_pattern counts" in str(error)
 
 
+@pytest.mark.parametrize(("stamp", "said"), [("peft-0.18", "swapped"), ("peft-0.19.1", "standard")])
+def test_nemo_automodel_says_how_a_square_matrix_is_laid(world: World, stamp: str, said: str) -> None:
+    base, down = expert_tensors(E, H, H), fused_lora(EXPERTS, [(H, H)], experts=E)
+    error = world.refuse(base, down, target_parameters=["experts.down_proj"])
+    assert error.code == "ambiguous-layout"
+    beside = world.path / "adapter" / "automodel_peft_config.json"
+    beside.write_text(json.dumps({"moe_rank_scaling": False, "paramwrapper_layout": stamp}))
+    assert plan_of(world.path / "base", world.path / "adapter").layout.orientation == said
+
+
 def test_what_an_option_overrules_is_noted(world: World) -> None:
     held = fused_lora(EXPERTS, [(H, I), (2 * I, H)], experts=E)
     world.plan(expert_tensors(E, H, I), held, target_parameters=BOTH, lora_B_layout="rank_major")

@@ -150,6 +150,17 @@ def test_an_unknown_field_with_a_value_is_refused(field: str, value: object, tmp
     assert "may change the function" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("held", "stamp"), [(None, None), ("{}", None), ('{"paramwrapper_layout": "peft-0.18"}', "peft-0.18")]
+)
+def test_nemo_automodels_own_file_says_how_experts_are_laid(
+    held: str | None, stamp: str | None, tmp_path: Path
+) -> None:
+    if held is not None:
+        (tmp_path / "automodel_peft_config.json").write_text(held)
+    assert read(tmp_path).written_as == stamp
+
+
 def test_no_field_is_both_read_and_inert() -> None:
     assert not INERT_FIELDS & READ_FIELDS
 

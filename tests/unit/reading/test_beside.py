@@ -41,7 +41,13 @@ def test_weights_that_may_have_been_trained_with_it_are_refused(place: Place, na
     [
         *("optimizer.pt", "optimizer_1.bin", "scheduler.pt", "scaler.pt", "training_args.bin"),
         *("rng_state.pth", "rng_state_0.pth", "random_states_0.pkl", "sampler.bin", "dl_state_dict.bin"),
-        *("adapter_model.bin", "pytorch_model_fsdp.bin", "tokenizer.model", "model.safetensors.index.json"),
+        *(
+            "adapter_model.bin",
+            "adapter_model.pt",
+            "pytorch_model_fsdp.bin",
+            "tokenizer.model",
+            "model.safetensors.index.json",
+        ),
     ],
 )
 def test_the_state_of_a_training_is_none_of_the_adapters_weights(place: Place, name: str) -> None:
