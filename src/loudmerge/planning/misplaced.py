@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from loudmerge.errors import WHICH_BASE, Problem
@@ -12,12 +13,20 @@ from loudmerge.system.tensorfile import TensorEntry
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 """The modules by which torch.compile, FSDP, its checkpointing, and DDP wrap others."""
 
+_ONE_EXPERTS_GATE_UP = re.compile(r"\.experts\.\d{1,9}\.gate_up_proj\.")
+
 
 def missing_base(where: str, found: str, name: str, hint: str = WHICH_BASE) -> Problem:
     """The base has no tensor that `name`, in memory, could mean."""
     around = [wrapper for wrapper in WRAPPERS if wrapper in name.split(".")]
     if around:
         hint = f"{around[0]} is a wrapper's name: save the adapter from the model without it. {hint}"
+    if _ONE_EXPERTS_GATE_UP.search(name):
+        # mcore_bridge/bridge/gpt_bridge.py (1.6.5), which warns that such LoRA may be of no use elsewhere.
+        hint = (
+            "ms-swift exports a training with Megatron so, where a model's experts are fused: export it with"
+            " --merge_lora true."
+        )
     return Problem(
         "missing-base-tensor",
         where,

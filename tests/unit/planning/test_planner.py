@@ -326,6 +326,15 @@ def test_an_adapter_that_was_saved_wrapped_is_refused_by_the_wrappers_name(
     assert "wrapper" not in world.refuse(Q, lora("model.layers.7.self_attn.q_proj", 8, H)).hint
 
 
+def test_an_experts_gate_and_up_in_one_lora_is_what_ms_swift_exports_from_megatron(world: World) -> None:
+    fused = {f"{EXPERTS}.gate_up_proj": values(E, H, 2 * I), f"{EXPERTS}.down_proj": values(E, I, H)}
+    held = lora(f"{EXPERTS}.1.gate_up_proj", 2 * I, H)
+    error = world.refuse(fused, held, {"model_type": "gpt_oss"}, target_modules=["gate_up_proj"])
+    assert error.code == "missing-base-tensor"
+    assert "found a LoRA for model.layers.0.mlp.experts.1.gate_up_proj.weight" in str(error)
+    assert "--merge_lora true" in error.hint
+
+
 @pytest.mark.parametrize("shape", [(V, H + 1), (V,), (V, H, 1)])
 def test_a_full_tensor_of_another_width_is_refused(shape: tuple[int, ...], world: World) -> None:
     error = world.refuse(UNTIED, full("lm_head.weight", *shape), modules_to_save=["lm_head"])
