@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 import loudmerge
-from tests.support import tiny
+from tests.support import kinds, tiny
 from tests.support.bfloat16 import assert_rounded_alike
 
 # The libraries' own deprecations; those that loudmerge itself raises are checked by the other tests.
@@ -95,3 +97,44 @@ def test_a_lora_on_a_part_of_a_tensor_is_refused(model_type: str, tmp_path: Path
     assert {problem.code for problem in refusal.value.problems} == {"missing-base-tensor"}
     assert len(refusal.value.problems) == len(parts)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}},
+        {"target_modules": ["down_proj"], "layers_to_transform": [1]},
+    ],
+    ids=["embedding", "head", "saved head", "token rows", "one layer"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_of_exaone(tied: bool, options: Mapping[str, Any], tmp_path: Path) -> None:
+    """transformer.wte is an embedding that a head is tied to: where training parts them it gets its own."""
+    if tiny.model_class("exaone") is None:
+        pytest.skip(f"transformers {transformers.__version__} has no exaone")
+    kind = kinds.Kind("", "exaone", options, (), config={"tie_word_embeddings": tied})
+    model = kinds.build(kind)
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    assert ("lm_head.weight" in load_file(tmp_path / "base" / "model.safetensors")) is not tied
+    live = kinds.attach(kinds.load(tmp_path / "base"), kind)
+    live.save_pretrained(tmp_path / "adapter")
+    trained = tiny.logits(live)
+    loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rounding="nearest")
+    merged = tiny.logits(kinds.load(tmp_path / "out"))
+    assert (merged - trained).abs().max() <= 5e-5 * trained.abs().max()
+
+
+def test_an_exaone_adapter_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
+    """What the config targets and the base has is known through the renames."""
+    cls = save_base("exaone", tmp_path / "base", torch.float32)
+    live = tiny.load(tmp_path / "base", cls)
+    tiny.attach_random_lora(live, target_modules=["o_proj"], save_to=tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if ".layers.0." in key}, file)
+    with pytest.raises(loudmerge.MergeRefused, match=r"layers\.1\.self_attn\.o_proj") as refusal:
+        loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert refusal.value.code == "missing-adapter-tensor"

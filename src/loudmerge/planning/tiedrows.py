@@ -16,6 +16,7 @@ HEAD_BESIDE: Mapping[str, str] = {
     "model.embed_tokens.weight": "lm_head.weight",
     "model.language_model.embed_tokens.weight": "lm_head.weight",
     "language_model.model.embed_tokens.weight": "language_model.lm_head.weight",
+    "transformer.wte.weight": "lm_head.weight",  # of EXAONE: GPT-2's is none that its row calls embed_tokens
 }
 """Where transformers keeps the head of a model whose embedding has this key."""
 

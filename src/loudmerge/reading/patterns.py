@@ -8,7 +8,7 @@ r"""rank_pattern and alpha_pattern: which key means a module, by the rules of PE
 
 The first key counts, but PEFT writes a config's keys sorted: where several match, the file does not say which
 was first in training. The rank of a LoRA's tensors may tell. Keys in another order no PEFT has written, but
-Unsloth where it converts LoRA-GA (unsloth/models/_utils.py, 2026.10.9): there the order is meant, as it is read.
+Unsloth where it converts LoRA-GA (unsloth/models/_utils.py, 2026.10.9): there the order is meant, and read.
 
 Sources: peft/tuners/lora/model.py, `_create_and_replace`; peft/utils/other.py, `get_pattern_key` (from 0.14).
 """
