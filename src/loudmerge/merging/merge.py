@@ -12,6 +12,7 @@ from typing import Any
 
 from loudmerge.errors import Mismatch
 from loudmerge.executing.execute import SMALL_BYTES, execute, shard_files
+from loudmerge.executing.inputs import Inputs
 from loudmerge.executing.outcome import Outcome, merged_keys
 from loudmerge.executing.outpath import refuse_existing, refuse_inputs
 from loudmerge.executing.report import (
@@ -150,6 +151,7 @@ def merge_named(
     """`merge`, with what its report calls base and adapter; their paths where `named` is None."""
     started = time.monotonic()
     made = plan(base, adapter, out=out, device=device, threads=threads, overwrite=overwrite, **options)
+    inputs = Inputs(made)
     computing, verifying = _threads(made, threads)
     with Staging(Path(out), overwrite=overwrite, resume=resume) as staging:
         finished = Finished(staging.done, identity(made))
@@ -165,9 +167,10 @@ def merge_named(
                 finished=finished,
             )
         _check_applied(made, outcome)
+        inputs.refuse_changed()
         _write_files(made, staging)
         if verify:
-            _verify(made, staging, verifying, progress)
+            _verify(made, staging, verifying, progress, inputs)
         measured = _measured(made, outcome, verified=verify, started=started)
         report = merged_report(made, Path(out), measured, _details(made, outcome), named)
         staging.write_file(REPORT, dump(report))
@@ -200,10 +203,13 @@ def _write_files(made: MergePlan, staging: Staging) -> None:
     staging.write_file(CONFIG, edited_json(content, made.config_edits))
 
 
-def _verify(made: MergePlan, staging: Staging, threads: int, progress: Progress | None) -> None:
+def _verify(
+    made: MergePlan, staging: Staging, threads: int, progress: Progress | None, inputs: Inputs
+) -> None:
     from loudmerge.verifying.verify import verify_plan
 
     result = verify_plan(made, staging.weights, files=staging.files, threads=threads, progress=progress)
+    inputs.refuse_changed()
     if not result.ok:
         raise Mismatch(f"the merge is not published: its verification failed.\n{result.summary()}")
 

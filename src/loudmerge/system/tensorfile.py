@@ -46,6 +46,9 @@ MERGEABLE_CODES = frozenset({"F32", "F16", "BF16"})
 COMPARED_BYTES = 16 << 20
 """Bytes of a tensor that are compared at a time."""
 
+State = tuple[int, int, int, int]
+"""Of a file: its device, inode, size in bytes, and time of change."""
+
 OPEN_FILES = 16
 """How many files one reader keeps open: a checkpoint may have more shards than a process may open files."""
 
@@ -67,6 +70,11 @@ class TensorEntry:
     def is_like(self, other: TensorEntry) -> bool:
         """Whether two tensors can have the same bytes."""
         return (self.dtype, self.shape) == (other.dtype, other.shape)
+
+
+def state_of(stat: os.stat_result) -> State:
+    """What tells whether a file is still the same. Not its ctime: a link to it changes that, too."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -125,7 +133,7 @@ class Descriptors:
     def __init__(self, most: int = OPEN_FILES) -> None:
         self._most = most
         self._open: OrderedDict[Path, _Opened] = OrderedDict()
-        self._states: dict[Path, tuple[int, ...]] = {}
+        self._states: dict[Path, State] = {}
         self._lock = threading.Lock()
 
     @contextmanager
@@ -155,8 +163,7 @@ class Descriptors:
 
     def _opened(self, file: Path) -> int:
         descriptor = os.open(file, os.O_RDONLY)
-        stat = os.fstat(descriptor)
-        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        state = state_of(os.fstat(descriptor))
         if self._states.setdefault(file, state) == state:
             return descriptor
         os.close(descriptor)
