@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loudmerge.errors import EnvironmentFailed
@@ -54,36 +54,49 @@ class RawFiles:
 
     def read(self, file: Path, name: str, offset: int, nbytes: int) -> bytearray:
         """`nbytes` bytes of the tensor from its byte `offset` on, fewer at its end."""
-        start, end = self._spans(file)[name]
+        start, end = self._span(file, name)
         data = bytearray(max(0, min(nbytes, end - start - offset)))
         self.read_into(file, name, offset, memoryview(data))
         return data
 
     def read_into(self, file: Path, name: str, offset: int, view: memoryview) -> None:
         """Fills `view` with the bytes of the tensor from its byte `offset` on."""
-        position = self._spans(file)[name][0] + offset
+        position = self._span(file, name)[0] + offset
         with self._files.use(file) as descriptor:
             while view:
                 count = os.preadv(descriptor, [view], position)
                 if count == 0:
-                    raise EnvironmentFailed(
-                        f"{file} ended at byte {position}: it changed while it was verified"
-                    )
+                    raise _changed(file, f"ended at byte {position}")
                 view, position = view[count:], position + count
 
-    def _spans(self, file: Path) -> dict[str, tuple[int, int]]:
-        """Where each tensor begins and ends in the file, in bytes."""
+    def _span(self, file: Path, name: str) -> tuple[int, int]:
+        """Where the tensor begins and ends in the file, in bytes."""
         with self._lock:
             if file not in self._headers:
                 with self._files.use(file) as descriptor:
-                    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-                    header = json.loads(os.pread(descriptor, length, 8))
-                header.pop("__metadata__", None)
-                self._headers[file] = {
-                    name: (8 + length + item["data_offsets"][0], 8 + length + item["data_offsets"][1])
-                    for name, item in header.items()
-                }
-            return self._headers[file]
+                    self._headers[file] = _spans(file, descriptor)
+            if name not in self._headers[file]:
+                raise _changed(file, f"does not hold {name}")
+            return self._headers[file][name]
+
+
+def _spans(file: Path, descriptor: int) -> dict[str, tuple[int, int]]:
+    """Where each tensor begins and ends in the file, in bytes."""
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    try:
+        header = json.loads(os.pread(descriptor, length, 8))
+    except ValueError as error:
+        raise _changed(file, f"has no header ({error})") from error
+    header.pop("__metadata__", None)
+    return {
+        name: (8 + length + item["data_offsets"][0], 8 + length + item["data_offsets"][1])
+        for name, item in header.items()
+    }
+
+
+def _changed(file: Path, found: str) -> EnvironmentFailed:
+    """The plan has read the same file, and it was sound."""
+    return EnvironmentFailed(f"{file} {found}: it changed while it was verified")
 
 
 class _Factors(NamedTuple):
@@ -144,10 +157,13 @@ def _read_factors(site: Site) -> _Factors:
 
 def read_tensor(file: Path, name: str) -> Tensor:
     """One whole tensor by safetensors' own reader."""
-    # Of its backends this one opens a path that is not UTF-8, too.
-    with safe_open(file, framework="pt", backend="pread") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-        return tensor
+    try:
+        # Of its backends this one opens a path that is not UTF-8, too.
+        with safe_open(file, framework="pt", backend="pread") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+    except SafetensorError as error:
+        raise _changed(file, f"cannot be read ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loudmerge.errors import Mismatch
+from loudmerge.errors import EnvironmentFailed, Mismatch
 from loudmerge.merging.merge import merge
+from loudmerge.verifying.outfiles import list_out
+from loudmerge.verifying.recompute import read_tensor
 from loudmerge.verifying.verify import verify
 from tests.unit.reference import DTYPES, build
 from tests.unit.synthetic import FAMILIES, Case
@@ -114,6 +116,39 @@ def test_an_out_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest
 
 def unreadable(file: Path, **_: object) -> NoReturn:
     raise FileNotFoundError(f"No such file or directory: {file}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "found"),
+    [
+        ("another tensor", "does not hold .*weight: it changed while it was verified"),
+        ("no header", r"has no header \(Expecting value.*\): it changed while it was verified"),
+    ],
+)
+def test_a_base_that_is_saved_anew_during_a_verification_is_no_defect(
+    stage: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan has read the headers: what is read later may be another file."""
+    out, base, adapter = published(tmp_path)
+
+    def saving(*arguments: Any, **options: Any) -> Any:
+        for shard in base.glob("*.safetensors"):
+            save_file({"other": torch.zeros(1)}, shard)
+            if stage == "no header":
+                shard.write_bytes(b"")
+        return list_out(*arguments, **options)
+
+    monkeypatch.setattr("loudmerge.verifying.verify.list_out", saving)
+    with pytest.raises(EnvironmentFailed, match=found):
+        verify(out, base, adapter)
+
+
+def test_an_adapter_that_is_saved_anew_during_a_verification_is_no_defect(tmp_path: Path) -> None:
+    """safetensors has an error of its own for what is not in a file."""
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"other": torch.zeros(1)}, file)
+    with pytest.raises(EnvironmentFailed, match=r"cannot be read \(.*\): it changed while it was verified"):
+        read_tensor(file, "q_proj.lora_A.weight")
 
 
 def test_every_bit_of_a_published_out_counts(tmp_path: Path) -> None:
