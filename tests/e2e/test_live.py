@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -385,16 +385,38 @@ def test_an_adapter_that_is_not_finite_is_refused_and_leaves_nothing(tmp_path: P
     unchanged(tmp_path, model, "non-finite")
 
 
-def test_an_initialisation_that_changes_the_base_is_refused(tmp_path: Path) -> None:
-    """The live base is the residual that the file would need, but the adapter's config does not say which."""
-    kind = Kind(
-        "PiSSA", "llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, (), config=UNTIED
-    )
-    found = unchanged(tmp_path, live_model(kind), "unsupported-adapter")
-    assert (
-        "init_lora_weights in adapter_config.json of the live model's adapter 'default': found 'pissa'"
-        in found
-    )
+@pytest.mark.parametrize("initialisation", ["pissa", "pissa_niter_2", "olora"])
+def test_an_initialisation_that_changes_the_base_is_merged_into_the_changed_one(
+    initialisation: str, tmp_path: Path
+) -> None:
+    """In a file nobody could say which base it belongs to. The base in memory is the one."""
+    options = {"target_modules": ["q_proj"], "init_lora_weights": initialisation}
+    kind = Kind(initialisation, "llama", options, (), config=UNTIED)
+    base = kinds.build(kind)
+    base.save_pretrained(tmp_path / "base")
+    model = kinds.attach(type(base).from_pretrained(tmp_path / "base", dtype=torch.float32), kind)
+    wanted, before = kinds.trained_logits(model), snapshot(model)
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert snapshot(model) == before
+    assert_logits(tmp_path / "out", wanted)
+    assert (tiny.logits(base) - wanted).abs().max() >= TRAINED
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(loudmerge.MergeRefused, match=f"found '{initialisation}'"):
+        loudmerge.plan(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_an_initialisation_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    """It may make the adapter another function."""
+    model = live_model()
+    model.peft_config["default"].init_lora_weights = "of tomorrow"
+    assert "init_lora_weights" in unchanged(tmp_path, model, "unsupported-adapter")
+
+
+def test_a_model_within_another_is_refused(tmp_path: Path) -> None:
+    inner = live_model()
+    outer = get_peft_model(inner, LoraConfig(target_modules=["v_proj"]), adapter_name="outer")
+    found = unchanged(tmp_path, outer, "unsupported-base")
+    assert "found a PeftModel within another, expected one around the model itself" in found
 
 
 def test_merged_adapters_are_refused(tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ if TYPE_CHECKING:
 MAX_HOPS = 16
 """How many `base_layer` links are followed; PEFT nests one for each targeted parameter of a module."""
 
+CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the names begin of initialisations that change the base's weights, and not what the adapter computes.
+Source: peft/tuners/lora/layer.py, `LoraLayer.update_layer`."""
+
 
 def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **options: Any) -> MergeReport:
     """Merges a live PeftModel's active adapter into its base and publishes the result as `out`.
@@ -145,12 +149,16 @@ def _check_values(options: Mapping[str, Any]) -> None:
 
 
 def _active_adapter(model: Any) -> str:
-    if not any(cls.__name__ == "PeftModel" for cls in type(model).__mro__):
+    if not _is_peft_model(model):
         raise TypeError(f"found a {type(model).__name__}, expected a peft.PeftModel")
     active = list(model.active_adapters)
     if len(active) != 1:
         raise ValueError(f"found the active adapters {active}, expected exactly one: call set_adapter first")
     return str(active[0])
+
+
+def _is_peft_model(model: object) -> bool:
+    return any(cls.__name__ == "PeftModel" for cls in type(model).__mro__)
 
 
 def _refuse_others(found: Sequence[Wrapper], name: str) -> None:
@@ -168,6 +176,9 @@ def _refuse_base(model: Any, base: Any, tensors: Mapping[str, Tensor]) -> None:
     hint = "Save the adapter, and merge it into the unquantised checkpoint with loudmerge.merge."
     if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
         found, expected = "a quantised base in memory", "full weights"
+    elif _is_peft_model(base):
+        found, expected = "a PeftModel within another", "one around the model itself"
+        hint = "Save both adapters, merge the inner one with loudmerge.merge, and the outer one into its OUT."
     elif any(plain_attribute(module, "merged_adapters") for module in model.modules()):
         found, expected = "adapters that are merged into the base in memory", "the base without them"
         hint = "Call unmerge_adapter first."
@@ -231,6 +242,7 @@ def _settle_adapter(
 ) -> None:
     """What PEFT saved, as the live model computes with it. Raises MergeRefused for what cannot be read."""
     _add_lost_biases(adapter, tensors)
+    _forget_initialisation(adapter)
     settle_scalings(adapter, found, name)
     read_adapter(adapter)
 
@@ -303,6 +315,15 @@ def _add_lost_biases(adapter: Path, tensors: Mapping[str, Tensor]) -> None:
     }
     if lost:
         save_file({**saved, **lost}, adapter / WEIGHTS, metadata={"format": "pt"})
+
+
+def _forget_initialisation(adapter: Path) -> None:
+    """PiSSA and its like change the base as they begin. The base in memory is the changed one."""
+    file = adapter / ADAPTER_CONFIG
+    config = json.loads(file.read_text("utf-8"))
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(CHANGING_INITS):
+        file.write_text(json.dumps({**config, "init_lora_weights": True}, indent=2), "utf-8")
 
 
 def _plain_name(key: str) -> str | None:
