@@ -112,6 +112,7 @@ def check_fields(plan: MergePlan, report: Mapping[str, Any]) -> Iterator[TensorM
     }
     if _names_adapter(plan, report):
         expected["adapter.peft_version"] = plan.adapter.config.peft_version
+        expected["config_edits"] = dict(plan.config_edits)
         expected |= {f"layout.{name}": getattr(plan.layout, name) for name in _LAYOUTS}
     for path, value in expected.items():
         found = _at(report, path)

@@ -194,7 +194,11 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "out": (lambda report: report.update(out=None), 'out: found null, expected "a path or name"'),
     "config_edits": (
         lambda report: report.update(config_edits=[]),
-        r'config_edits: found \[\], expected "an',
+        r"config_edits: found \[\], expected {}",
+    ),
+    "an edit of the config that there is not": (
+        lambda report: report.update(config_edits={"dtype": "float16"}),
+        r'config_edits: found {"dtype": "float16"}, expected {}',
     ),
     "notes": (lambda report: report.update(notes=[3]), r'notes: found \[3\], expected "a list of texts"'),
     "verified": (lambda report: report.update(verified="yes"), 'verified: found "yes", expected "true or'),
@@ -286,6 +290,7 @@ def test_the_report_of_a_merge_of_the_adapter_elsewhere_may_have_its_own_counts_
     made = place(tmp_path)
     report = made.report()
     report["adapter"].update(path="elsewhere", peft_version="0.1.0")
+    report["config_edits"] = {"dtype": "float32"}  # Which may be no change.
     report["layout"].update(orientation="swapped", lora_b_layout="grouped_by_expert")
     report["adapter_tensors"].update(total=7, consumed=7)
     recount(report, 1, -1)
@@ -302,6 +307,7 @@ def test_the_report_of_a_merge_of_the_adapter_elsewhere_may_have_its_own_counts_
         (lambda report: recount(report, -2, 1), 'counts: found {"copied"'),
         (lambda report: report["adapter_tensors"].update(total=-7, consumed=-7), "adapter_tensors: found"),
         (lambda report: report["adapter"].update(rank=99), "adapter.rank: found 99"),
+        (lambda report: report.update(config_edits=[]), r'config_edits: found \[\], expected "an object'),
         (lambda report: report["adapter"].update(path=3), "adapter.path: found 3, expected"),
         (lambda report: report["adapter"].update(peft_version=3), "adapter.peft_version: found 3, expected"),
         (lambda report: report["layout"].update(orientation="up"), 'layout.orientation: found "up", expect'),
