@@ -79,6 +79,7 @@ def _run(code: Extract, job: Probe) -> Mapping[str, Any]:
             "scratch": scratch,
             "code": code.code,
             "stubs": code.stubs,
+            "extract": job.extract,
             "prelude": job.prelude,
             "setup": job.setup,
             "cases": [str(case["call"]) for case in job.cases],

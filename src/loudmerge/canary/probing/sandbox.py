@@ -1,8 +1,8 @@
 """Runs upstream's functions in a process of their own, a fork (forks.py). Imports nothing of loudmerge.
 
-Settings: {libraries, paths} as JSON. A job reads one JSON order from stdin: {scratch, code, stubs, prelude,
-setup, cases, libraries, limits}, limits being {cpu_s, memory_bytes, file_bytes}, and writes one JSON answer
-to what was its stdout at the start: {answers: [{value | raised}]} or {ended: reason}.
+Settings: {libraries, paths} as JSON. A job reads one JSON order from stdin: {scratch, code, stubs, extract,
+prelude, setup, cases, libraries, limits}, limits being {cpu_s, memory_bytes, file_bytes}, and writes one JSON
+answer to what was its stdout at the start: {answers: [{value | raised}]} or {ended: reason}.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import resource
 import sys
 import tempfile
 import types
+from collections.abc import Callable
 from typing import Any
 
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -67,14 +68,42 @@ PATHS = (
 )
 
 
+CODE = "upstream.py"
+"""What upstream's code says its file is."""
+PLAIN = (bool, int, float, str)
+WAYS = 64
+"""In how many ways at most what is not here may decide."""
+
+
 class Anything:
     """Stands for a name of a library that is not here: any attribute, call or item of it gives one again.
 
     Called with one function it gives that function back, so that a foreign decorator changes nothing.
+    switches: how each question that only the library could answer is answered; true where it is new.
     """
+
+    switches: dict[str, bool] = {}  # noqa: RUF012 (this process is for one job)
 
     def __init__(self, name: str) -> None:
         self.__dict__["name"] = name
+
+    def __bool__(self) -> bool:
+        return self.switches.setdefault(self.name, True)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Anything):
+            same = self.name == other.name and "()" not in self.name
+            return same or self.switches.setdefault(f"{self.name} == {other.name}", True)
+        if not isinstance(other, PLAIN):
+            return NotImplemented
+        return self.switches.setdefault(f"{self.name} == {other!r}", True)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __contains__(self, item: object) -> bool:
+        said = repr(item) if isinstance(item, PLAIN) else type(item).__name__
+        return self.switches.setdefault(f"{said} in {self.name}", True)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
@@ -115,6 +144,13 @@ class Anything:
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
+
+
+class Undecided(Exception):
+    """What the cases give says nothing of what upstream does."""
+
+
+IMPORTED = "it is imported, so say in the rule's `prelude` what it is"
 
 
 def fence(scratch: str, answer: int) -> Any:
@@ -175,6 +211,25 @@ def plain(value: Any) -> Any:
 
 
 def answers(order: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the cases give. Raises Undecided where it depends on what the stand-ins stand for."""
+    first: list[dict[str, Any]] | None = None
+    ways: list[dict[str, bool]] = [{}]
+    for tried, way in enumerate(ways):
+        if tried == WAYS:
+            raise Undecided(f"more than {WAYS} ways, by {', '.join(way)}: {IMPORTED}")
+        Anything.switches = dict(way)
+        found = once(order)
+        first = found if first is None else first
+        for case, one, other in zip(order["cases"], first, found, strict=True):
+            if one != other:
+                off = ", ".join(name for name, on in way.items() if not on)
+                raise Undecided(f"{case} gives something else where {off} is false: {IMPORTED}")
+        asked = list(Anything.switches.items())
+        ways += [{**dict(asked[:new]), asked[new][0]: False} for new in range(len(way), len(asked))]
+    return first or []
+
+
+def once(order: dict[str, Any]) -> list[dict[str, Any]]:
     """Defines upstream's code and runs the cases on it. What upstream raises is an answer too."""
     module = types.ModuleType("upstream")
     sys.modules["upstream"] = module  # dataclasses look their class's module up
@@ -183,16 +238,46 @@ def answers(order: dict[str, Any]) -> list[dict[str, Any]]:
     namespace.update({name: Anything(name) for name in order["stubs"]})
     namespace.update({name.partition(".")[0]: importlib.import_module(name) for name in order["libraries"]})
     exec(compile(order["prelude"], "prelude.py", "exec"), namespace)  # noqa: S102
-    exec(compile(order["code"], "upstream.py", "exec"), namespace)  # noqa: S102 (the purpose of this process)
+    exec(compile(order["code"], CODE, "exec"), namespace)  # noqa: S102 (the purpose of this process)
+    subjects = bodies(namespace, order["extract"])
     found: list[dict[str, Any]] = []
     for case in order["cases"]:
+        ran: set[types.CodeType] = set()
+        sys.setprofile(noting(ran))
         exec(compile(order["setup"], "setup.py", "exec"), namespace)  # noqa: S102
         try:
             value = eval(compile(case, "case.py", "eval"), namespace)  # noqa: S307
         except Exception as error:  # noqa: BLE001 (whatever upstream raises is the answer)
-            found.append({"raised": type(error).__name__, "text": str(error)[:500]})
+            found.append({"raised": type(error).__name__})
         else:
             found.append({"value": plain(value)})
+        finally:
+            sys.setprofile(None)
+        if subjects and not subjects & ran:
+            raise Undecided(f"{case} never runs {', '.join(order['extract'])}")
+    return found
+
+
+def noting(ran: set[types.CodeType]) -> Callable[[types.FrameType, str, Any], None]:
+    """What notes each function that is called."""
+
+    def note(frame: types.FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            ran.add(frame.f_code)
+
+    return note
+
+
+def bodies(namespace: dict[str, Any], names: list[str]) -> set[types.CodeType]:
+    """The code of the functions and methods among what was asked for."""
+    found = set()
+    for name in names:
+        owner, _, method = name.partition(".")
+        made = vars(namespace[owner]).get(method) if method else namespace[owner]
+        for part in ("fget", "__func__", "__wrapped__"):
+            made = getattr(made, part, None) or made
+        code = getattr(made, "__code__", None)
+        found |= {code} if isinstance(code, types.CodeType) else set()
     return found
 
 
@@ -229,6 +314,8 @@ def job() -> int:
     sys.addaudithook(hook)
     try:
         result: dict[str, Any] = {"answers": answers(order)}
+    except Undecided as error:
+        result = {"ended": str(error)}
     except MemoryError:
         result = {"ended": f"it asked for more than {limits['memory_bytes']} bytes"}
     except BaseException as error:  # noqa: BLE001 (the parent reports it)
