@@ -242,6 +242,16 @@ def load_cases(config: pytest.Config) -> list[CanaryCase]:
     return [CanaryCase(guard, ref) for guard in guards for ref in guard.refs]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Fails a test that took a case, ended without an error, and never asked for the verdict."""
+    taken = getattr(item, "funcargs", {}).get(FIXTURE)
+    if isinstance(taken, CanaryTest) and not any(name == PROPERTY for name, _ in item.user_properties):
+        pytest.fail(
+            f"{taken.case.name} was not checked: the test never called {FIXTURE}.check()", pytrace=False
+        )
+
+
 @pytest.fixture
 def canary_case(request: pytest.FixtureRequest) -> CanaryTest:
     """A guard at a ref; `canary_case.check()` asserts it."""

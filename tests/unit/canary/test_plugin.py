@@ -79,6 +79,25 @@ def test_a_test_function_takes_the_cases_and_they_run_once(project: Project) -> 
     assert "1 passed" in project.pytest()
 
 
+@pytest.mark.parametrize("body", ["pass", "canary_case.check", "if False:\n        canary_case.check()"])
+def test_a_test_that_takes_a_case_and_never_checks_it_fails(project: Project, body: str) -> None:
+    project.repository.commit({PATH: KEPT})
+    (project.place / "test_guards.py").write_text(f"def test_kept(canary_case):\n    {body}\n")
+    output = project.pytest("--canary-guards", "guards")
+    assert "zoo-guarded@main was not checked: the test never called canary_case.check()" in output
+    assert "1 failed" in output
+    assert output.endswith("exit 1")
+
+
+def test_a_test_that_skips_a_case_by_itself_is_left_alone(project: Project) -> None:
+    (project.place / "test_guards.py").write_text(
+        "import pytest\n\ndef test_kept(canary_case):\n    pytest.skip('known')\n"
+    )
+    output = project.pytest("--canary-guards", "guards")
+    assert "1 skipped" in output
+    assert output.endswith("exit 0")
+
+
 def test_a_missing_guard_fails_and_says_why(project: Project) -> None:
     project.repository.commit({PATH: GONE}, pull=7)
     output = project.pytest("--canary-guards", "guards")
