@@ -28,7 +28,7 @@ from loudmerge.canary.guards import Guard, load_guards
 from loudmerge.canary.report import headline, load, markdown
 from loudmerge.canary.run import CanaryReport
 from loudmerge.canary.upstream.archives import SourceError
-from loudmerge.canary.upstream.fetch import Client, Unreachable
+from loudmerge.canary.upstream.fetch import Client, NotThere, Unreachable
 from loudmerge.canary.upstream.github import JSON
 from loudmerge.canary.upstream.sources import default_cache
 from loudmerge.command.terminal import ENVIRONMENT
@@ -103,7 +103,7 @@ class Tracker:
     token: str | None
 
     def issues(self) -> tuple[Issue, ...]:
-        """Those that carry the marker, oldest first. Raises Unreachable, FileNotFoundError, SourceError."""
+        """Those that carry the marker, oldest first. Raises Unreachable, NotThere, SourceError."""
         return tuple(self._marked())
 
     def _marked(self) -> Iterator[Issue]:
@@ -123,7 +123,7 @@ class Tracker:
         return found
 
     def take(self, step: Step) -> int:
-        """Does a step; the issue's number. Raises Unreachable, FileNotFoundError, SourceError."""
+        """Does a step; the issue's number. Raises Unreachable, NotThere, SourceError."""
         method, url = ("POST", self._url) if step.number is None else ("PATCH", f"{self._url}/{step.number}")
         answer = self.client.send(method, url, step.document, token=self.token, accept=JSON)
         found = _json(url, answer)
@@ -183,7 +183,7 @@ def main(report_file: Path, repository: str, guards: Path | None, run_url: str |
     client = Client(default_cache())
     try:
         done = track(Tracker(client, api, repository, token), report, body)
-    except (Unreachable, SourceError, FileNotFoundError) as error:
+    except (Unreachable, SourceError, NotThere) as error:
         click.echo(f"{repository}: {error}", err=True)
         raise click.exceptions.Exit(ENVIRONMENT) from error
     finally:

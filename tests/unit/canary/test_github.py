@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loudmerge.canary.run import run
 from loudmerge.canary.upstream.archives import SourceError
 from loudmerge.canary.upstream.fetch import Unreachable
 from loudmerge.canary.upstream.opener import Opener
@@ -54,6 +55,20 @@ def test_a_ref_that_is_gone_is_a_failure(tmp_path: Path, upstream: UpstreamServe
     found = verdict(tmp_path, upstream)
     assert (found.verdict, found.evaluated) == ("missing", False)
     assert "owner/zoo has no ref main" in found.detail
+
+
+@pytest.mark.parametrize("ref", ["main", "commit"])
+def test_a_cache_that_is_gone_is_no_verdict_on_upstream(
+    tmp_path: Path, upstream: UpstreamServer, monkeypatch: pytest.MonkeyPatch, ref: str
+) -> None:
+    commit = upstream.repository(UPSTREAM).commit({PATH: KEPT})
+    read = guards(tmp_path, GUARD.replace('"main"', f'"{commit}"') if ref == "commit" else GUARD)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(FileNotFoundError, match="cache"):
+        run(read, sources=options(Path(), upstream))
 
 
 def test_an_answer_that_is_no_commit_is_unreachable(tmp_path: Path, upstream: UpstreamServer) -> None:

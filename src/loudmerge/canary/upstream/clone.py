@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.canary.upstream.fetch import NotThere
 from loudmerge.canary.upstream.sources import Change, decoded, merge_commit
 
 GIT_SECONDS = 300
@@ -135,7 +136,7 @@ class CommitSource:
     def read(self, path: str) -> str:
         blob = self.clone.blob(self.version, path)
         if blob is None:
-            raise FileNotFoundError(f"{self.upstream} {self.version} has no file {path}")
+            raise NotThere(f"{self.upstream} {self.version} has no file {path}")
         return self.clone.text(blob)
 
     def exists(self, path: str) -> bool:

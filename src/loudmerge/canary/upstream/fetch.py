@@ -28,6 +28,10 @@ RETRIED = frozenset({408, 425, 500, 502, 503, 504})
 TRY_AGAIN = "Check the network and try again."
 
 
+class NotThere(FileNotFoundError):
+    """Upstream has no such thing. Any other FileNotFoundError is about this machine, and no verdict."""
+
+
 class Unreachable(Exception):
     """A source that could not be asked: no verdict about it is possible, and none is a pass."""
 
@@ -102,7 +106,7 @@ class Client:
         """The body at `url`, at most `limit` bytes.
 
         conditional: ask only whether it changed, when an earlier answer with an ETag is in the cache.
-        Raises FileNotFoundError when the server says there is no such thing, SourceError when it is larger
+        Raises NotThere when the server says there is no such thing, SourceError when it is larger
         than `limit`, Unreachable for everything else that is not a whole answer.
         """
         headers = {"Accept": accept, "User-Agent": f"loudmerge/{__version__}"}
@@ -201,7 +205,7 @@ class Client:
         if status == 200 or (status == 201 and answer.request.method == "POST"):
             return
         if status in GONE:
-            raise FileNotFoundError(f"{_shown(url)}: HTTP {status}, there is no such thing")
+            raise NotThere(f"{_shown(url)}: HTTP {status}, there is no such thing")
         if status == 429 or (status == 403 and _limit_headers(answer)):
             self._limit(url, answer)
         if status in RETRIED or status >= 500:

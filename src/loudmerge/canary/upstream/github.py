@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from loudmerge.canary.upstream import archives
 from loudmerge.canary.upstream.archives import SourceError
-from loudmerge.canary.upstream.fetch import Client, Unreachable, write
+from loudmerge.canary.upstream.fetch import Client, NotThere, Unreachable, write
 from loudmerge.canary.upstream.sources import Change, SourceOptions, decoded
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -40,7 +40,7 @@ class GithubSource:
         url = f"{options.github_api}/repos/{upstream}/commits/{quote(ref, safe='')}"
         try:
             answer = client.get(url, token=options.token, accept=SHA_ONLY, conditional=True)
-        except FileNotFoundError as error:
+        except NotThere as error:
             raise SourceError(f"{upstream} has no ref {ref}, or the token may not see it: {error}") from error
         commit = answer.decode("ascii", errors="replace").strip()
         if not COMMIT.fullmatch(commit):
@@ -103,7 +103,7 @@ class GithubSource:
         url = f"{self.options.github_api}/repos/{self.upstream}/{path}"
         try:
             found = json.loads(self.client.get(url, token=self.options.token, accept=JSON, conditional=True))
-        except FileNotFoundError:
+        except NotThere:
             return None
         except ValueError as error:
             raise Unreachable(f"{url}: not JSON: {error}") from error
@@ -143,9 +143,9 @@ class BaseUrlSource:
         for place in places:
             try:
                 return self.client.get(f"{base}/{quote(place)}")
-            except FileNotFoundError:
+            except NotThere:
                 continue
-        raise FileNotFoundError(f"{base} has none of {', '.join(places)}")
+        raise NotThere(f"{base} has none of {', '.join(places)}")
 
     def exists(self, path: str) -> bool:
         return _exists(self, path)
@@ -157,7 +157,7 @@ class BaseUrlSource:
 def _exists(source: GithubSource | BaseUrlSource, path: str) -> bool:
     try:
         source.read(path)
-    except FileNotFoundError:
+    except NotThere:
         return False
     return True
 

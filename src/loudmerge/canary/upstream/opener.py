@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from loudmerge.canary.guards import INSTALLED, Guard, is_range
 from loudmerge.canary.upstream import archives
 from loudmerge.canary.upstream.archives import SourceError
-from loudmerge.canary.upstream.fetch import Client, Unreachable, write
+from loudmerge.canary.upstream.fetch import Client, NotThere, Unreachable, write
 from loudmerge.canary.upstream.github import BaseUrlSource, GithubSource
 from loudmerge.canary.upstream.packages import package_source, releases
 from loudmerge.canary.upstream.sources import Source, SourceOptions, installed, is_url, local
@@ -89,7 +89,7 @@ class Opener:
             if guard.package is not None and self._is_range(guard, ref):
                 return releases(guard.package, ref, guard.dist, self.options)
             return self._open(guard, ref)
-        except FileNotFoundError as error:
+        except NotThere as error:
             return SourceError(str(error))
         except (Unreachable, SourceError) as error:
             return error

@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from loudmerge.canary.upstream import archives
 from loudmerge.canary.upstream.archives import SourceError
-from loudmerge.canary.upstream.fetch import HttpOptions, Unreachable, write
+from loudmerge.canary.upstream.fetch import HttpOptions, NotThere, Unreachable, write
 
 __all__ = [
     "KnowsHistory",
@@ -52,7 +52,7 @@ class Source(Protocol):
     def read(self, path: str) -> str:
         """The text of a file.
 
-        Raises FileNotFoundError when the source has no such file, Unreachable when it could not be asked,
+        Raises NotThere when the source has no such file, Unreachable when it could not be asked,
         SourceError when what came is not to be read (too large, not UTF-8).
         """
 
@@ -154,7 +154,7 @@ class TreeSource:
     def read(self, path: str) -> str:
         place = self._place(path)
         if not place.is_file():
-            raise FileNotFoundError(f"{self.upstream} {self.version} has no file {path}")
+            raise NotThere(f"{self.upstream} {self.version} has no file {path}")
         return decoded(place.read_bytes(), f"{self.upstream} {self.version}: {path}")
 
     def exists(self, path: str) -> bool:
