@@ -35,6 +35,13 @@ def test_what_binds_a_function_anew_is_said_with_its_line(source: str, detail: s
     ("source", "detail"),
     [
         (f"{CLASS}A.f = wrap(A.f)", "A.f may be bound anew at line 4: A.f = wrap(A.f)"),
+        (f"{CLASS}def g():\n    A.f = h", "A.f may be bound anew at line 5: A.f = h"),
+        (f"{CLASS}def g():\n    A.f, b = h", "A.f may be bound anew at line 5: A.f, b = h"),
+        (f"{CLASS}def g(self):\n    A.f = self.f", "A.f may be bound anew at line 5: A.f = self.f"),
+        (f"{CLASS}setattr(A, 'f', h)", "A.f may be bound anew at line 4: setattr(A, 'f', h)"),
+        (f"{CLASS}def g():\n    setattr(A, 'f', h)", "A.f may be bound anew at line 5: setattr(A, 'f', h)"),
+        (f"{CLASS}for n in N:\n    setattr(A, n, h)", "A.f may be bound anew at line 5: setattr(A, n, h)"),
+        (f"{CLASS}if fast:\n    A.f = h", "A.f may be bound anew at line 5: A.f = h"),
         ("class A:\n    f = wrap(g)", "A.f may be bound anew at line 2: f = wrap(g)"),
         (f"{CLASS}A = wrap(A)", "A.f may be bound anew at line 4: A = wrap(A)"),
         ("from .common import A", "A.f is imported at line 1: from .common import A"),
@@ -44,6 +51,11 @@ def test_what_binds_a_function_anew_is_said_with_its_line(source: str, detail: s
 def test_what_binds_a_method_anew_is_said_with_its_line(source: str, detail: str) -> None:
     finding = found(source, **{**RAISES, "function": "A.f"})
     assert (finding.holds, finding.detail) == (False, detail)
+
+
+@pytest.mark.parametrize("other", ["def g():\n    B.f = h", "def g(A):\n    A.g = h", "setattr(a, 'f', h)"])
+def test_what_binds_another_method_is_no_matter(other: str) -> None:
+    assert holds(f"{CLASS}{other}", **{**RAISES, "function": "A.f"})
 
 
 def test_what_binds_a_test_anew_is_said_with_its_line() -> None:

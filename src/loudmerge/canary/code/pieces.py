@@ -15,6 +15,9 @@ GRID = 64
 JOINED = 8
 """How many pieces in a row are tried as one, where a string or a bracket runs on into the next."""
 
+_PATCHES = re.compile(r"(?m)^[ \t(]*(?!self\.|cls\.)\w[\w., ]*\.\w+[\w., )]*=(?!=)|setattr\(")
+"""What a piece has in it where something of it may write an attribute of a class, outside of its methods."""
+
 _DEFINITION = re.compile(r"^(?:def |class |async def |@)")
 
 
@@ -33,10 +36,14 @@ def parsed(code: str, mode: str = "exec") -> Any:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some statements of a file, their positions as in the file, and the names they declare global."""
+    """Some statements of a file, their positions as in the file, and the names they declare global.
+
+    patches: what writes `A.b`, wherever it stands, with that name; `A.*` where the attribute may be any.
+    """
 
     body: tuple[ast.stmt, ...]
-    shared: frozenset[str]
+    shared: frozenset[str] = frozenset()
+    patches: tuple[tuple[str, ast.stmt], ...] = ()
 
 
 def pieces(text: str) -> list[Piece]:
@@ -78,9 +85,25 @@ def _piece(code: str, before: int) -> Piece | None:
         tree = parsed("\n" * before + code)
     except (SyntaxError, ValueError):
         return None
-    return _whole(tree) if "global" in code else Piece(tuple(tree.body), frozenset())
+    return _whole(tree) if "global" in code or _PATCHES.search(code) else Piece(tuple(tree.body))
 
 
 def _whole(tree: ast.Module) -> Piece:
     shared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
-    return Piece(tuple(tree.body), frozenset(shared))
+    patches = (one for node in ast.walk(tree) for one in _patches(node))
+    return Piece(tuple(tree.body), frozenset(shared), tuple(patches))
+
+
+def _patches(node: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """The attributes of names that a statement assigns or, by setattr, may assign."""
+    if isinstance(node, ast.Assign):
+        for target in (part for one in node.targets for part in (getattr(one, "elts", None) or [one])):
+            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+                yield f"{target.value.id}.{target.attr}", node
+    call = node.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
+    if call is None or not isinstance(call.func, ast.Name) or call.func.id != "setattr":
+        return
+    owner, name = [*call.args, call, call][:2]
+    value = name.value if isinstance(name, ast.Constant) else "*"
+    if isinstance(node, ast.Expr) and isinstance(owner, ast.Name):
+        yield f"{owner.id}.{value!s}", node

@@ -40,6 +40,7 @@ def _binders(module: Module, qualified: str) -> Iterator[ast.stmt | None]:
     classes = module.lineage(owner) if owner else []
     for node in classes:
         yield module.last(f"{node.name}.{name}")
+        yield module.last(f"{node.name}.*")
         yield module.member(node, name)
     if not classes:
         yield module.define(owner or name) or module.last(owner or name)

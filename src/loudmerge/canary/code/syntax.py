@@ -164,7 +164,7 @@ class Module:
     def method(self, owner: str, name: str) -> Function | None:
         for node in self.lineage(owner):
             other = [one for one in self.alternatives(node.name) if one is not node]
-            if other or f"{node.name}.{name}" in self.bindings:
+            if other or {f"{node.name}.{name}", f"{node.name}.*"} & self.bindings.keys():
                 return None
             found = self.member(node, name)
             if found is not None:
@@ -246,6 +246,8 @@ def parse(text: str, path: str = "<source>") -> Module:
     module.shared = frozenset().union(*(piece.shared for piece in found))
     for node in reachable(tree.body, module.constants):
         _bind(module, node)
+    for name, node in (patch for piece in found for patch in piece.patches):
+        module.bindings.setdefault(name, []).append(node)
     return module
 
 
