@@ -161,6 +161,25 @@ def test_an_error_of_every_call_can_be_asked_to_get_out(body: str, out: bool) ->
         assert holds(merge(body), **rule, managers=["timer"])
 
 
+@pytest.mark.parametrize(
+    ("body", "out"),
+    [
+        ("with Pool() as pool:\n    pool.submit(write, save)", False),
+        ("pool.submit(fn=write)", False),
+        ("safely(partial(write, save))", False),
+        ("safely(lambda: write(save))", False),
+        ("def one(s):\n    write(s)\nsafely(one)", False),
+        ("def one(s):\n    write(s)\none(save)", True),
+        ("if not hasattr(write, 'calls'):\n    write.calls = 0", True),
+    ],
+)
+def test_a_call_that_is_left_to_others_may_keep_its_error(body: str, out: bool) -> None:
+    rule = {"kind": "calls", "function": "merge", "callee": "write", "lets_out": ["RuntimeError"]}
+    finding = found(merge(f"{body}\nwrite(0)"), **rule)
+    assert finding.holds is out, finding.detail
+    assert out or finding.detail.endswith("there others are left to call it, who may keep its errors")
+
+
 def test_returns_reads_names_branches_dicts_and_calls() -> None:
     source = """
     NAMES = {"a": "swapped"}

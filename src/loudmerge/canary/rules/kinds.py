@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN
@@ -26,6 +26,8 @@ from loudmerge.canary.code.syntax import (
 )
 from loudmerge.canary.code.values import evaluate, possible
 
+LOOKING = frozenset({"hasattr", "getattr", "setattr", "isinstance", "callable", "id"})
+"""What is given a function and does not call it."""
 SPOKEN = frozenset({"print", "warning", "warn", "info", "debug", "error", "log", "warning_once"})
 
 
@@ -51,6 +53,24 @@ def call_matches(call: ast.Call, callee: str, scope: Scope) -> bool:
             _ends(imported(node).get(name, ""), callee) for node in (scope.function, scope.module.tree)
         )
     return False
+
+
+def handed_on(callee: str, reached: Sequence[Place], calls: Sequence[Place]) -> Iterator[Place]:
+    """Where `callee` is left to others to call, who may keep its errors.
+
+    That is a call that is none of `calls`, as in a lambda, and one of what the file does not define (an
+    executor) that is passed it. reached: every place that is read.
+    """
+    called = {id(place.node) for place in calls}
+    for scope in {id(place.scope.function): place.scope for place in reached}.values():
+        for node in ast.walk(scope.function):
+            if not isinstance(node, ast.Call) or id(node) in called:
+                continue
+            name = dotted(node.func)
+            own = name in LOOKING or scope.module.function(name) is not None
+            passed = [] if own else [*node.args, *(word.value for word in node.keywords)]
+            if any(_ends(dotted(one), callee) for one in (node.func, *passed)):
+                yield Place(node, scope)
 
 
 def _shadowed(name: str, scope: Scope) -> bool:

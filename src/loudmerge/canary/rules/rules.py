@@ -39,6 +39,7 @@ from loudmerge.canary.rules.kinds import (
     call_matches,
     does_something,
     exception_of,
+    handed_on,
     keyword_problem,
     scope_of,
     symbol_problem,
@@ -51,6 +52,7 @@ from loudmerge.canary.rules.writes import overwritten
 __all__ = ["Finding", "RuleError", "check", "validate"]
 
 Rule = Mapping[str, Any]
+HANDED = "there others are left to call it, who may keep its errors"
 UNRELATED = "no condition on"
 """How the problem of a place begins that the rule does not mean."""
 
@@ -184,12 +186,15 @@ def _calls(rule: Rule, module: Module) -> Finding:
     scope = scope_of(module, rule)
     if scope is None:
         return _gone(rule, module)
+    reached = places(scope, rule.get("depth", 2))
     found = [
         (place, keyword_problem(rule, place) or _fits(rule, scope, place) or _excepted(rule, place))
-        for place in places(scope, rule.get("depth", 2))
+        for place in reached
         if isinstance(place.node, ast.Call) and call_matches(place.node, rule["callee"], place.scope)
     ]
     kept = [(place, why) for place, _ in found if (why := _kept(rule, place))]
+    if rule.get("lets_out") and not kept:
+        kept = [(place, HANDED) for place in handed_on(rule["callee"], reached, [one for one, _ in found])]
     return _first(rule, f"calls {rule['callee']}", kept or found, scope)
 
 
