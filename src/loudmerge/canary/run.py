@@ -188,7 +188,9 @@ def evaluate(guard: Guard, ref: str, source: Source) -> tuple[Verdict, bool]:
     text = source.read(path)
     version = source.version or f"sha256:{sha256(text.encode()).hexdigest()[:12]}"
     try:
-        finding = rules.check(guard.rule, text, path)
+        finding = rules.check(
+            guard.rule, text, path, lambda one: source.read(one) if source.exists(one) else None
+        )
     except (rules.RuleError, SyntaxError, RecursionError) as error:
         detail = f"the rule cannot be evaluated: {error}"
         return _verdict(guard, ref, MISSING, detail, path, version=version), False

@@ -35,6 +35,18 @@ def test_a_guard_that_is_gone_is_missing(tmp_path: Path, upstream: UpstreamServe
     assert "guarded" in found.detail
 
 
+def test_the_conftest_of_a_source_is_read_with_its_tests(tmp_path: Path, upstream: UpstreamServer) -> None:
+    rule = 'rule = { kind = "tests", names = ["test_a"] }'
+    text = GUARD.replace('rule = { kind = "symbol", name = "guarded" }', rule)
+    repository = upstream.repository(UPSTREAM)
+    repository.commit({PATH: "def test_a():\n    assert f()\n"}, pull=7)
+    assert verdict(tmp_path, upstream, text).verdict == "present"
+    repository.commit({PATH: "def test_a():\n    assert f()\n", "conftest.py": "collect_ignore = ['zoo']"})
+    found = verdict(tmp_path, upstream, text)
+    assert (found.verdict, found.evaluated) == ("missing", True)
+    assert found.detail.endswith("is left out by conftest.py at line 1")
+
+
 def test_pending_promotes_itself(tmp_path: Path, upstream: UpstreamServer) -> None:
     repository = upstream.repository(UPSTREAM)
     repository.commit({PATH: GONE})

@@ -34,6 +34,7 @@ from loudmerge.canary.probing.doubts import Known
 from loudmerge.canary.probing.extract import Gone
 from loudmerge.canary.probing.probe import Probe, mismatches, probe
 from loudmerge.canary.rules import testing
+from loudmerge.canary.rules.around import NOWHERE, Around
 from loudmerge.canary.rules.fingerprint import difference, digest, normal_form
 from loudmerge.canary.rules.kinds import (
     call_matches,
@@ -66,22 +67,27 @@ class Finding:
     line: int = 0
 
 
-def check(rule: Rule, text: str, path: str) -> Finding:
-    """Evaluates a rule on a file's text. Raises RuleError where it cannot be evaluated."""
+def check(rule: Rule, text: str, path: str, read: Callable[[str], str | None] = NOWHERE.read) -> Finding:
+    """Evaluates a rule on a file's text. Raises RuleError where it cannot be evaluated.
+
+    read: the text of another file of the source, None where there is none: a test has its conftest.py.
+    """
     validate(rule)
-    return _check(rule, parse(text, path), text, path)
+    return _check(rule, parse(text, path), text, Around(path, read))
 
 
-def _check(rule: Rule, module: Module, text: str, path: str) -> Finding:
+def _check(rule: Rule, module: Module, text: str, around: Around) -> Finding:
     kind = str(rule["kind"])
     if kind in {"all", "any"}:
-        return _several(rule, module, text, path)
+        return _several(rule, module, text, around)
     if kind == "probe":
-        return _probe(rule, text, path)
+        return _probe(rule, text, around.path)
     try:
+        if kind == "tests":
+            return _tests(rule, module, around)
         return _unseen(rule, module) or _KINDS[kind](rule, module)
     except RecursionError as error:
-        raise RuleError(f"{path}: nested too deeply to be read: {error}") from error
+        raise RuleError(f"{around.path}: nested too deeply to be read: {error}") from error
 
 
 def _unseen(rule: Rule, module: Module) -> Finding | None:
@@ -92,11 +98,11 @@ def _unseen(rule: Rule, module: Module) -> Finding | None:
     return Finding(False, f"{rule['function']} is not seen to run: {problem}", line) if problem else None
 
 
-def _several(rule: Rule, module: Module, text: str, path: str) -> Finding:
+def _several(rule: Rule, module: Module, text: str, around: Around) -> Finding:
     every = rule["kind"] == "all"
     found: list[Finding] = []
     for one in rule["rules"]:
-        finding = _check(one, module, text, path)
+        finding = _check(one, module, text, around)
         found.append(finding)
         if finding.holds is not every:
             decided = finding.detail if every else "; then: ".join(item.detail for item in found)
@@ -285,11 +291,11 @@ def _signature(rule: Rule, module: Module) -> Finding:
     return Finding(not problem, problem or f"{rule['name']} admits the call", line)
 
 
-def _tests(rule: Rule, module: Module) -> Finding:
+def _tests(rule: Rule, module: Module, around: Around) -> Finding:
     line = 0
     for name in rule["names"]:
-        awaited = bool(rule.get("awaited"))
-        problem, at = testing.problem(module, name, list(rule.get("uses", ())), awaited=awaited)
+        uses, awaited = list(rule.get("uses", ())), bool(rule.get("awaited"))
+        problem, at = testing.problem(module, name, uses, awaited=awaited, around=around)
         if problem:
             return Finding(False, problem, at)
         line = line or at
@@ -349,6 +355,5 @@ _KINDS: Mapping[str, Callable[[Rule, Module], Finding]] = {
     "branch": _branch,
     "bounded-walk": _bounded_walk,
     "signature": _signature,
-    "tests": _tests,
     "fingerprint": _fingerprint,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from loudmerge.canary.code.constants import UNKNOWN, constant
 from loudmerge.canary.code.exits import OUTSIDE
@@ -22,11 +22,13 @@ from loudmerge.canary.code.syntax import (
     targets,
 )
 from loudmerge.canary.code.values import evaluate, outcome
+from loudmerge.canary.rules.around import NOWHERE, Around
 
 STOPPED = frozenset({"skip", "xfail", "fixture", "expectedFailure"})
 SKIPS = frozenset({"pytest.skip", "pytest.xfail", "self.skipTest"})
 SKIPPED = frozenset({"SkipTest", "unittest.SkipTest", "pytest.skip.Exception", "pytest.xfail.Exception"})
 """The exceptions that skip what raises them."""
+WANTING = frozenset({"pytest.importorskip"})
 ADDING = frozenset({"pytestmark.append", "pytestmark.extend", "pytestmark.insert"})
 SETUPS = ("setup_module", "setUpModule")
 SETUPS_OF_FUNCTIONS = ("setup_function",)
@@ -36,36 +38,54 @@ DEPTH = 4
 """How many fixtures, names and decorators in a row are followed."""
 
 
-def stopped(module: Module, function: Function, owner: str) -> str:
-    """Why a test that pytest collects is not run, or may fail; empty where nothing here keeps it."""
-    marks = list(function.decorator_list)
-    classes = module.lineage(owner) if owner else []
-    for node in classes:
-        marks += [*node.decorator_list, *_own_marks(node.body, module)]
-    marks += _own_marks(module.tree.body, module)
+def stopped(module: Module, function: Function, owner: str, around: Around = NOWHERE) -> str:
+    """Why a test that pytest collects is not run, or may fail; empty where nothing keeps it.
+
+    around: the fixtures of its conftest.py files, and which modules its source has.
+    """
+    marks = marks_of(module, function, owner)
     for mark in marks:
-        reason = _mark(mark, module) or _decorated(mark, module)
+        reason = kept_by(mark, module) or _decorated(mark, module)
         if reason:
             return reason
-    if line := _skipped_file(module):
+    if line := skips_always(at_top(module), around):
         return f"is not run: the whole file is skipped at line {line}"
-    for before, its_owner, said in _before(module, function, owner, marks):
-        if line := skips_always(places(Scope(module, before, its_owner), 2)):
-            return f"is not run: {said} {before.name} skips it at line {line}"
+    for where, before, its_owner, said in _before(module, function, owner, marks, around):
+        if line := skips_always(places(Scope(where, before, its_owner), 2), around):
+            of = "" if where is module else " of its conftest.py"
+            return f"is not run: {said} {before.name}{of} skips it at line {line}"
     return ""
 
 
-def skips_always(reached: Iterable[Place]) -> int:
+def marks_of(module: Module, function: Function, owner: str) -> list[ast.expr]:
+    """The decorators and marks of a test, its class and its file."""
+    marks = list(function.decorator_list)
+    for node in module.lineage(owner) if owner else []:
+        marks += [*node.decorator_list, *_own_marks(node.body, module)]
+    return marks + _own_marks(module.tree.body, module)
+
+
+def skips_always(reached: Iterable[Place], around: Around = NOWHERE) -> int:
     """The line of the first of these places that skips under no condition; 0 where none does."""
-    return next((one.line for one in reached if _skips(one) and not any(map(_turns, one.conditions))), 0)
+    sure = (one for one in reached if not any(map(turns, one.conditions)))
+    return next((one.line for one in sure if skips(one) or _wants(one, around)), 0)
 
 
-def _turns(condition: Condition) -> bool:
+def _wants(place: Place, around: Around) -> bool:
+    """Whether a place skips where a module cannot be imported which the source no longer has."""
+    node = place.node
+    if not isinstance(node, ast.Call) or not _called(node.func, place.scope, WANTING) or not node.args:
+        return False
+    name = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+    return isinstance(name, str) and around.lacks(name)
+
+
+def turns(condition: Condition) -> bool:
     """Whether a condition, which is no loop nor exit, may come out the other way."""
     return not condition.how and outcome(condition, {}) is not True
 
 
-def _skips(place: Place) -> bool:
+def skips(place: Place) -> bool:
     """Whether a place skips the test that comes to it."""
     node = place.node
     if isinstance(node, ast.Raise) and node.exc is not None:
@@ -74,35 +94,44 @@ def _skips(place: Place) -> bool:
         node, wanted = node.func, SKIPS
     else:
         return False
-    name = alias(dotted(node), place.scope)
-    return any(_full(name, tree) in wanted for tree in (place.scope.function, place.scope.module.tree))
+    return _called(node, place.scope, wanted)
 
 
-def _skipped_file(module: Module) -> int:
-    """The line at which a file skips itself, whatever the platform and what is installed; 0 for none."""
+def _called(node: ast.expr, scope: Scope, wanted: Collection[str]) -> bool:
+    """Whether an expression is the name of one of these, where it comes from."""
+    name = alias(dotted(node), scope)
+    return any(_full(name, tree) in wanted for tree in (scope.function, scope.module.tree))
+
+
+def at_top(module: Module) -> list[Place]:
+    """What the top of a file reaches, whatever the platform and what is installed."""
     flow = Flow(module.constants)
     flow.block(module.tree.body, OUTSIDE)
     top = Scope(module, parsed("def top(): pass").body[0])
-    return skips_always(
+    return [
         Place(node, top, tuple(Condition(one.test, one.wanted, top) for one in at.tests))
         for node, at in flow.steps
-    )
+    ]
 
 
 def _before(
-    module: Module, function: Function, owner: str, marks: list[ast.expr]
-) -> Iterator[tuple[Function, str, str]]:
-    """(function, its class, what it is) of all that runs before a test: setups, and the fixtures it takes."""
+    module: Module, function: Function, owner: str, marks: list[ast.expr], around: Around
+) -> Iterator[tuple[Module, Function, str, str]]:
+    """(file, function, its class, what it is) of all that runs before a test: setups, and its fixtures."""
     for name in (*SETUPS, *(() if owner else SETUPS_OF_FUNCTIONS)):
         node = module.function(name)
         if node is not None:
-            yield node, "", "the setup"
+            yield module, node, "", "the setup"
     for name in SETUPS_OF_CLASSES if owner else ():
         node = module.method(owner, name)
         if node is not None:
-            yield node, owner, "the setup"
-    known = dict(_fixtures(module, owner))
-    wanted = [name for name, (_, _, always) in known.items() if always] + parameters(function)
+            yield module, node, owner, "the setup"
+    known = {
+        name: (where, *found)
+        for where, its_owner in (*((one, "") for _, one in around.conftests()), (module, owner))
+        for name, found in _fixtures(where, its_owner)
+    }
+    wanted = [name for name, (_, _, _, always) in known.items() if always] + parameters(function)
     for mark in marks:
         if isinstance(mark, ast.Call) and dotted(mark.func).rpartition(".")[2] == "usefixtures":
             wanted += [str(one.value) for one in mark.args if isinstance(one, ast.Constant)]
@@ -110,9 +139,9 @@ def _before(
     while wanted:
         name = wanted.pop(0)
         if name in known and name not in seen:
-            node, its_owner, _ = known[name]
+            where, node, its_owner, _ = known[name]
             wanted += parameters(node)
-            yield node, its_owner, "the fixture"
+            yield where, node, its_owner, "the fixture"
         seen.add(name)
 
 
@@ -157,14 +186,14 @@ def _flat(value: ast.expr, module: Module, depth: int) -> list[ast.expr]:
     return [value] if named is None else _flat(named, module, depth - 1)
 
 
-def _mark(mark: ast.expr, module: Module) -> str:
+def kept_by(mark: ast.expr, module: Module) -> str:
     """What a mark or decorator does to the test: empty where it lets it run."""
     named = module.value(mark.id) if isinstance(mark, ast.Name) else None
     if named is not None and not isinstance(named, ast.Name):
-        return _mark(named, module)
+        return kept_by(named, module)
     call = mark if isinstance(mark, ast.Call) else None
     if call is not None and isinstance(call.func, ast.Call):
-        return _mark(call.func, module)
+        return kept_by(call.func, module)
     name = dotted(call.func if call else mark).rpartition(".")[2]
     if name in STOPPED:
         return f"is marked {name}"
@@ -200,7 +229,7 @@ def _decorated(mark: ast.expr, module: Module) -> str:
     if maker is None or value is None:
         return ""
     where = f"the decorator {dotted(called)}"
-    if reason := _mark(value, module):
+    if reason := kept_by(value, module):
         return f"{reason} by {where}"
     inner = _nested(maker, value)
     body: ast.AST | None = inner if inner is not None else value if isinstance(value, ast.Lambda) else None

@@ -16,7 +16,9 @@ from loudmerge.canary.code.syntax import (
     mentions,
 )
 from loudmerge.canary.code.wrapping import yields
-from loudmerge.canary.rules.skipping import skips_always, stopped
+from loudmerge.canary.rules.around import NOWHERE, Around
+from loudmerge.canary.rules.conftests import Subject, left_out
+from loudmerge.canary.rules.skipping import marks_of, skips_always, stopped
 
 AWAITS = frozenset({"asyncio", "anyio", "trio"})
 """Marks under which a plugin runs an async test."""
@@ -38,10 +40,12 @@ def find_test(module: Module, name: str) -> tuple[Function | None, str]:
     return None, ""
 
 
-def problem(module: Module, name: str, uses: list[str], *, awaited: bool = False) -> tuple[str, int]:
+def problem(
+    module: Module, name: str, uses: list[str], *, awaited: bool = False, around: Around = NOWHERE
+) -> tuple[str, int]:
     """(why a test does not guard anything, line), or ("", line of the test).
 
-    awaited: whether async tests are run without a mark that says so.
+    awaited: whether async tests are run without a mark that says so. around: what else its source has.
     """
     function, owner = find_test(module, name)
     if function is None:
@@ -49,11 +53,12 @@ def problem(module: Module, name: str, uses: list[str], *, awaited: bool = False
         return why or f"there is no test {name}", line
     if not function.name.startswith("test"):
         return f"{name} is defined as {function.name}, which pytest does not collect", function.lineno
-    why = _uncollected(module, function, owner, awaited=awaited) or stopped(module, function, owner)
+    why = _uncollected(module, function, owner, awaited=awaited)
+    why = why or stopped(module, function, owner, around) or _left_out(module, function, owner, around)
     if why:
         return f"{name} {why}", function.lineno
     reached = places(Scope(module, function, owner), 2)
-    if line := skips_always(reached):
+    if line := skips_always(reached, around):
         return f"{name} skips itself at line {line}", line
     if not any(_asserts(one, module) for one in reached):
         return f"{name} asserts nothing that can fail", function.lineno
@@ -63,6 +68,12 @@ def problem(module: Module, name: str, uses: list[str], *, awaited: bool = False
     return (
         (f"{name} no longer uses {', '.join(absent)}", function.lineno) if absent else ("", function.lineno)
     )
+
+
+def _left_out(module: Module, function: Function, owner: str, around: Around) -> str:
+    marks = (one.func if isinstance(one, ast.Call) else one for one in marks_of(module, function, owner))
+    names = frozenset(dotted(one).rpartition(".")[2] for one in marks)
+    return left_out(Subject(function.name, owner, around.path, names), around)
 
 
 def _imports(place: Place, used: set[str]) -> set[str]:
