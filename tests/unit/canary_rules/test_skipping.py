@@ -74,6 +74,24 @@ def test_a_test_that_may_be_skipped_guards_all_the_same(source: str) -> None:
     assert finding.holds, finding.detail
 
 
+@pytest.mark.parametrize(
+    ("body", "fails"),
+    [
+        ("try:\n            g()\n        except Exception:\n            pass", False),
+        ("with suppress(AssertionError):\n            g()", False),
+        ("try:\n            g()\n        except OSError:\n            pass", True),
+        ("try:\n            g()\n        except Exception:\n            g()", True),
+    ],
+)
+def test_a_decorator_that_keeps_what_a_test_raises_leaves_it_nothing_to_say(
+    body: str, *, fails: bool
+) -> None:
+    source = f"def on(g):\n    def h():\n        {body}\n    return h\n@on\n{TEST}"
+    finding = found(source, **RULE)
+    assert finding.holds is fails
+    assert fails or finding.detail.startswith("test_a cannot fail: in the decorator on, ")
+
+
 def test_what_skips_a_test_is_said_with_its_line() -> None:
     detail = found(f"{MODEL}{DEVICE}{TAKES}", **RULE).detail
     assert detail == "test_a is not run: the fixture _device skips it at line 6"

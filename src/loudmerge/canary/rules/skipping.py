@@ -10,6 +10,7 @@ from loudmerge.canary.code.exits import OUTSIDE
 from loudmerge.canary.code.flow import Condition, Flow, Place, Scope, alias, places
 from loudmerge.canary.code.nodes import Import
 from loudmerge.canary.code.pieces import parsed
+from loudmerge.canary.code.swallow import swallowed
 from loudmerge.canary.code.syntax import (
     FUNCTIONS,
     Function,
@@ -235,8 +236,16 @@ def _decorated(mark: ast.expr, module: Module) -> str:
     body: ast.AST | None = inner if inner is not None else value if isinstance(value, ast.Lambda) else None
     if body is not None and not set(parameters(maker)) & mentions(body):
         return f"is not run: {where} gives back something else"
-    line = skips_always(places(Scope(module, inner), 1)) if inner is not None else 0
-    return f"is not run: {where} skips it at line {line}" if line else ""
+    reached = places(Scope(module, inner), 1) if inner is not None else []
+    if line := skips_always(reached):
+        return f"is not run: {where} skips it at line {line}"
+    kept = [swallowed(one, "AssertionError") for one in reached if _runs(one, parameters(maker))]
+    return f"cannot fail: in {where}, {kept[0]}" if kept and all(kept) else ""
+
+
+def _runs(place: Place, names: Collection[str]) -> bool:
+    """Whether a place calls what one of these names stands for."""
+    return isinstance(place.node, ast.Call) and dotted(place.node.func) in names
 
 
 def _given_back(function: Function, module: Module) -> ast.expr | None:
