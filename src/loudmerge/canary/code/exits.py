@@ -97,11 +97,31 @@ def _way_in(node: ast.stmt) -> Test:
     return Test(kind or BARE, wanted=True, how=LEAVES)
 
 
-def matched(subject: ast.expr, pattern: ast.pattern) -> ast.expr:
-    """The test of a `case`: on its value where it has one, else on the subject as a whole."""
+def matched(subject: ast.expr, case: ast.match_case) -> ast.expr | None:
+    """The test of a `case`; None where it takes anything."""
+    tests = [one for one in (_pattern(subject, case.pattern), case.guard) if one is not None]
+    return ast.BoolOp(ast.And(), tests) if len(tests) > 1 else next(iter(tests), None)
+
+
+def _pattern(subject: ast.expr, pattern: ast.pattern) -> ast.expr | None:
+    """The test of a pattern; None for one that takes anything. One that is no value is a call of nothing."""
+    if isinstance(pattern, ast.MatchAs):
+        return None if pattern.pattern is None else _pattern(subject, pattern.pattern)
     if isinstance(pattern, ast.MatchValue):
         return ast.Compare(subject, [ast.Eq()], [pattern.value])
-    return subject
+    if isinstance(pattern, ast.MatchSingleton):
+        return ast.Compare(subject, [ast.Is()], [ast.Constant(pattern.value)])
+    if isinstance(pattern, ast.MatchOr):
+        found = [_pattern(subject, one) for one in pattern.patterns]
+        tests = [one for one in found if one is not None]
+        return ast.BoolOp(ast.Or(), tests) if len(tests) == len(found) else None
+    named = [part for part in ast.walk(pattern) if isinstance(part, (ast.Name, ast.Constant))]
+    return ast.Call(ast.Name("match", ast.Load()), [subject, *named], [])
+
+
+def swallowing(manager: ast.expr) -> bool:
+    """Whether a context manager ends an exception: `suppress(...)`, `pytest.raises(...)`."""
+    return isinstance(manager, ast.Call) and dotted(manager.func).rpartition(".")[2] in CATCHING
 
 
 def breaks(body: list[ast.stmt]) -> bool:

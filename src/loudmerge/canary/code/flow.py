@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from loudmerge.canary.code.constants import UNKNOWN, constant
 from loudmerge.canary.code.exits import (
     BARE,
-    CATCHING,
     ENDS,
     LOOPS,
     OUTSIDE,
@@ -25,6 +24,7 @@ from loudmerge.canary.code.exits import (
     leaves,
     matched,
     not_taken,
+    swallowing,
 )
 from loudmerge.canary.code.nodes import For, Try, With
 from loudmerge.canary.code.syntax import FUNCTIONS, Function, Module, dotted, local_assignments, parameters
@@ -38,7 +38,7 @@ HELPER_DEPTH = 2
 class Scope:
     """A function, the class it is a method of, and what the caller looked at gives its parameters.
 
-    known: names of decorators under which the body of a helper runs, too.
+    known: names of decorators under which the body of a helper runs, too. inner: it is such a helper.
     """
 
     module: Module
@@ -46,6 +46,7 @@ class Scope:
     owner: str = ""
     given: tuple[tuple[str, ast.expr, Scope], ...] = ()
     known: tuple[str, ...] = ()
+    inner: bool = False
 
 
 class Condition(NamedTuple):
@@ -128,8 +129,8 @@ class Flow:
         if isinstance(node, ast.ClassDef):
             return (), True
         self.steps.append((node, at))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.GeneratorExp):
-            return (), True
+        if isinstance(getattr(node, "value", None), ast.GeneratorExp):
+            return (), not isinstance(node, ast.Return)
         for value in ast.iter_child_nodes(node):
             self.expression(value, at)
         if isinstance(node, ast.Assert):
@@ -162,7 +163,8 @@ class Flow:
             inside = at._replace(loops=(*at.loops, node))
             self.block(node.body, inside.under(node.test, True))
         endless = truth is not UNKNOWN and bool(truth) and not breaks(node.body)
-        return not endless and (self.block(node.orelse, at) or breaks(node.body))
+        ended = self._unbroken(node, at.under(node.test, False))
+        return not endless and (self.block(node.orelse, ended) or breaks(node.body))
 
     def _for(self, node: For, at: Frame) -> bool:
         self.steps.append((node, at))
@@ -173,7 +175,7 @@ class Flow:
             self.block(node.body, inside.under(node.iter, True, LOOPS))
         return self.block(node.orelse, self._unbroken(node, at)) or breaks(node.body)
 
-    def _unbroken(self, node: For, at: Frame) -> Frame:
+    def _unbroken(self, node: For | ast.While, at: Frame) -> Frame:
         """What encloses the `else` of a loop: none of its breaks was reached."""
         loops = (*at.loops, node)
         broken = [one for one in self.steps if isinstance(one[0], ast.Break) and one[1].loops == loops]
@@ -196,12 +198,15 @@ class Flow:
 
     def _match(self, node: ast.Match, at: Frame) -> bool:
         self.expression(node.subject, at)
+        ends: list[bool] = []
         for case in node.cases:
-            inside = at.under(matched(node.subject, case.pattern), True)
+            test = matched(node.subject, case)
             if case.guard is not None:
-                self.expression(case.guard, inside)
-                inside = inside.under(case.guard, True)
-            self.block(case.body, inside)
+                self.expression(case.guard, at)
+            ends.append(self.block(case.body, at if test is None else at.under(test, True)))
+            if test is None:
+                return any(ends)
+            at = at.under(test, False)
         return True
 
     def expression(self, node: ast.AST, at: Frame) -> None:
@@ -236,11 +241,6 @@ class Flow:
             if truth is not UNKNOWN and bool(truth) is not wanted:
                 return
             at = at.under(value, wanted)
-
-
-def swallowing(manager: ast.expr) -> bool:
-    """Whether a context manager ends an exception: `suppress(...)`, `pytest.raises(...)`."""
-    return isinstance(manager, ast.Call) and dotted(manager.func).rpartition(".")[2] in CATCHING
 
 
 def known_constants(scope: Scope) -> dict[str, Any]:
@@ -338,10 +338,17 @@ def helper(call: ast.Call, scope: Scope, nested: Mapping[str, Function]) -> Scop
     function, owner, skip = callee(call, scope, nested)
     if function is None or _unread(function, scope):
         return None
-    names = parameters(function)[skip:]
-    bound = [(name, value, scope) for name, value in zip(names, call.args, strict=False)]
+    return within(call, scope, function, owner, skip)
+
+
+def within(call: ast.Call, scope: Scope, function: Function, owner: str, skip: int) -> Scope:
+    """The scope of a function that a call runs. skip: how many first parameters the call does not pass."""
+    names = parameters(function)
+    self = [call.func.value] * skip if isinstance(call.func, ast.Attribute) else []
+    starred = next((at for at, one in enumerate(call.args) if isinstance(one, ast.Starred)), None)
+    bound = [(name, value, scope) for name, value in zip(names, (*self, *call.args[:starred]), strict=False)]
     bound += [(word.arg, word.value, scope) for word in call.keywords if word.arg]
-    return Scope(scope.module, function, owner, tuple(bound), scope.known)
+    return Scope(scope.module, function, owner, tuple(bound), scope.known, inner=True)
 
 
 def unread(scope: Scope, depth: int = HELPER_DEPTH) -> str:

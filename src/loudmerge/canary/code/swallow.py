@@ -6,7 +6,7 @@ import ast
 import builtins
 from collections.abc import Collection, Iterator
 
-from loudmerge.canary.code.exits import CATCHING, OUTSIDE
+from loudmerge.canary.code.exits import CATCHING, OUTSIDE, leaves
 from loudmerge.canary.code.flow import Flow, Place, Scope, alias, known_constants, places
 from loudmerge.canary.code.nodes import Import
 from loudmerge.canary.code.syntax import (
@@ -186,6 +186,9 @@ def _leaves(body: list[ast.stmt], scope: Scope) -> bool:
 def _always_raises(body: list[ast.stmt], scope: Scope) -> bool:
     flow = Flow(known_constants(scope))
     completes = flow.block(body, OUTSIDE)
-    return not completes and not any(
-        isinstance(node, (ast.Return, ast.Break, ast.Continue)) for node, _ in flow.steps
-    )
+    return not completes and not any(leaves(node) and not _fails(node) for node, _ in flow.steps)
+
+
+def _fails(node: ast.AST) -> bool:
+    call = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(call, ast.Call) and dotted(call.func) == "pytest.fail"

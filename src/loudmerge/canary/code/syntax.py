@@ -285,7 +285,7 @@ def binds_anything(node: ast.stmt) -> bool:
 
 def _writes_globals(node: ast.AST) -> bool:
     if isinstance(node, (ast.Subscript, ast.Attribute)) and not isinstance(node.ctx, ast.Load):
-        return _is_globals(node.value)
+        return _is_globals(node.value) or _is_globals(node)
     if not isinstance(node, ast.Call):
         return False
     if isinstance(node.func, ast.Attribute) and node.func.attr in {"update", "pop", "clear", "__setitem__"}:
@@ -295,7 +295,9 @@ def _writes_globals(node: ast.AST) -> bool:
 
 
 def _is_globals(node: ast.AST) -> bool:
-    """`globals()`, `vars()`, `sys.modules[__name__]`."""
+    """`globals()`, `vars()`, `sys.modules[__name__]`, and the latter's `__dict__`."""
+    if isinstance(node, ast.Attribute) and node.attr == "__dict__":
+        return _is_globals(node.value)
     if isinstance(node, ast.Call):
         return dotted(node.func) in {"globals", "vars", "locals"}
     return isinstance(node, ast.Subscript) and dotted(node.value) == "sys.modules"

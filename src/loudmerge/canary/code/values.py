@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN, compare
-from loudmerge.canary.code.flow import Condition, Place, Scope, alias, callee, places
-from loudmerge.canary.code.syntax import dotted, local_assignments, parameters
+from loudmerge.canary.code.flow import Condition, Place, Scope, alias, callee, places, within
+from loudmerge.canary.code.pieces import parsed
+from loudmerge.canary.code.syntax import dotted, local_assignments, local_bindings, parameters
 
 DEPTH = 12
 """How many names, calls and operators deep an expression is followed."""
@@ -30,12 +32,36 @@ def evaluate(node: ast.expr, scope: Scope, given: Mapping[str, Any], depth: int 
 
 def _fact(node: ast.expr, scope: Scope, given: Mapping[str, Any]) -> str:
     """The fact about an expression: its text, or for a call `NAME()`, whatever is passed; empty for none."""
-    text = said(node)
+    text = _spelled(node, scope)
     if text in given or not isinstance(node, ast.Call):
         return text if text in given else ""
     name = alias(dotted(node.func), scope)
     calls = [one for one in given if one.endswith("()")]
     return next((one for one in calls if f".{name}".endswith(f".{one[:-2]}")), "")
+
+
+class _Words(ast.NodeTransformer):
+    """Puts expressions in the place of names."""
+
+    def __init__(self, words: Mapping[str, ast.expr]) -> None:
+        self.words = words
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.words.get(node.id, node)
+
+
+def _spelled(node: ast.expr, scope: Scope) -> str:
+    """The text of an expression in the words of the rule's function; empty where a helper's own say it."""
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} if scope.inner else set()
+    own = names & {*parameters(scope.function), *local_bindings(scope.function)}
+    if not own:
+        return said(node)
+    words: dict[str, ast.expr] = {}
+    for name, value, outer in scope.given:
+        text = _spelled(value, outer) if name in own else ""
+        if text:
+            words[name] = parsed(text, "eval").body
+    return said(_Words(words).visit(copy.deepcopy(node))) if own == words.keys() else ""
 
 
 @lru_cache(maxsize=16384)
@@ -202,10 +228,10 @@ def _convert(kind: Any, value: Any) -> Any:
 
 def _returned(node: ast.Call, scope: Scope, given: Mapping[str, Any], depth: int) -> Any:
     """The value of a call to a function of the same file that returns one expression."""
-    function, owner, _ = callee(node, scope, {})
+    function, owner, skip = callee(node, scope, {})
     if function is None or depth <= 2:
         return UNKNOWN
-    inner = Scope(scope.module, function, owner)
+    inner = within(node, scope, function, owner, skip)
     found = [
         one.node.value for one in places(inner, 0) if isinstance(one.node, ast.Return) and one.node.value
     ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN
 from loudmerge.canary.code.flow import Place, Scope, in_order
-from loudmerge.canary.code.syntax import targets
+from loudmerge.canary.code.syntax import dotted, targets
 from loudmerge.canary.code.values import evaluate, excluded
 from loudmerge.canary.rules.kinds import call_matches
 
@@ -63,6 +63,10 @@ def _written(place: Place, given: Mapping[str, Any]) -> str:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING:
         said = ast.unparse(node.func.value)
         return said if isinstance(given.get(said), Mapping) else ""
+    for said, value in _attributes(node):
+        new = evaluate(value, place.scope, given) if said in given else UNKNOWN
+        if new is not UNKNOWN and new != given[said]:
+            return said
     found = list(node.targets) if isinstance(node, ast.Delete) else []
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
         found = list(targets(node))
@@ -73,6 +77,16 @@ def _written(place: Place, given: Mapping[str, Any]) -> str:
         if isinstance(target, (ast.Subscript, ast.Attribute)) and _within(target, place, given):
             return said
     return ""
+
+
+def _attributes(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """The attributes that `setattr(a, "b", c)` sets, and `a = replace(a, b=c)` says, with their values."""
+    if isinstance(node, ast.Call) and dotted(node.func) == "setattr" and len(node.args) == 3:
+        name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+        yield f"{ast.unparse(node.args[0])}.{name!s}", node.args[2]
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+        words = [word for word in node.value.keywords if word.arg]
+        yield from ((f"{ast.unparse(one)}.{word.arg}", word.value) for one in node.targets for word in words)
 
 
 def _within(target: ast.Subscript | ast.Attribute, place: Place, given: Mapping[str, Any]) -> bool:
