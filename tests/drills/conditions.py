@@ -55,6 +55,10 @@ def callers(text: str, subject: Subject) -> Iterator[Mutant]:
     assert isinstance(node, FUNCTIONS)
     node.body = [_kept(node.body)]
     yield "swallow: body of the caller", replace(text, subject.node, [node])
+    node = copy.deepcopy(subject.node)
+    assert isinstance(node, FUNCTIONS)
+    node.body = [*node.body[:1], *ast.parse(f"pool.submit({subject.rule['callee']}, 0)").body, *node.body[1:]]
+    yield "swallow: call left to an executor", replace(text, subject.node, [node])
 
 
 class _Kept(ast.NodeTransformer):

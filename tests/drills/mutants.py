@@ -81,6 +81,19 @@ def _bodies(text: str, subject: Subject) -> Iterator[Mutant]:
         yield "disguise: body under a false flag", _with_body(subject, text, off)
         raises = [*_statements("raise NotImplementedError"), *body]
         yield "disguise: raises at once", _with_body(subject, text, raises)
+    if subject.rule["kind"] == "probe":
+        switch = _statements("if elsewhere.SOFT:\n    return None")
+        yield (
+            "weaken: early return by a switch that is imported",
+            _with_import(subject, text, [*switch, *body]),
+        )
+    if "." in subject.path:
+        yield "disguise: bound anew by a function", f"{text}\ndef _patch():\n    {subject.path} = None\n"
+
+
+def _with_import(subject: Subject, text: str, body: list[ast.stmt]) -> str:
+    """With this body, and an import at the end of the file: lines stay where they are."""
+    return f"{_with_body(subject, text, body)}\nimport elsewhere\n"
 
 
 class _Calls(ast.NodeTransformer):

@@ -133,3 +133,35 @@ def test_an_error_comes_out_where_control_comes_to_it(code: str, *, reached: boo
 def test_a_module_that_is_another_in_the_end_says_nothing(replaced: str) -> None:
     assert holds(body(RAISE), **RULE)
     assert not holds(f"{body(RAISE)}{replaced}", **RULE)
+
+
+@pytest.mark.parametrize(
+    ("bound", "same"),
+    [
+        ("check = noop", False),
+        ("check = lambda x: None", False),
+        ("for check in CHECKS:\n    pass", False),
+        ("with quiet() as check:\n    pass", False),
+        ("check = traced(check)", True),
+        ("from checks import check", True),
+        ("def check(x):\n    x.check()", True),
+    ],
+)
+def test_a_call_of_something_else_by_its_name_is_none(bound: str, *, same: bool) -> None:
+    assert holds(body(f"{bound}\ncheck(cfg)"), kind="calls", function="f", callee="check") is same
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [
+        ("if id(m) in seen:\n        break\n    seen.add(id(m))", True),
+        ("if m is None or id(m) in seen:\n        return m\n    seen.add(id(m))", True),
+        ("if not id(m) not in seen:\n        break\n    seen |= {id(m)}", True),
+        ("if id(m) in seen and strict:\n        break\n    seen.add(id(m))", False),
+        ("if id(m) not in seen:\n        break\n    seen.add(id(m))", False),
+        ("if m.name in seen:\n        break\n    seen.add(id(m))", False),
+    ],
+)
+def test_a_set_of_what_was_visited_ends_a_walk_by_itself(code: str, *, ends: bool) -> None:
+    walk = f"def f(m):\n  seen = set()\n  while m is not None:\n    {code}\n    m = m.base_layer\n"
+    assert holds(walk, kind="bounded-walk", function="f", follows="base_layer") is ends

@@ -44,7 +44,7 @@ def call_matches(call: ast.Call, callee: str, scope: Scope) -> bool:
     name = dotted(call.func)
     if isinstance(call.func, ast.Attribute) and not name.partition(".")[2]:
         name = call.func.attr
-    if isinstance(call.func, ast.Name) and _shadowed(name, scope):
+    if isinstance(call.func, ast.Name) and _shadowed(name, callee, scope):
         return False
     if _ends(name, callee):
         return True
@@ -73,12 +73,20 @@ def handed_on(callee: str, reached: Sequence[Place], calls: Sequence[Place]) -> 
                 yield Place(node, scope)
 
 
-def _shadowed(name: str, scope: Scope) -> bool:
-    """Whether a function has something of its own by this name: a parameter, or what no name stands for."""
+def _shadowed(name: str, callee: str, scope: Scope) -> bool:
+    """Whether a function has something of its own by this name: a parameter, or what the callee is not in."""
     if name in parameters(scope.function):
         return not any(name == one for one, _, _ in scope.given)
-    own = [node for node, _ in local_assignments(scope.function, name) if isinstance(node, ast.Assign)]
-    return any(isinstance(node.value, (ast.Lambda, ast.Constant)) for node in own)
+    bound = [node for node, _ in local_assignments(scope.function, name)]
+    own = [node for node in bound if not isinstance(node, (*FUNCTIONS, ast.Import, ast.ImportFrom))]
+    return any(callee.rpartition(".")[2] not in _made_of(node) for node in own)
+
+
+def _made_of(node: ast.stmt) -> frozenset[str]:
+    """What is mentioned in what a statement binds a name to."""
+    parts = [getattr(node, "value", None), getattr(node, "iter", None)]
+    parts += [item.context_expr for item in getattr(node, "items", ())]
+    return frozenset().union(*(mentions(part) for part in parts if isinstance(part, ast.AST)))
 
 
 def _ends(name: str, callee: str) -> bool:

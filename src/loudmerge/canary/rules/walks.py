@@ -68,10 +68,10 @@ def bound(place: Place, limit: int) -> str:
     if not isinstance(loop, ast.While):
         return ""
     ends = [node.test for node in ast.walk(loop) if isinstance(node, ast.If) and _leaves(node)]
-    if any(_visited(test, loop) for test in (loop.test, *ends)):
-        return "a set of visited objects"
     stays = [(one, True) for one in _parts(loop.test, ast.And)]
     goes = [(one, False) for test in ends for one in _parts(test, ast.Or)]
+    if any(_visited(one, loop, stays=stay) for one, stay in (*stays, *goes)):
+        return "a set of visited objects"
     counted = any(_counted(one, loop, scope, limit, stays=stay) for one, stay in (*stays, *goes))
     return "a counter" if counted else ""
 
@@ -99,18 +99,19 @@ def _leaves(node: ast.If) -> bool:
     return any(isinstance(one, (ast.Break, ast.Return, ast.Raise)) for one in node.body)
 
 
-def _visited(test: ast.expr, loop: ast.While) -> bool:
-    """`x in seen` (or `not in`, as the loop's own test), where the loop adds to `seen`."""
-    for node in ast.walk(test):
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
-            name = dotted(node.comparators[0])
-            if name and _grows(name, loop):
-                return True
-    return False
+def _visited(test: ast.expr, loop: ast.While, *, stays: bool) -> bool:
+    """`x not in seen` where the loop stays, or the contrary where it goes, and adds x to `seen`."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _visited(test.operand, loop, stays=not stays)
+    wanted = ast.NotIn if stays else ast.In
+    if not isinstance(test, ast.Compare) or len(test.ops) > 1 or not isinstance(test.ops[0], wanted):
+        return False
+    name = dotted(test.comparators[0])
+    return bool(name) and _grows(name, ast.dump(test.left), loop)
 
 
-def _grows(name: str, loop: ast.While) -> bool:
-    """Whether a loop adds to a set what another round may not have, and never empties it or makes it anew."""
+def _grows(name: str, item: str, loop: ast.While) -> bool:
+    """Whether a loop adds an item to a set, and never empties it or makes it anew. item: its dump."""
     added: list[ast.expr] = []
     stored = 0
     for node in ast.walk(loop):
@@ -124,8 +125,8 @@ def _grows(name: str, loop: ast.While) -> bool:
             stored -= isinstance(node.op, (ast.Add, ast.BitOr))
         elif isinstance(node, (ast.Name, ast.Attribute)) and dotted(node) == name:
             stored += not isinstance(node.ctx, ast.Load)
-    new = any(isinstance(part, ast.Name) for value in added for part in ast.walk(value))
-    return new and not stored
+    parts = [part for value in added for part in ast.walk(value)]
+    return any(ast.dump(part) == item for part in parts) and not stored
 
 
 def _counted(test: ast.expr, loop: ast.While, scope: Scope, limit: int, *, stays: bool) -> bool:
