@@ -96,6 +96,12 @@ def _layouts() -> list[Made]:
             FUSED_ERAS,
         ),
         (
+            "qwen3_moe-12-experts",
+            "More than ten experts: sorted as text, 10 and 11 come before 2.",
+            BOTH,
+            (FUSED_ERAS[3],),
+        ),
+        (
             "gpt_oss",
             "Gate and up alternate in the last axis; is_transposed since transformers 5.",
             BOTH,
@@ -440,6 +446,7 @@ def _vocabulary() -> list[Made]:
             linears("q_proj", "lm_head"),
             save=embeddings,
             parted=True,
+            config={"tie_word_embeddings": False},
         ),
         Made(
             "qwen3_moe-token-rows",
@@ -571,6 +578,7 @@ def _kinds() -> list[Made]:
             "layer_replication: the merged model has a layer more than the base.",
             linears("q_proj", layer_replication=[[0, 1], [0, 1]]),
             parted=True,
+            config={"num_hidden_layers": 2},
             expect="either",
             refusal="unsupported-adapter",
         ),

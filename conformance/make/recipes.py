@@ -46,7 +46,7 @@ class Made:
     weights that the base
     ties, which merge_and_unload forgets. of: an adapter that PEFT loads and saves again, instead of making
     one.
-    method: the adapter's class where it is not LoRA. expect, refusal, options: see
+    method: the adapter's class where it is not LoRA. expect, refusal, options, config: see
     `loudmerge.conformance.cases`.
     """
 
@@ -64,6 +64,7 @@ class Made:
     expect: str = "merge"
     refusal: str = ""
     options: Options = field(default_factory=dict)
+    config: Options = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ TWO: Options = {"num_hidden_layers": 2}
 
 BASES: tuple[Base, ...] = (
     Base("qwen3_moe", "qwen3_moe", OLD, "per-expert gud"),
+    Base("qwen3_moe-12-experts", "qwen3_moe", OLD, "per-expert gud", sizes={"experts": 12}),
     Base("qwen3_moe-2-layers", "qwen3_moe", OLD, "per-expert gud", sizes=TWO),
     Base(
         "qwen3_moe-sharded",

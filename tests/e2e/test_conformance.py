@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import loudmerge
 from loudmerge.conformance.cases import CHECKOUT, EITHER, MERGE, REFUSE, Case, load
-from loudmerge.conformance.judge import Ended, read
+from loudmerge.conformance.folder import read
+from loudmerge.conformance.judge import Ended
 from loudmerge.conformance.page import markdown, read_all, replaced
 from loudmerge.conformance.runner import Command, run
 from loudmerge.errors import REFUSAL_CODES
@@ -102,6 +103,28 @@ def test_there_are_cases_of_every_regime_layout_and_topic() -> None:
     topics = Counter(case.topic for case in SUITE.cases)
     assert len(topics) >= 10
     assert min(topics.values()) >= 3
+
+
+def test_more_than_ten_experts_lie_apart_in_a_case_that_is_merged() -> None:
+    """Experts in the order of their names as text: 0, 1, 10, 11, 2. With ten or fewer nobody notices."""
+    numbers = [
+        {
+            int(found[1])
+            for name in load_file(case.expected)
+            if (found := re.search(r"\.experts\.(\d+)\.", name))
+        }
+        for case in SUITE.cases
+        if case.expect == MERGE and case.expected
+    ]
+    assert max(len(found) for found in numbers) > 10
+
+
+def test_what_a_merge_changes_in_the_config_is_said_where_it_adds_tensors() -> None:
+    for case in SUITE.cases:
+        if case.expected:
+            assert bool(case.config) == bool(load_file(case.expected).keys() - read(case.base).keys()), (
+                case.id
+            )
 
 
 @pytest.mark.parametrize("packing", ["rank_major", "grouped_by_expert"])

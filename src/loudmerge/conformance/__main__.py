@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 from loudmerge.command.terminal import DONE, MISMATCH
-from loudmerge.conformance.cases import Case, DataError, default_directory, load
+from loudmerge.conformance.cases import Case, DataError, Suite, default_directory, load
 from loudmerge.conformance.judge import Verdict
 from loudmerge.conformance.page import markdown
 from loudmerge.conformance.runner import TIME_LIMIT, Command, Tool, run_all
@@ -44,7 +44,13 @@ from loudmerge.conformance.server import Served, ServerError
     "--version", "versions", multiple=True, metavar="NAME=VERSION", help="A version to note in the scorecard."
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cases at a time.")
-@click.option("--time-limit", type=float, default=TIME_LIMIT, show_default=True, help="Seconds for one case.")
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=TIME_LIMIT,
+    show_default=True,
+    help="Seconds for one case.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scorecard there.")
 @click.option("--brief", is_flag=True, help="Leave out of --json what the tool printed.")
 @click.option(
@@ -75,8 +81,19 @@ def main(
         for case in cases:
             click.echo(f"{case.id}  {case.topic}, {case.expect}: {case.why}")
         sys.exit(DONE)
+    noted = _pairs(versions)
+    for file in (json_file, markdown_file):
+        if file is not None and not file.parent.is_dir():
+            raise click.BadParameter(f"found no directory {file.parent}", param_hint="--json, --markdown")
     with _tool(line, server, time_limit) as tool:
-        card = _card(tool, cases, jobs, name or _name(tool, line), (line or server or ""), _pairs(versions))
+        try:
+            verdicts = _run(tool, cases, suite, jobs)
+        except ServerError as error:
+            raise click.ClickException(str(error)) from error
+        if isinstance(tool, Served):
+            noted = {**tool.versions, **noted}
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        card = Scorecard(name or _name(tool, line), date, line or server or "", verdicts, noted)
     show(card, Console(file=sys.stderr, soft_wrap=True))
     if json_file:
         json_file.write_text(
@@ -99,7 +116,7 @@ def _tool(line: str | None, server: str | None, limit: float) -> Iterator[Tool]:
         return
     try:
         served = Served(server or "", limit)
-    except (OSError, ServerError) as error:
+    except (OSError, ValueError, ServerError) as error:
         raise click.BadParameter(str(error), param_hint="--server") from error
     try:
         yield served
@@ -119,16 +136,12 @@ def _pairs(versions: tuple[str, ...]) -> dict[str, str]:
     return {name: version for name, _, version in pairs}
 
 
-def _card(
-    tool: Tool, cases: tuple[Case, ...], jobs: int, name: str, line: str, versions: dict[str, str]
-) -> Scorecard:
+def _run(tool: Tool, cases: tuple[Case, ...], suite: Suite, jobs: int) -> tuple[Verdict, ...]:
     def progress(verdict: Verdict) -> None:
         click.echo(f"{verdict.verdict:14} {verdict.case}", err=True)
 
-    if isinstance(tool, Served):
-        jobs, versions = 1, {**tool.versions, **versions}
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Scorecard(name, date, line, run_all(cases, tool, jobs=jobs, progress=progress), versions)
+    jobs = 1 if isinstance(tool, Served) else jobs
+    return run_all(cases, tool, suite, jobs=jobs, progress=progress)
 
 
 if __name__ == "__main__":

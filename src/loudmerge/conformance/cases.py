@@ -42,6 +42,7 @@ class Case:
     base, adapter: directories. expected: a safetensors file, None where only a refusal will do.
     refusal: the code with which loudmerge refuses. options: what the user says beside the files, by the
     option's name.
+    config: fields of config.json that the merge changes, and their values.
     made: the libraries that wrote the adapter. of, edit: the case it was made from, and by which edit.
     """
 
@@ -55,6 +56,7 @@ class Case:
     expected: Path | None = None
     refusal: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     made: Mapping[str, str] = field(default_factory=dict)
     of: str = ""
     edit: str = ""
@@ -78,6 +80,15 @@ class Suite:
         if unknown:
             raise DataError(f"found no case {unknown[0]!r}, expected one of the {len(known)} of {self.root}")
         return tuple(case for case in self.cases if not names or case.id in names)
+
+    def control(self, case: Case) -> Case | None:
+        """The merge that a tool has to manage before its failure on `case` is a refusal: what the case was
+        made from by an edit, else the first plain one on the same base. None for a case without.
+        """
+        if case.edit:
+            return next((other for other in self.cases if other.id == case.of), None)
+        plain = (other for other in self.cases if other.expect == MERGE and not other.options)
+        return next((other for other in plain if other.base == case.base and other != case), None)
 
     def problems(self) -> list[str]:
         """What of the files is not as the manifest says: missing, changed, or not in it."""
@@ -144,6 +155,7 @@ def _case(directory: Path, values: Mapping[str, Any]) -> Case:
         expected=directory / "expected" / f"{expected}.safetensors" if expected else None,
         refusal=values["refusal"],
         options=values["options"],
+        config=values.get("config", {}),
         made=values["made"],
         of=values["of"],
         edit=values["edit"],

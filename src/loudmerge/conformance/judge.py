@@ -11,12 +11,12 @@
 
 A float32 or float64 tensor of OUT may be `TOLERANCE` of its largest update away; one in half precision one
 unit in the
-last place, of the largest of weight, update and sum.
+last place, of the largest of weight, update and sum. What lies beside the tensors is `folder`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loudmerge.conformance.cases import EITHER, REFUSE, Case
+from loudmerge.conformance.folder import as_loaded, beside, read
 from loudmerge.conformance.forms import unfused
 
 RIGHT, REFUSED, WRONG, OTHER_FORM = "right", "refused", "wrong-silently", "other-form"
@@ -36,6 +37,8 @@ PASSED = (RIGHT, REFUSED)
 TOLERANCE = 1e-3
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 SHOWN = 3
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What floating-point tensors may be written in: one unit in the last place of eight bits hides an update."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,12 @@ def _judge(case: Case, ended: Ended, out: Path, *, told: bool) -> tuple[str, str
     if case.expected is None:
         return WRONG, "exit code 0 where nothing says what the merge would be: " + case.why
     try:
-        return compare(read(case.base), read(out), load_file(case.expected))
-    except SafetensorError as error:
+        found = as_loaded(out)
+    except (SafetensorError, OSError, ValueError) as error:
         return WRONG, f"exit code 0, but OUT cannot be read: {error}"
+    expected = load_file(case.expected)
+    wrong = [*found.wrong, *beside(case.base, out, case.config)] if found.tensors else []
+    return compare(read(case.base), found.tensors, expected, wrong=wrong, form=found.form)
 
 
 def _last_line(text: str) -> str:
@@ -92,21 +98,22 @@ def _last_line(text: str) -> str:
 
 
 def _weights(out: Path) -> list[Path]:
-    return sorted(file for file in out.rglob("*") if file.suffix in WEIGHTS) if out.is_dir() else []
-
-
-def read(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory's safetensors files. Raises SafetensorError."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
+    if out.is_file():
+        return [out]
+    return sorted(file for file in out.rglob("*") if file.suffix in WEIGHTS)
 
 
 def compare(
-    base: Mapping[str, Tensor], out: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    base: Mapping[str, Tensor],
+    out: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    wrong: Sequence[str] = (),
+    form: Sequence[str] = (),
 ) -> tuple[str, str]:
-    """(verdict, detail) of OUT's tensors. expected: what changes, in float32."""
+    """(verdict, detail) of OUT's tensors. expected: what changes, in float32. wrong, form: what was found of
+    OUT's files.
+    """
     wanted = base.keys() | expected.keys()
     apart, fused = unfused(base, out)
     out = {**{name: tensor for name, tensor in out.items() if name not in fused}, **apart}
@@ -114,7 +121,7 @@ def compare(
     turned = [
         name for name in sorted(wanted & out.keys()) if _turned(expected.get(name, base.get(name)), out[name])
     ]
-    wrong = [
+    problems = [
         problem
         for name in sorted(wanted & out.keys())
         if (
@@ -123,16 +130,18 @@ def compare(
             )
         )
     ]
-    form = [f"{name}: axes exchanged, {list(out[name].shape)}" for name in turned]
-    form += [f"{name}: experts fused, which the base holds apart" for name in sorted(fused)]
+    forms = [f"{name}: axes exchanged, {list(out[name].shape)}" for name in turned]
+    forms += [f"{name}: experts fused, which the base holds apart" for name in sorted(fused)]
     if lost and odd:
-        form.append(f"{lost[0]} is not in OUT, {odd[0]} is: {len(lost)} names lost, {len(odd)} new")
+        forms.append(f"{lost[0]} is not in OUT, {odd[0]} is: {len(lost)} names lost, {len(odd)} new")
     elif lost:
-        wrong.insert(0, f"{lost[0]} is not in OUT ({len(lost)} of {len(wanted)} lost)")
-    if wrong:
-        return WRONG, _some([*wrong, *form])
-    if form:
-        return OTHER_FORM, _some(form)
+        problems.insert(0, f"{lost[0]} is not in OUT ({len(lost)} of {len(wanted)} lost)")
+    coarse = sorted({str(tensor.dtype) for tensor in out.values() if _coarse(tensor)})
+    wrong = [*(f"found {dtype}, too coarse to tell a merge" for dtype in coarse), *wrong]
+    if problems or wrong:
+        return WRONG, _some([*problems, *wrong, *forms, *form])
+    if forms or form:
+        return OTHER_FORM, _some([*forms, *form])
     return RIGHT, f"{len(odd)} tensors more than expected" if odd else ""
 
 
@@ -143,9 +152,13 @@ def _turned(wanted: Tensor | None, out: Tensor) -> bool:
     )
 
 
+def _coarse(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype not in DTYPES
+
+
 def _some(problems: list[str]) -> str:
     more = len(problems) - SHOWN
-    return "; ".join(problems[:SHOWN]) + (f"; and {more} more tensors" if more > 0 else "")
+    return "; ".join(problems[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _wrong(name: str, base: Tensor | None, out: Tensor, expected: Tensor | None) -> str:

@@ -18,7 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from loudmerge.conformance.cases import Case
     from loudmerge.conformance.judge import Verdict
-    from loudmerge.conformance.runner import Command
+    from loudmerge.conformance.runner import Controls
 
 NAME = "loudmerge.conformance.plugin"
 """Its name among pytest's plugins, and that of the entry point."""
@@ -31,14 +31,16 @@ class ConformanceFailure(Exception):
 class ConformanceItem(pytest.Item):
     """A case as a test."""
 
-    def __init__(self, case: Case, command: Command, **arguments: Any) -> None:
+    def __init__(self, case: Case, controls: Controls, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.case, self.command = case, command
+        self.case, self.controls = case, controls
 
     def runtest(self) -> None:
         from loudmerge.conformance.runner import run
 
-        verdict = run(self.case, self.command)
+        verdict = run(self.case, self.controls.tool)
+        self.controls.known[self.case.id] = verdict
+        verdict = self.controls.judged(self.case, verdict)
         if not verdict.passed:
             raise ConformanceFailure(_message(self.case, verdict))
 
@@ -84,16 +86,17 @@ def pytest_collection_modifyitems(
     if line is None:
         return
     from loudmerge.conformance.cases import DataError, default_directory, load
-    from loudmerge.conformance.runner import TIME_LIMIT, Command
+    from loudmerge.conformance.runner import TIME_LIMIT, Command, Controls
 
     try:
         command = Command(line, config.getoption("conformance_time_limit") or TIME_LIMIT)
         suite = load(config.getoption("conformance_data") or default_directory(config.rootpath))
     except (DataError, ValueError) as error:
         raise pytest.UsageError(f"--conformance-command: {error}") from error
+    controls = Controls(suite, command)
     items += [
         ConformanceItem.from_parent(
-            session, name=case.id, nodeid=f"conformance::{case.id}", case=case, command=command
+            session, name=case.id, nodeid=f"conformance::{case.id}", case=case, controls=controls
         )
         for case in suite.cases
     ]

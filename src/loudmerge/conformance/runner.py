@@ -20,12 +20,22 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 
-from loudmerge.conformance.cases import Case
-from loudmerge.conformance.judge import CRASHED, MOOT, REFUSED, WRONG, Ended, Verdict, judge
+from loudmerge.conformance.cases import Case, Suite
+from loudmerge.conformance.judge import (
+    CRASHED,
+    MOOT,
+    REFUSED,
+    TIMED_OUT,
+    WRONG,
+    WROTE,
+    Ended,
+    Verdict,
+    judge,
+)
 
 TIME_LIMIT = 300.0
 """Seconds a command may take for one case: the models have a few thousand weights."""
@@ -58,6 +68,9 @@ class Command:
             raise ValueError(
                 f"found no {missing[0]} in {self.line!r}, expected {{base}}, {{adapter}} and {{out}}"
             )
+        program = shlex.split(self.line)[0]
+        if shutil.which(program) is None:
+            raise ValueError(f"found no program {program!r} to run")
 
     @property
     def told(self) -> bool:
@@ -93,8 +106,7 @@ class Command:
                 code = None
             finally:
                 end_group(process)
-            output.seek(0)
-            return Ended(code, tail(output.read()))
+            return Ended(code, tail(output))
 
 
 def flags(case: Case) -> list[str]:
@@ -102,9 +114,10 @@ def flags(case: Case) -> list[str]:
     return [word for name, value in case.options.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
-def tail(output: bytes) -> str:
-    """The end of what a command printed."""
-    return output.decode(errors="replace")[-SAID:]
+def tail(output: IO[bytes]) -> str:
+    """The end of what a command printed: of gigabytes no more than that is read."""
+    output.seek(max(output.seek(0, os.SEEK_END) - 4 * SAID, 0))
+    return output.read().decode(errors="replace")[-SAID:]
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -129,9 +142,10 @@ def run(case: Case, tool: Tool) -> Verdict:
         ended = tool.merge(case, base, adapter, out)
         verdict = judge(case, ended, out, told=tool.told)
         after = _hashes(base, adapter)
-    changed = sorted(name for name in before if after.get(name) != before[name])
+    changed = sorted(name for name in before.keys() | after.keys() if after.get(name) != before.get(name))
     if changed:
-        return replace(verdict, verdict=WRONG, detail=f"it changed its input {changed[0]}")
+        did = "changed" if changed[0] in before else "wrote into"
+        return replace(verdict, verdict=WRONG, detail=f"it {did} its input {changed[0]}")
     return replace(
         verdict, said=verdict.said.replace(folder, "…"), detail=verdict.detail.replace(folder, "…")
     )
@@ -147,21 +161,43 @@ def _hashes(*folders: Path) -> dict[str, str]:
 
 
 def run_all(
-    cases: Sequence[Case], tool: Tool, *, jobs: int = 1, progress: Callable[[Verdict], None] | None = None
+    cases: Sequence[Case],
+    tool: Tool,
+    suite: Suite,
+    *,
+    jobs: int = 1,
+    progress: Callable[[Verdict], None] | None = None,
 ) -> tuple[Verdict, ...]:
     """Every case, in order. jobs: how many at a time.
 
-    Where a tool fails on the undamaged case, too, its failure on the damaged one is no refusal, and moot.
+    Where a tool fails on the control, too, its failure is no refusal, and moot.
     """
     verdicts = tuple(_run_all(cases, tool, jobs, progress))
-    failed = {verdict.case for verdict in verdicts if verdict.verdict == CRASHED}
-    return tuple(_moot(case, verdict, failed) for case, verdict in zip(cases, verdicts, strict=True))
+    controls = Controls(suite, tool, {verdict.case: verdict for verdict in verdicts})
+    return tuple(controls.judged(case, verdict) for case, verdict in zip(cases, verdicts, strict=True))
 
 
-def _moot(case: Case, verdict: Verdict, failed: set[str]) -> Verdict:
-    if verdict.verdict != REFUSED or not case.edit or case.of not in failed:
-        return verdict
-    return replace(verdict, verdict=MOOT, detail=f"it fails on the undamaged {case.of}, too")
+@dataclass(frozen=True)
+class Controls:
+    """What shows that a tool which refuses does so because of the case: one like it, that it has to merge.
+
+    known: the verdicts that there are, by the case's name. Controls that are not among them are run.
+    """
+
+    suite: Suite
+    tool: Tool
+    known: dict[str, Verdict] = field(default_factory=dict)
+
+    def judged(self, case: Case, verdict: Verdict) -> Verdict:
+        """The verdict; moot for a refusal by a tool that fails on the control."""
+        control = self.suite.control(case)
+        if verdict.verdict != REFUSED or control is None:
+            return verdict
+        if control.id not in self.known:
+            self.known[control.id] = run(control, self.tool)
+        if self.known[control.id].verdict not in {CRASHED, WROTE, TIMED_OUT}:
+            return verdict
+        return replace(verdict, verdict=MOOT, detail=f"it fails on {control.id}, too, which it has to merge")
 
 
 def _run_all(

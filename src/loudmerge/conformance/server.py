@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,16 @@ from loudmerge.conformance.runner import TIME_LIMIT, end_group, tail
 
 STARTS = 600.0
 """Seconds a tool may take until it is ready."""
+PAUSE = 0.5
+"""Seconds between two looks whether a silent tool still runs."""
 
 
 class ServerError(RuntimeError):
     """A tool that should serve said nothing, or something else than the protocol."""
+
+
+class _EndedError(ServerError):
+    """It ended."""
 
 
 class Served:
@@ -57,20 +64,35 @@ class Served:
         if hello is None:
             self.close()
             raise ServerError(f"{self._line!r} was not ready after {STARTS:.0f} seconds")
-        self.tool, self.versions = str(hello["tool"]), dict(hello["versions"])
+        if not isinstance(hello.get("tool"), str) or not isinstance(hello.get("versions"), dict):
+            self.close()
+            raise ServerError(f'{self._line!r} said {hello}, expected {{"tool": NAME, "versions": {{…}}}}')
+        self.tool, self.versions = hello["tool"], hello["versions"]
 
     def merge(self, case: Case, base: Path, adapter: Path, out: Path) -> Ended:
-        """Sends one case. A tool that does not answer in time is ended and started again."""
+        """Sends one case. A tool that does not answer in time, or ends, is started again.
+
+        Raises ServerError for an answer that is none.
+        """
+        code: int | None = None
         with tempfile.NamedTemporaryFile() as output:
             given = {"base": base, "adapter": adapter, "out": out, "output": output.name}
-            self._write({name: str(value) for name, value in given.items()} | {"options": dict(case.options)})
-            answer = self._read(self._limit)
-            said = tail(output.read())
+            try:
+                self._write(
+                    {name: str(value) for name, value in given.items()} | {"options": dict(case.options)}
+                )
+                answer = self._read(self._limit)
+            except (BrokenPipeError, _EndedError):
+                # Without an answer even 0 is no success.
+                code, answer = self._ended() or 1, None
+            said = tail(output)
         if answer is None:
             self.close()
             self._start()
-            return Ended(None, said)
-        return Ended(int(answer["code"]), said)
+            return Ended(code, said)
+        if not isinstance(answer.get("code"), int):
+            raise ServerError(f'{self._line!r} answered {answer}, expected {{"code": EXIT_CODE}}')
+        return Ended(answer["code"], said)
 
     def _write(self, message: Mapping[str, Any]) -> None:
         stdin = self._process.stdin
@@ -86,23 +108,38 @@ class Served:
             raise ServerError(f"{self._line!r} writes nothing")
         ends = time.monotonic() + limit
         while b"\n" not in self._rest:
-            ready, _, _ = select.select([stdout], [], [], max(ends - time.monotonic(), 0))
-            if not ready:
-                return None
-            more = stdout.read1()  # type: ignore[attr-defined]
+            left = max(ends - time.monotonic(), 0)
+            ready, _, _ = select.select([stdout], [], [], min(left, PAUSE))
+            # What it forked has its standard output, too, and may live on.
+            ended = self._process.poll() is not None
+            if not ready and not ended:
+                if not left:
+                    return None
+                continue
+            more = stdout.read1() if ready else b""  # type: ignore[attr-defined]
             if not more:
-                raise ServerError(f"{self._line!r} ended with exit code {self._process.wait()}")
+                raise _EndedError(f"{self._line!r} ended with exit code {self._ended()}")
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\n")
         try:
             message = json.loads(line)
         except ValueError as error:
             raise ServerError(f"{self._line!r} wrote {line[:200]!r}, expected a JSON line") from error
-        return dict(message)
+        if not isinstance(message, dict):
+            raise ServerError(f"{self._line!r} wrote {message}, expected a JSON object")
+        return message
+
+    def _ended(self) -> int:
+        """The exit code of a tool that reads or writes no more; one that stays is ended."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(5)
+        end_group(self._process)
+        return self._process.returncode
 
     def close(self) -> None:
         """Ends it, and what it started."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # a line that it did not read
+                    stream.close()
         end_group(self._process)

@@ -67,7 +67,7 @@ def test_another_shape_is_wrong() -> None:
 def test_only_the_first_wrong_tensors_are_named() -> None:
     base = {f"t{n}": torch.zeros(2) for n in range(5)}
     out = {name: tensor + 1 for name, tensor in base.items()}
-    assert compare(base, out, {})[1].endswith("t2: changed, though nothing targets it; and 2 more tensors")
+    assert compare(base, out, {})[1].endswith("t2: changed, though nothing targets it; and 2 more")
 
 
 def experts() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -59,8 +59,16 @@ def test_cases_are_listed_without_a_tool(suite: Suite) -> None:
     [
         ((), "Give --command, or --server."),
         (("--command", "a {base} {adapter} {out}", "--server", "b"), "Give --command, or --server."),
-        (("--command", "tool {base} {out}"), "found no {adapter}"),
-        (("--command", "t {base} {adapter} {out}", "--version", "1.2"), "expected NAME=VERSION"),
+        (("--command", "no-such-tool {base} {adapter} {out}"), "found no program 'no-such-tool' to run"),
+        (("--command", "env 'a {base} {adapter} {out}"), "No closing quotation"),
+        (("--server", "env 'a"), "No closing quotation"),
+        (
+            ("--command", "env {base} {adapter} {out}", "--json", "/no/such/card.json"),
+            "no directory /no/such",
+        ),
+        (("--command", "env {base} {adapter} {out}", "--time-limit", "0"), "0.0 is not in the range x>0"),
+        (("--command", "env {base} {out}"), "found no {adapter}"),
+        (("--command", "env {base} {adapter} {out}", "--version", "1.2"), "expected NAME=VERSION"),
         (("--case", "other", "--list"), "found no case 'other'"),
         (("--server", "/no/such/tool"), "No such file"),
     ],
@@ -69,3 +77,17 @@ def test_wrong_arguments_end_with_2(arguments: tuple[str, ...], says: str, suite
     done = invoke(suite, *arguments)
     assert done.exit_code == 2
     assert says in " ".join(done.output.split())
+
+
+def test_a_server_that_breaks_the_protocol_is_said_in_a_line(suite: Suite, tmp_path: Path) -> None:
+    text = f"{test_server.HELLO}; input(); print('?', flush=True); input()"
+    done = invoke(suite, "--server", test_server.line(tmp_path, text))
+    assert done.exit_code == 1
+    assert "wrote b'?', expected a JSON line" in done.output
+
+
+def test_a_tool_that_cannot_start_passes_no_case(suite: Suite) -> None:
+    """Else `--case nan` would call any mistyped command line right."""
+    done = invoke(suite, "--command", "false {base} {adapter} {out}", "--case", "nan")
+    assert done.exit_code == 4
+    assert "0/1, 0 % (1 moot)" in done.output

@@ -53,6 +53,13 @@ def test_a_failure_says_what_came_out_and_why_it_matters(suite: Suite, tmp_path:
     assert "1 failed, 4 deselected" in text
 
 
+def test_a_refusal_by_a_tool_that_merges_nothing_fails(suite: Suite, tmp_path: Path) -> None:
+    command, data = line("refuses", tmp_path), ("--conformance-data", suite.root)
+    code, text = pytest_in(tmp_path / "p", "--conformance-command", command, *data, "-k", "nan")
+    assert code == 1
+    assert "moot: it fails on plain, too, which it has to merge\nwhy: why nan matters." in text
+
+
 def test_without_a_command_nothing_is_added(tmp_path: Path) -> None:
     code, text = pytest_in(tmp_path / "p")
     assert code == 0
@@ -61,13 +68,13 @@ def test_without_a_command_nothing_is_added(tmp_path: Path) -> None:
 
 def test_a_command_that_cannot_be_run_on_cases_is_a_usage_error(suite: Suite, tmp_path: Path) -> None:
     data = ("--conformance-data", suite.root)
-    code, text = pytest_in(tmp_path / "p", "--conformance-command", "tool {base}", *data)
+    code, text = pytest_in(tmp_path / "p", "--conformance-command", "env {base}", *data)
     assert code == 4
     assert "found no {adapter}" in text
 
 
 def test_missing_data_is_a_usage_error(tmp_path: Path) -> None:
-    command = ("--conformance-command", "tool {base} {adapter} {out}")
+    command = ("--conformance-command", "env {base} {adapter} {out}")
     code, text = pytest_in(tmp_path / "p", *command, "--conformance-data", tmp_path / "none")
     assert code == 4
     assert "found no manifest" in text

@@ -16,7 +16,7 @@ from loudmerge.conformance.server import Served, ServerError
 DRIVERS = Path(__file__).parents[3] / "conformance" / "drivers"
 
 DRIVER = f"""
-import os, sys, time
+import os, shutil, sys, time
 sys.path.insert(0, {str(DRIVERS)!r})
 import _driver
 from pathlib import Path
@@ -34,8 +34,14 @@ def merge(base, adapter, out):
         Path(os.environ["SLEEP"]).touch()
         time.sleep(600)
     held["model.q_proj.weight"] += 2 * lora["q_proj.lora_B"] @ lora["q_proj.lora_A"]
+    if "DIE" in os.environ and not Path(os.environ["DIE"]).exists():
+        Path(os.environ["DIE"]).touch()
+        os.kill(os.getppid(), 9)
+        time.sleep(600)
     Path(out).mkdir()
     save_file(held, Path(out) / "model.safetensors")
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(Path(base) / name, out)
 
 sys.exit(_driver.main("small", ("numpy",), merge))
 """
@@ -58,7 +64,7 @@ def test_one_process_serves_every_case(served: Served, suite: Suite) -> None:
     import numpy as np
 
     assert (served.tool, served.versions) == ("small", {"numpy": np.__version__})
-    verdicts = run_all(suite.cases, served)
+    verdicts = run_all(suite.cases, served, suite)
     assert [found.verdict for found in verdicts] == ["right", "right", "refused", "right"]
     assert "merging" in verdicts[2].said
     assert "ValueError: NaN in lora_A" in verdicts[2].said
@@ -73,6 +79,45 @@ def test_a_case_that_does_not_end_costs_its_time_and_no_other_case(
         assert [run(suite.cases[0], tool).verdict for _ in range(2)] == ["timed-out", "right"]
     finally:
         tool.close()
+
+
+def test_a_tool_that_ends_in_a_case_fails_that_case_and_no_other(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIE", str(tmp_path / "died"))
+    tool = Served(line(tmp_path))
+    try:
+        found = [run(suite.cases[0], tool) for _ in range(2)]
+    finally:
+        tool.close()
+    assert [(one.verdict, one.code) for one in found] == [("crashed", -9), ("right", 0)]
+
+
+HELLO = """print('{"tool": "t", "versions": {}}', flush=True)"""
+
+
+def test_a_tool_that_ends_between_cases_with_0_did_not_merge(suite: Suite, tmp_path: Path) -> None:
+    tool = Served(line(tmp_path, HELLO))
+    try:
+        found = run(suite.cases[0], tool)
+    finally:
+        tool.close()
+    assert (found.verdict, found.code) == ("crashed", 1)
+
+
+def test_an_answer_without_a_code_is_an_error(suite: Suite, tmp_path: Path) -> None:
+    tool = Served(line(tmp_path, f"{HELLO}; input(); print('{{}}', flush=True); input()"))
+    try:
+        with pytest.raises(ServerError, match=r"answered {}, expected {"):
+            run(suite.cases[0], tool)
+    finally:
+        tool.close()
+
+
+@pytest.mark.parametrize("said", ["{}", "[1]", '{"tool": 1, "versions": {}}', '{"tool": "t", "versions": 3}'])
+def test_a_tool_that_does_not_say_what_it_is_is_an_error(said: str, tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="expected"):
+        Served(line(tmp_path, f"print({said!r}, flush=True); input()"))
 
 
 def test_a_tool_that_does_not_start_is_an_error(tmp_path: Path) -> None:

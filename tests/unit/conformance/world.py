@@ -29,6 +29,16 @@ lora = load_file(adapter / "adapter_model.safetensors")
 def write(tensors, name="model.safetensors"):
     out.mkdir(exist_ok=True)
     save_file(tensors, out / name)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(base / name, out)
+
+def index(files):
+    named = {name: file for file, names in files.items() for name in names}
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+
+def config(**fields):
+    write(merged())
+    (out / "config.json").write_text(json.dumps({**json.loads((base / "config.json").read_text()), **fields}))
 
 def merged():
     if any(not np.isfinite(value).all() for value in lora.values()):
@@ -53,7 +63,48 @@ all = merged(); all['model.norm.weight'] = all['model.norm.weight'] + np.float32
     "in two shards": """
 all = merged(); head = all.pop('lm_head.weight')
 write(all, 'model-00001-of-00002.safetensors')
-write({'lm_head.weight': head}, 'model-00002-of-00002.safetensors')""",
+write({'lm_head.weight': head}, 'model-00002-of-00002.safetensors')
+index({'model-00001-of-00002.safetensors': all, 'model-00002-of-00002.safetensors': ['lm_head.weight']})""",
+    "in a shard that no index names": """
+all = merged(); head = all.pop('lm_head.weight')
+write(all, 'model-00001-of-00002.safetensors')
+write({'lm_head.weight': head}, 'model-00002-of-00002.safetensors')
+index({'model-00001-of-00002.safetensors': all})""",
+    "an index of other shards": """
+write(merged()); index({'model-00001-of-00002.safetensors': ['lm_head.weight']})""",
+    "an index that is none": "write(merged()); (out / 'model.safetensors.index.json').write_text('[]')",
+    "under another file name": "write(merged(), 'merged.safetensors')",
+    "beside the base's file": "write(held); write(merged(), 'model-new.safetensors')",
+    "with the adapter": """
+write(merged())
+for file in adapter.iterdir():
+    shutil.copy(file, out)
+(out / 'adapter_config.json').write_text('{}')""",
+    "without a config": "write(merged()); (out / 'config.json').unlink()",
+    "with a broken config": "write(merged()); (out / 'config.json').write_text('{')",
+    "another activation": "config(hidden_act='relu')",
+    "another model": "config(model_type='other')",
+    "a config with nothing in it": """
+write(merged()); (out / 'config.json').write_text(json.dumps({'model_type': 'any'}))""",
+    "another size": "config(sizes={'hidden_size': 5})",
+    "a config of another transformers": """
+config(dtype='float16', transformers_version='9')
+text = (out / 'config.json').read_text().replace('num_experts', 'num_local_experts')
+(out / 'config.json').write_text(text)""",
+    "without a generation config": "write(merged()); (out / 'generation_config.json').unlink()",
+    "a folder named like a shard": "write(merged()); (out / 'x.safetensors').mkdir()",
+    "one file instead of a folder": "out.write_text('?'); sys.exit('I want a folder')",
+    "in float8": """
+import torch
+from safetensors.torch import save_file as save
+write(held)
+all = {name: torch.tensor(value).to(torch.float8_e4m3fn) for name, value in merged().items()}
+save(all, out / 'model.safetensors')""",
+    "writes into its input": "write(merged()); (base / 'new.json').write_text('{}')",
+    "merges only without options": """
+if sys.argv[4:]:
+    sys.exit('no options here')
+write(merged())""",
     "in float16": "write({name: value.astype(np.float16) for name, value in merged().items()})",
     "changes its input": "write(merged()); (base / 'config.json').write_text('{}')",
     "writes no safetensors": "out.mkdir(); (out / 'model.safetensors').write_bytes(b'?' * 40)",
@@ -85,7 +136,15 @@ def make_suite(root: Path) -> Suite:
         (root / folder).mkdir(parents=True)
     base = {UNTOUCHED: random(4), TARGET: random(6, 4), HEAD: random(5, 4)}
     save_file(base, root / "bases/b/model.safetensors")
-    (root / "bases/b/config.json").write_text('{"model_type": "any"}')
+    config = {"model_type": "any", "hidden_act": "silu", "num_experts": 7, "sizes": {"hidden_size": 4}}
+    config |= {
+        "dtype": "float32",
+        "transformers_version": "4.57.6",
+        "eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+    (root / "bases/b/config.json").write_text(json.dumps(config))
+    (root / "bases/b/generation_config.json").write_text("{}")
     lora = {"q_proj.lora_A": random(2, 4), "q_proj.lora_B": random(6, 2)}
     save_file(lora, root / "adapters/plain/adapter_model.safetensors")
     bad = {**lora, "q_proj.lora_A": np.full((2, 4), np.nan, dtype=np.float32)}
@@ -106,7 +165,7 @@ def case(name: str, **fields: Any) -> dict[str, Any]:
     """One case's entry in the manifest."""
     plain = {"topic": "plain", "base": "b", "adapter": "plain", "expect": "merge", "expected": "plain"}
     made = {"peft": "0.19.1", "transformers": "5.5.0"}
-    rest = {"refusal": "", "options": {}, "made": made, "of": "", "edit": "", "layout": "dense"}
+    rest = {"refusal": "", "options": {}, "config": {}, "made": made, "of": "", "edit": "", "layout": "dense"}
     return {"id": name, "why": f"why {name} matters.", **plain, **rest, **fields}
 
 
