@@ -154,15 +154,31 @@ def timed(command: list[str]) -> tuple[float, int]:
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: S603 - the commands are ours
     _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{command[:3]} failed with {status}")
-    return time.monotonic() - started, usage.ru_maxrss * 1024
+    elapsed, code = time.monotonic() - started, os.waitstatus_to_exitcode(status)
+    process.returncode = code  # the wait was ours
+    if code:
+        raise SystemExit(f"{' '.join(command[:4])} …: exit code {code}, so there is no time to report")
+    return elapsed, usage.ru_maxrss * 1024
 
 
-def build(base: Path, adapter: Path, layers: int) -> None:
-    """Builds both inputs."""
-    build_base(base, layers)
-    build_adapter(adapter, layers)
+def build(root: Path, layers: int) -> None:
+    """Builds both inputs. Under their names only once they are whole: they are used again."""
+    half = root.with_name(f"{root.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    build_base(half / "base", layers)
+    build_adapter(half / "adapter", layers)
+    half.rename(root)
+
+
+def build_apart(root: Path, layers: int) -> None:
+    """Builds in a process of its own: the peak of a child starts from that of its parent. Raises SystemExit
+    where that fails.
+    """
+    builder = multiprocessing.get_context("spawn").Process(target=build, args=(root, layers))
+    builder.start()
+    builder.join()
+    if builder.exitcode:
+        raise SystemExit(f"the inputs could not be built: exit code {builder.exitcode}")
 
 
 def main() -> None:
@@ -179,13 +195,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="loudmerge-benchmark-") as scratch:
         root = (arguments.dir or Path(scratch)) / f"{arguments.layers}-layers"
         base, adapter, out = root / "base", root / "adapter", root / "out"
-        if not adapter.exists():
-            # In a process of its own: the peak of a child starts from that of its parent.
-            builder = multiprocessing.get_context("spawn").Process(
-                target=build, args=(base, adapter, arguments.layers)
-            )
-            builder.start()
-            builder.join()
+        if not root.exists():
+            build_apart(root, arguments.layers)
         python, inputs = sys.executable, [str(base), str(adapter), str(out)]
         merge = [python, "-m", "loudmerge", "merge", *inputs, "--json"]
         commands = {
