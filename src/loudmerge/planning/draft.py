@@ -21,7 +21,7 @@ from loudmerge.reading.adapter import EMBEDDING_NAMES, Adapter, FullTensor, Lora
 from loudmerge.reading.adapter_config import ends_with
 from loudmerge.reading.checkpoint import Checkpoint, config_parts
 from loudmerge.reading.experts import Slot
-from loudmerge.reading.families import Family
+from loudmerge.reading.families import FUSED_LEAVES, Family
 from loudmerge.reading.names import Names
 from loudmerge.reading.patterns import alphas
 from loudmerge.system.tensorfile import DTYPE_CODES, FLOAT_CODES, MERGEABLE_CODES, TensorEntry
@@ -32,6 +32,13 @@ HEAD_BIAS = "lm_head.bias"
 NEW_HEAD = (
     f"{WHICH_BASE} A head that the training made (a classifier's, a reward model's) is in no base: merge the "
     "live model with save_pretrained_merged, or save the model with its new head, untrained, as the base."
+)
+FUSED_WHOLE = (
+    f"{WHICH_BASE} If it holds its experts apart: whole experts, trained fused, are not taken apart. Merge "
+    "with PEFT's merge_and_unload, and have transformers save the model."
+)
+NO_BIAS = (
+    "The base's module has no bias, which could hold it: use base and adapter with PEFT, without a merge."
 )
 
 
@@ -153,7 +160,7 @@ class Draft:
         name = item.parameter.removesuffix("weight") + "bias"
         entry = self.names.find(name)
         if entry is None:
-            self.problems.append(missing_base(str(bias), "a LoRA bias", name))
+            self.problems.append(missing_base(str(bias), "a LoRA bias", name, NO_BIAS))
         elif entry.shape != bias.shape:
             self.problems.append(wrong_shape(str(bias), bias.shape, entry))
         else:
@@ -169,7 +176,8 @@ class Draft:
             elif entry is None and (stored := self._stored_bias(tensor)) is not None:
                 self.take_copy(stored, tensor.entry)
             elif entry is None:
-                hint = NEW_HEAD if tensor.saved_module else WHICH_BASE
+                fused = tensor.name.rpartition(".")[2] in FUSED_LEAVES
+                hint = (FUSED_WHOLE if fused else NEW_HEAD) if tensor.saved_module else WHICH_BASE
                 self.problems.append(missing_base(str(tensor.entry), "a full tensor", tensor.name, hint))
             elif tensor.entry.shape != entry.shape and not (
                 resizable and tensor.entry.shape[1:] == entry.shape[1:]

@@ -256,6 +256,14 @@ def test_a_full_tensor_replaces_the_bases(world: World) -> None:
     assert plan.counts == Counts(0, 0, 1, 2)
 
 
+def test_whole_experts_that_were_trained_fused_are_not_taken_apart(world: World) -> None:
+    error = world.refuse(
+        expert_tensors(E, H, I), full(f"{EXPERTS}.down_proj", E, H, I), modules_to_save=["experts"]
+    )
+    assert error.code == "missing-base-tensor"
+    assert "trained fused, are not taken apart" in error.hint
+
+
 def test_a_trained_bias_replaces_the_bases(world: World) -> None:
     base = {**Q, f"{Q_PROJ}.bias": values(8)}
     plan = world.plan(base, full(f"{Q_PROJ}.bias", 8), bias="all")
@@ -389,13 +397,18 @@ def test_a_lora_bias_is_added_to_the_bases_bias(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "code"), [(Q, "missing-base-tensor"), ({**Q, f"{Q_PROJ}.bias": values(7)}, "shape-mismatch")]
+    ("base", "code", "hint"),
+    [
+        (Q, "missing-base-tensor", "The base's module has no bias, which could hold it"),
+        ({**Q, f"{Q_PROJ}.bias": values(7)}, "shape-mismatch", "Is this the base"),
+    ],
 )
-def test_a_lora_bias_needs_a_bias_in_the_base(base: Tensors, code: str, world: World) -> None:
+def test_a_lora_bias_needs_a_bias_in_the_base(base: Tensors, code: str, hint: str, world: World) -> None:
     held = lora(Q_PROJ, 8, H) | {f"{PREFIX}{Q_PROJ}.lora_B.bias": values(8)}
     error = world.refuse(base, held, lora_bias=True)
     assert error.code == code
     assert "lora_B.bias" in error.where
+    assert error.hint.startswith(hint)
 
 
 # --- dtypes --------------------------------------------------------------------------------------
