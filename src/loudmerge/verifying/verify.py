@@ -30,7 +30,7 @@ from loudmerge.planning.plan import MergePlan, OutputTensor
 from loudmerge.planning.planner import make_plan
 from loudmerge.reading.adapter import read_adapter
 from loudmerge.reading.checkpoint import open_checkpoint
-from loudmerge.reading.sidefiles import REPORT
+from loudmerge.reading.sidefiles import CONFIG, REPORT
 from loudmerge.system.threads import one_torch_thread
 from loudmerge.verifying.judge import MatrixResult, check_matrix
 from loudmerge.verifying.outfiles import COMPARED_AT_ONCE, TensorMismatch, list_out
@@ -50,6 +50,10 @@ __all__ = ["TensorMismatch", "Verification", "verify", "verify_plan"]
 
 SHOWN_MISMATCHES = 10
 """How many mismatches the summary names before it only counts them."""
+
+SAVED_ANEW = (
+    "every tensor is that of the merge; the files below differ, as they do where a tool saves the model anew"
+)
 
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
@@ -121,7 +125,11 @@ def verify(
     laid = {"orientation": orientation, "lora_b_layout": lora_b_layout}
     made, report = plan_again(out, base, adapter, **laid)
     found = verify_plan(made, out, progress=progress, report=report)
-    return replace(found, notes=(*_assumed(report, laid), *found.notes))
+    notes = [*_assumed(report, laid), *found.notes]
+    others = {CONFIG, *made.side_files}
+    if report is None and not found.ok and all(one.shard in others for one in found.mismatches):
+        notes.append(SAVED_ANEW)
+    return replace(found, notes=tuple(notes))
 
 
 def plan_again(

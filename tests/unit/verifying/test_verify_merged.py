@@ -65,6 +65,22 @@ def test_the_options_of_the_report_are_used(tmp_path: Path) -> None:
     assert found.notes[0] in found.summary()
 
 
+@pytest.mark.parametrize(("tensor", "said"), [(False, True), (True, False)])
+def test_another_tools_config_is_told_from_its_tensors(tensor: bool, said: bool, tmp_path: Path) -> None:
+    out, base, adapter = published(tmp_path)
+    (out / "merge_report.json").unlink()
+    config = out / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "transformers_version": "0"}))
+    if tensor:
+        file = next(out.glob("*.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 0x40
+        file.write_bytes(content)
+    found = verify(out, base, adapter)
+    assert not found.ok
+    assert any("every tensor is that of the merge" in note for note in found.notes) == said
+
+
 def test_a_report_that_is_none_is_a_mismatch(tmp_path: Path) -> None:
     out, base, adapter = published(tmp_path)
     endless = "[" * 10**5 + "]" * 10**5
