@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(matrix: Matrix, given: argparse.Namespace, older: tuple[CellResult, ...] | None) -> int:
     root = Path.cwd()
     installer = Installer.of(root, os.environ, uv=given.uv)
+    # An earlier run's would pass for this one's, were it interrupted.
+    for file in (table.MARKDOWN, table.PAGE):
+        (root / HOME / file).unlink(missing_ok=True)
     options = Options(root, given.results, given.jobs, installer, source(root), tuple(given.parts))
     rows = run(matrix, given.cells, options, _tell)
     overview = table.write(rows, root / HOME, older)

@@ -2,7 +2,8 @@
 
     python -m loudmerge.compat.table RESULTS_DIR [--against DIR] [--readme README.md [--check]]
 
-Each row is judged by what it shows and matrix.toml expects, whatever status its file names.
+Each row is judged by what it shows and matrix.toml expects, whatever status its file names. One of another
+source of loudmerge than the checkout's is not run; one of a cell that matrix.toml no longer has is left out.
 
 Exit 1: a cell regressed against the older results, or is new and not ok; a result cannot be read; or the
 README is not current. Exit 2: the arguments, or a file that is read, are wrong.
@@ -20,9 +21,20 @@ from pathlib import Path
 
 from loudmerge import __version__
 from loudmerge.compat.environments.environment import differing
+from loudmerge.compat.inside.cell import source
 from loudmerge.compat.judging import document
 from loudmerge.compat.judging.against import rows_and_changes
-from loudmerge.compat.judging.cells import FILE, LATEST, PACKAGES, RELEASED, Cell, Matrix, MatrixError, load
+from loudmerge.compat.judging.cells import (
+    FILE,
+    LANES,
+    LATEST,
+    PACKAGES,
+    RELEASED,
+    Cell,
+    Matrix,
+    MatrixError,
+    load,
+)
 from loudmerge.compat.judging.result import FAILED, NOT_RUN, CellResult, Shortfall
 from loudmerge.compat.judging.verdict import RAN, VERSIONS, all_crossed, judged
 from loudmerge.compat.rendering import markdown, page, readme
@@ -164,6 +176,22 @@ def _placed(found: CellResult, expected: CellResult) -> CellResult:
     return replace(found, lane=expected.lane, versions=expected.versions)
 
 
+def _of_now(matrix: Matrix, found: Sequence[CellResult], checkout: str) -> tuple[CellResult, ...]:
+    """The rows of cells that the matrix has, and the GPU's; without what another source showed.
+
+    checkout: its source, as cell.source names it. A row of the GPU says itself of which it is.
+    """
+    kept = (row for row in found if row.cell in matrix.names or row.lane not in LANES)
+    return tuple(_of_source(checkout, row) if row.cell in matrix.names else row for row in kept)
+
+
+def _of_source(checkout: str, row: CellResult) -> CellResult:
+    if row.status not in RAN or row.source == checkout or _unreadable(row):
+        return row
+    detail = "its result is of another source of loudmerge"
+    return CellResult(row.cell, row.lane, NOT_RUN, row.versions, detail=detail)
+
+
 def _judged(matrix: Matrix, found: Sequence[CellResult]) -> tuple[CellResult, ...]:
     """The rows by what the matrix expects now, whatever status their files name.
 
@@ -221,7 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _arguments(arguments)
     try:
         matrix = load(given.matrix)
-        found = _judged(matrix, in_order(read(given.results), _expected(matrix)))
+        left = in_order(read(given.results), _expected(matrix))
+        found = _judged(matrix, _of_now(matrix, left, source(given.matrix.parent)))
         older = None if given.against is None else read_older(given.against)
         overview = write(found, given.out or given.results.parent, older, lag=dict(given.lag))
         problems = [*_broken(found), *_failing(overview, matrix), *_readme(given, overview)]

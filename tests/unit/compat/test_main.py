@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from loudmerge.compat import __main__ as command
+from loudmerge.compat import table
 from loudmerge.compat.__main__ import main
 from loudmerge.compat.judging.cells import load
 from loudmerge.compat.judging.result import CellResult
@@ -89,6 +91,32 @@ def test_an_optional_cell_that_was_not_reached_exits_0(
     assert main(["dev", "--results", "elsewhere"]) == 0
     assert capsys.readouterr().out == "2 cells: 1 unreachable, 1 not-run\n"
     assert json.loads((root / "elsewhere" / "dev.json").read_text("utf-8"))["status"] == "unreachable"
+
+
+def test_the_table_takes_what_the_run_left(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same source; an edit, and it shows nothing of today's."""
+    main(["one", "--parts", "tests"])
+    capsys.readouterr()
+    assert table.main([".compat/results"]) == 0
+    assert capsys.readouterr().out == "2 cells: 1 failed, 1 not-run\n"
+    (root / "tests" / "unit" / "test_tiny.py").write_text("", "utf-8")
+    assert table.main([".compat/results"]) == 0
+    assert capsys.readouterr().out == "2 cells: 2 not-run\n"
+
+
+def test_a_run_that_is_interrupted_leaves_no_table_of_an_earlier_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("COMPAT.md", "compat.html"):
+        (root / ".compat" / name).write_text("9 cells: 9 ok", "utf-8")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(["one"])
+    assert not [*(root / ".compat").glob("[Cc]*.*")]
 
 
 def test_a_cell_that_was_ok_and_is_not_has_regressed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,6 +261,7 @@ def test_the_date_is_now_unless_given(tmp_path: Path) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with results of two cells of three, and a README with a place for the table."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "source", lambda _: rows.STANDARD.source)
     (tmp_path / "matrix.toml").write_text(MATRIX, "utf-8")
     (tmp_path / "README.md").write_text(f"# A\n\n{START}\n{END}\n", "utf-8")
     save(tmp_path / ".compat/results", [rows.SWAPPED, rows.STANDARD])

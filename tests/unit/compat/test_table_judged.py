@@ -13,6 +13,7 @@ from loudmerge.compat import table
 from loudmerge.compat.judging.cells import load
 from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult
 from loudmerge.compat.rendering.overview import why
+from loudmerge.compat.rendering.readme import END, START
 from loudmerge.compat.table import MARKDOWN, in_order, main, read, read_older
 from tests.unit.compat import rows
 from tests.unit.compat.made import FIGURES
@@ -23,6 +24,7 @@ from tests.unit.compat.test_table import MATRIX, save
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with results of two cells of three."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "source", lambda _: rows.STANDARD.source)
     (tmp_path / "matrix.toml").write_text(MATRIX, "utf-8")
     save(tmp_path / ".compat/results", [rows.SWAPPED, rows.STANDARD])
     return tmp_path
@@ -81,6 +83,34 @@ def test_a_row_that_is_kept_has_merged_what_there_was_then(project: Path) -> Non
     assert judged_by_the_command(project, one, two).status == FAILED
     kept = replace(one, detail="of an earlier run")
     assert judged_by_the_command(project, kept, replace(two, crossed={one.cell: OK})) == kept
+
+
+def test_a_row_of_another_source_than_the_checkout_s_is_not_run(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of results outlives the commit that they are of: they show nothing of this one."""
+    (project / "README.md").write_text(f"{START}\n{END}\n", "utf-8")
+    arguments = [".compat/results", "--readme", "README.md"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--check"]) == 0
+    save(project / ".compat/results", [replace(rows.STANDARD, source="before an edit")])
+    assert main([*arguments, "--check"]) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "3 cells: 1 ok, 2 not-run"
+    assert "trl 0.25.1: status: README has ✓ ok, the results have – not-run\n" in said.err
+    text = (project / ".compat" / MARKDOWN).read_text("utf-8")
+    assert f"| {rows.STANDARD.cell} | not-run | its result is of another source of loudmerge |" in text
+
+
+def test_what_is_left_of_a_cell_that_the_matrix_no_longer_has_is_no_row(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing says what it must show. The GPU's rows are of no lane of matrix.toml."""
+    gpu = replace(rows.SWAPPED, cell="gpu-a", lane="gpu")
+    save(project / ".compat/results", [replace(rows.SWAPPED, cell="tf5.4.0-peft0.18.1-trl0.25.1"), gpu])
+    assert main([".compat/results"]) == 0
+    assert capsys.readouterr().out == "4 cells: 3 ok, 1 not-run\n"
+    assert "tf5.4.0" not in (project / ".compat" / MARKDOWN).read_text("utf-8")
 
 
 @pytest.mark.parametrize(

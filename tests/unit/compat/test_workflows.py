@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
+from loudmerge.compat.inside.cell import source
 from loudmerge.compat.judging.cells import FILE, Cell, load
 from loudmerge.compat.judging.result import FAILED, OK, CellResult, Tests
 from tests.unit.compat.made import result
@@ -509,14 +510,15 @@ def put(directory: Path, *rows: CellResult) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("src", FILE):
+    for name in ("src", "tests", "pyproject.toml", FILE):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 
 def rows() -> tuple[CellResult, ...]:
-    """Of the cells there are, each with what it must show."""
-    return tuple(shown(cell) for cell in load(ROOT / FILE).cells)
+    """Of the cells there are, each with what it must show, and of the source that is there."""
+    of = source(ROOT)
+    return tuple(replace(shown(cell), source=of) for cell in load(ROOT / FILE).cells)
 
 
 def shown(cell: Cell) -> CellResult:

@@ -179,10 +179,13 @@ RUNS: Mapping[str, Callable[[Job], dict[str, Any]]] = MappingProxyType(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the job of the first file and writes what it showed into the second."""
+    """Runs the job of the first file and writes what it showed into the second, and of which source.
+
+    That is looked at in the end: where a file was edited meanwhile it is another than the run began with.
+    """
     job_file, out = map(Path, arguments)
     job = Job.from_json(json.loads(job_file.read_text("utf-8")))
-    shown = {**RUNS[job.part](job), "versions": running()}
+    shown = {**RUNS[job.part](job), "versions": running(), "source": source(job.root)}
     out.write_text(json.dumps(shown, indent=1) + "\n", "utf-8")
 
 

@@ -51,6 +51,11 @@ OWN_PARTS = (FAMILIES, TESTS, JOURNEY)
 
 UNREAD = "left a file that cannot be read"
 
+OTHER_SOURCE = (
+    "ran on another source than the run began with: its files were edited since, or the environment "
+    "holds another loudmerge"
+)
+
 Tell = Callable[[str], None]
 """Called with a line of progress."""
 
@@ -319,9 +324,12 @@ def _in_environment(job: Job, name: str, options: Options, children: Children) -
         lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
         raise PartFailed(f"failed: {lines[-1][:300] if lines else 'it said nothing'} (exit code {code})")
     try:
-        return document.read(out)
+        shown = document.read(out)
     except ValueError as error:
         raise PartFailed(f"{UNREAD}: {error}") from error
+    if shown.pop("source", None) != options.source:
+        raise PartFailed(OTHER_SOURCE)
+    return shown
 
 
 def _rows(

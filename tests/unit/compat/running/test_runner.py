@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -213,6 +214,33 @@ def test_an_environment_that_was_changed_since_it_was_made_falls_short(root: Pat
     assert row.versions["peft"] == "0.21.2"
     assert row.errors == {"versions": "tests: peft 0.21.2, expected 0.19.1"}
     assert "versions" in [each.check for each in row.shortfalls]
+
+
+def test_a_part_during_which_a_file_was_edited_shows_nothing_of_the_source_it_began_with(
+    root: Path, run_cells: Run
+) -> None:
+    """Tests that passed on the edited files would stand for the others."""
+    checkout.in_place(root, ONE)
+    edit = "import pathlib\ndef test_edits(): pathlib.Path('tests/unit/test_other.py').touch()\n"
+    (root / "tests" / "unit" / "test_tiny.py").write_text(edit, "utf-8")
+    row = run_cells("one", parts=("tests",))["one"]
+    assert (row.status, row.tests) == (FAILED, None)
+    assert row.detail.startswith("tests ran on another source than the run began with: its files were edited")
+
+
+def test_an_environment_that_holds_another_loudmerge_shows_nothing_of_this_one(
+    root: Path, run_cells: Run, tmp_path: Path
+) -> None:
+    checkout.in_place(root, ONE)
+    package = Path(loudmerge.__file__).parent
+    shutil.copytree(package, tmp_path / "elsewhere" / "loudmerge")
+    (tmp_path / "elsewhere" / "loudmerge" / "another.py").touch()
+    python = checkout.options(root, ()).environment("one").python
+    script = python.read_text("utf-8").replace(str(package.parent), str(tmp_path / "elsewhere"))
+    python.write_text(script, "utf-8")
+    row = run_cells("one", parts=("tests",))["one"]
+    assert (row.status, row.tests) == (FAILED, None)
+    assert row.detail.endswith("or the environment holds another loudmerge")
 
 
 @pytest.mark.parametrize("text", ["", '{"path": "fus', "[]", '{"digest": {"weights": "x"}}'])
