@@ -32,10 +32,11 @@ MOST: Mapping[str, float] = {
     "kl_float32_merge_at_most": math.inf,
     "kl_trained_merged_share": 1.0,
     "kl_base_merged_within": 1.0,
+    "kl_bfloat16_share": 1.0,
     "delta_kept_at_least": 1.0,
     "top1_at_least": 1.0,
 }
-"""The numbers of Expectation that need not be whole, and the most that each can be: four are shares."""
+"""The numbers of Expectation that need not be whole, and the most that each can be: five are shares."""
 
 COUNTS = ("samples_of", "merged", "tests_at_least", "suite_at_least", "families_at_least")
 """Those that are whole, from 1 on."""
@@ -49,9 +50,9 @@ class MatrixError(ValueError):
 class Expectation:
     """What a cell must show; the names and units are those of result.Figures.
 
-    kl_trained_merged_share, kl_base_merged_within: shares of kl_base_trained. samples: "all", or how many, of
-    samples_of. merged: per-expert projections. tests_at_least, suite_at_least: that passed, all and of
-    verdict.SUITE. families_at_least: merged, not refused.
+    kl_trained_merged_share, kl_base_merged_within, kl_bfloat16_share: of kl_base_trained. samples: "all", or
+    how many, of samples_of. merged: per-expert projections. tests_at_least, suite_at_least: that passed, all
+    and of verdict.SUITE. families_at_least: merged, not refused.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Expectation:
     kl_float32_merge_at_most: float
     kl_trained_merged_share: float
     kl_base_merged_within: float
+    kl_bfloat16_share: float
     delta_kept_at_least: float
     top1_at_least: float
     samples: str | int

@@ -121,6 +121,10 @@ def _short(expected: Expectation, found: Figures) -> Iterator[Shortfall]:
     if not abs(found.kl_base_merged - moved) <= within * moved:
         expects = f"kl_base_trained, {moved:.4g}, within {within:.0%}"
         yield Shortfall("kl_base_merged", f"{found.kl_base_merged:.4g}", expects)
+    coarse = expected.kl_bfloat16_share * moved
+    if not found.kl_bfloat16_arithmetic <= coarse:
+        expects = f"at most {expected.kl_bfloat16_share:g} of kl_base_trained, {coarse:.3g}"
+        yield Shortfall("kl_bfloat16_arithmetic", f"{found.kl_bfloat16_arithmetic:.3g}", expects)
     if not found.delta_kept >= expected.delta_kept_at_least:
         yield Shortfall("delta_kept", f"{found.delta_kept:.4f}", f"at least {expected.delta_kept_at_least:g}")
     if not found.top1_agreement >= expected.top1_at_least:

@@ -47,6 +47,8 @@ def test_a_cell_that_shows_all_is_ok() -> None:
         ("kl_trained_merged", {"kl_trained_merged": 1.9e-3}),
         ("kl_base_merged", {"kl_base_merged": 1.84}),
         ("kl_base_merged", {"kl_base_merged": 1.88}),
+        ("kl_bfloat16_arithmetic", {"kl_bfloat16_arithmetic": 0.019}),
+        ("kl_bfloat16_arithmetic", {"kl_bfloat16_arithmetic": math.nan}),
         ("delta_kept", {"delta_kept": 0.98}),
         ("samples", {"samples": (2, 3)}),
         ("samples", {"samples": (0, 0)}),
@@ -102,7 +104,8 @@ def test_a_figure_that_cannot_be_falls_short(check: str, value: object) -> None:
 
 def test_a_training_that_moved_nothing_proves_nothing() -> None:
     """Whatever else is right: the merge of nothing is right, too."""
-    still = result(kl_base_trained=0.01, kl_base_merged=0.01, kl_trained_merged=0.0)
+    nothing = {"kl_trained_merged": 0.0, "kl_bfloat16_arithmetic": 0.0}
+    still = result(kl_base_trained=0.01, kl_base_merged=0.01, **nothing)
     assert checks(still) == ["kl_base_trained"]
     assert "kl_base_trained" in checks(result(kl_base_trained=math.nan))
 
