@@ -167,7 +167,8 @@ def between(released: Sequence[str], one: str, other: str) -> tuple[str, ...]:
     for end in (one, other):
         if Version(end) not in known:
             newest = ", ".join(known[version] for version in sorted(known, reverse=True)[:12])
-            raise ValueError(f"{end}: no such release (pre-releases are not tried). The newest are {newest}")
+            said = "no such release (yanked and pre-releases are not tried)"
+            raise ValueError(f"{end}: {said}. The newest are {newest}")
     low, high = sorted((Version(one), Version(other)))
     if low == high:
         raise ValueError(f"found {one} for both ends, expected two versions")
@@ -309,6 +310,8 @@ def _parser() -> argparse.ArgumentParser:
 def _chosen(asked: argparse.Namespace, root: Path, index: Index) -> tuple[tuple[str, ...], tuple[Cell, ...]]:
     """The releases to search and the cells to take pins from. Raises ValueError, EnvironmentFailed."""
     matrix = cells.load(root / cells.FILE)
+    if asked.node:
+        asked.node.check(root)
     if asked.cell and not (named := matrix.chosen([asked.cell]))[0].is_pinned:
         raise ValueError(f"{asked.cell}: of lane {named[0].lane}, expected a cell that pins versions")
     found = between(index.versions(asked.package), asked.good, asked.bad)
@@ -332,7 +335,7 @@ def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> 
 
     def ask(base: Cell) -> Question:
         if asked.node:
-            return Node(str(asked.node.node))
+            return Node(asked.node.node)
         return Checks(tuple(asked.expect)) if asked.expect else Expected(base.name, base.expects)
 
     try:

@@ -122,7 +122,7 @@ def test_between_is_in_order_of_release_whichever_end_is_good() -> None:
     ("ends", "message"),
     [
         (("0.18.2", "0.19.1"), r"0\.18\.2: no such release .*The newest are 0\.21\.2, 0\.20\.0, 0\.19\.1"),
-        (("0.18.1", "0.19.1rc1"), r"0\.19\.1rc1: no such release \(pre-releases are not tried\)"),
+        (("0.18.1", "0.19.1rc1"), r"0\.19\.1rc1: no such release \(yanked and pre-releases are not tried\)"),
         (("0.18.1", "0.18.1"), r"found 0\.18\.1 for both ends, expected two versions"),
         (("0.18.1", "main"), r"Invalid version: 'main'"),
     ],
@@ -306,8 +306,23 @@ def test_a_pytest_node_is_passed_skipped_or_never_run(
 def test_a_failed_node_says_what_failed(tmp_path: Path) -> None:
     answer = ask_node(tmp_path, "0.19.1", "test_of_the_version")
     assert answer is not None
-    assert answer.state == ("failed",)
+    assert answer.state == ("failed", "test_it.py::test_of_the_version")
     assert answer.shown.startswith("1 failed: test_of_the_version: AssertionError: it is the new one")
+
+
+def test_a_node_of_several_tests_is_other_where_others_of_them_fail(tmp_path: Path) -> None:
+    """Else one that fails at both ends would hide what broke in between."""
+    states = []
+    for failing in ("a", "ab", "ba"):
+        text = "".join(f"def test_{name}(): assert {name not in failing}\n" for name in "abc")
+        (tmp_path / "test_it.py").write_text(text, "utf-8")
+        asked = Node("test_it.py")
+        line = [sys.executable, *asked.command(tmp_path)]
+        done = subprocess.run(line, cwd=tmp_path, check=False, capture_output=True)
+        answer = asked.read(tmp_path, done.returncode)
+        assert answer is not None
+        states.append(answer.state)
+    assert states[0] != states[1] == states[2]
 
 
 def ask_node(directory: Path, mark: str, node: str) -> Answer | None:
@@ -532,12 +547,16 @@ def test_a_matrix_without_a_pinned_cell_is_a_usage_error(
         ([*ASKED, "--expect", "orientated"], "--expect: found 'orientated', expected NAME, NAME=VALUE"),
         ([*ENDS, "--expect", "orientation=swaped"], "expected one of standard|swapped|none after"),
         ([*ASKED, "--node", "x"], "not allowed with argument"),
+        ([*ENDS, "--node", "tests/test_x.py::test_a"], "--node: found no tests/test_x.py, expected a pytest"),
+        ([*ENDS, "--node", ".::test_a"], "--node: found no ., expected a pytest"),
+        ([*ENDS, "--node", "test_it.py::test_of[a]"], "--node: found no test_of in test_it.py"),
         ([*ASKED, "--cell", "latest"], "expected a cell that pins"),
     ],
 )
 def test_wrong_arguments_end_with_2_before_anything_is_made(
     root: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (root / "test_it.py").write_text(TESTS, "utf-8")
     with pytest.raises(SystemExit) as caught:
         main(arguments, Shelf())
     assert caught.value.code == 2

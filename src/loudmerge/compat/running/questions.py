@@ -186,6 +186,15 @@ class Node:
     def text(self) -> str:
         return self.node
 
+    def check(self, root: Path) -> None:
+        """Raises ValueError where the checkout has no such node: no version would answer."""
+        file, *names = self.node.split("::")
+        place, name = root / file, names[0].partition("[")[0] if names else ""
+        if not (place.is_file() or (place.is_dir() and not names)):
+            raise ValueError(f"--node: found no {file}, expected a pytest node: tests/…::test_…")
+        if name and not re.search(rf"\b{re.escape(name)}\b", place.read_text("utf-8")):
+            raise ValueError(f"--node: found no {name} in {file}")
+
     def command(self, scratch: Path) -> Sequence[str]:
         report = f"--junitxml={scratch / 'junit.xml'}"
         return ("-m", "pytest", "-q", "-p", "no:cacheprovider", report, self.node)
@@ -199,7 +208,9 @@ class Node:
         counts = {word: sum(case.outcome == word for case in cases) for word in OUTCOMES}
         words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
         reasons = [f"{case.name}: {case.reason}" for case in cases if case.outcome != junit.PASSED]
-        state = tuple(word for word, count in counts.items() if count)
+        # Which failed, too: of several, one more may be what changed.
+        failed = sorted(case.id for case in cases if case.outcome == junit.FAILED)
+        state = (*(word for word, count in counts.items() if count), *failed)
         return Answer(state, f"{words}: {reasons[0]}" if reasons else words)
 
 
