@@ -99,7 +99,7 @@ def families(cases: Sequence[Case]) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _family(case: Case, names: Sequence[str]) -> str | None:
-    for name in names:
+    for name in sorted(names, key=len, reverse=True):  # one may begin with another
         in_parameters = re.search(rf"(^|-){re.escape(name)}($|-)", case.parameters)
         if in_parameters or case.function.endswith(f"_of_{name}"):
             return name

@@ -266,7 +266,10 @@ class Reader:
             return float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _wrong(key, value, "a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise _wrong(key, f"a number of {len(str(value))} digits", "one that a float can hold") from error
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """An object."""

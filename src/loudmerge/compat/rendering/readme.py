@@ -87,7 +87,7 @@ def _split(readme: str) -> tuple[str, str, str]:
 
 
 def _read(text: str) -> dict[str, dict[str, str]]:
-    """The table's rows by the cell's versions: column -> text."""
+    """The table's rows by the cell's versions: column -> text. A second row of the same is counted, too."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     header, *rows = [_cells(line) for line in lines[:1] + lines[2:]] or [()]
     if header != TITLES:
@@ -96,7 +96,12 @@ def _read(text: str) -> dict[str, dict[str, str]]:
     if wrong:
         raise ReadmeError(f"found a row {list(wrong[0])}, expected {len(TITLES)} cells")
     named = [dict(zip(TITLES, row, strict=True)) for row in rows]
-    return {f"transformers {row['transformers']}, peft {row['peft']}, trl {row['trl']}": row for row in named}
+    found: dict[str, dict[str, str]] = {}
+    for row in named:
+        name = f"transformers {row['transformers']}, peft {row['peft']}, trl {row['trl']}"
+        times = 1 + sum(other.partition(" (")[0] == name for other in found)
+        found[f"{name} ({times})" if times > 1 else name] = row
+    return found
 
 
 def _cells(line: str) -> tuple[str, ...]:

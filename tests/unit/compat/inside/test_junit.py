@@ -107,6 +107,12 @@ def test_a_family_has_its_worst(cases: dict[str, tuple[junit.Case, ...]]) -> Non
     }
 
 
+def test_a_family_whose_name_begins_with_another_s_has_its_own_cases() -> None:
+    one = junit.OF_A_FAMILY
+    cases = [junit.Case("m", f"{one}[nllb]", "passed"), junit.Case("m", f"{one}[nllb-moe]", "failed", "no")]
+    assert junit.families(cases) == ({"nllb": "ok", "nllb-moe": f"{one}[nllb-moe]: no"}, ())
+
+
 def test_a_failure_of_no_family_is_not_lost(cases: dict[str, tuple[junit.Case, ...]]) -> None:
     assert junit.families(cases["families"])[1] == ("test_families.py::test_nothing_of_a_family",)
 

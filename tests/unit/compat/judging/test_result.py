@@ -83,6 +83,7 @@ def test_a_row_of_before_a_key_that_nothing_is_judged_by_is_read(key: str) -> No
         ("schema", 2, "schema: found 2, expected 1"),
         ("status", "fine", "status: found 'fine', expected one of ok, failed"),
         ("seconds", True, "seconds: found True, expected a number"),
+        pytest.param("seconds", 10**400, "found 'a number of 401 digits', expected one that a", id="huge"),
         ("date", 20261129, "date: found 20261129, expected a string"),
         ("kl_floor", None, "kl_floor: found None, expected a figure, as for the others"),
         ("samples", {"matched": 3}, "total: missing"),

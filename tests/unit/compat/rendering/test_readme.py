@@ -130,6 +130,14 @@ def test_another_set_of_cells_is_a_difference() -> None:
     ]
 
 
+def test_a_second_row_of_a_cell_is_a_difference() -> None:
+    """Whichever of the two is right, a reader sees both."""
+    row = next(line for line in README.splitlines() if line.startswith("| 5.5.0 | 0.18.1"))
+    for text in (f"{row.replace('192/192', '0/192')}\n{row}", f"{row}\n{row}"):
+        (said,) = [each for each in found(README.replace(row, text), overview()) if "the row" in each]
+        assert said == f"{WHERE} (2): the row: README has a row, the results have none"
+
+
 def test_another_version_is_another_cell() -> None:
     results = changed(versions={**ROWS[0].versions, "peft": "0.18.2"})
     assert len(found(README, results)) == 2
