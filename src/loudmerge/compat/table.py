@@ -35,7 +35,7 @@ from loudmerge.compat.judging.cells import (
     MatrixError,
     load,
 )
-from loudmerge.compat.judging.result import FAILED, NOT_RUN, CellResult, Shortfall
+from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
 from loudmerge.compat.judging.verdict import RAN, VERSIONS, all_crossed, judged
 from loudmerge.compat.rendering import markdown, page, readme
 from loudmerge.compat.rendering.overview import Overview
@@ -198,19 +198,24 @@ def _judged(matrix: Matrix, found: Sequence[CellResult]) -> tuple[CellResult, ..
     A row that its own run failed stays so. One that is kept of an earlier run has merged what there was then.
     """
     cells = {cell.name: cell for cell in matrix.cells}
-    judgements = {row.cell: _by(cells[row.cell], row) if row.cell in cells else row for row in found}
+    judgements = {row.cell: _by(cells.get(row.cell), row) for row in found}
     now = [row for row in judgements.values() if not row.detail.startswith(rows.KEPT)]
     judgements |= {row.cell: row for row in all_crossed(now)}
     return tuple(judgements.values())
 
 
-def _by(cell: Cell, row: CellResult) -> CellResult:
+def _by(cell: Cell | None, row: CellResult) -> CellResult:
+    """cell: None of a row that its own run judged, the GPU's; without figures it shows nothing even so."""
     if row.status not in RAN or _unreadable(row):
         return row
+    if cell is None:
+        none = () if row.figures else (Shortfall("journey", "no figures", "figures of a merged model"),)
+        short = row.shortfalls or none
+        return replace(row, status=FAILED, shortfalls=short) if row.status == OK and short else row
     others = differing(row.versions, cell.versions) if cell.is_pinned else ""
     told = replace(row, errors={**row.errors, VERSIONS: f"the row: {others}"}) if others else row
     found = judged(cell.expects, told)
-    return found if found.shortfalls else row
+    return row if row.status == FAILED and not found.shortfalls else found
 
 
 def _expected(matrix: Matrix) -> tuple[CellResult, ...]:

@@ -11,7 +11,7 @@ import pytest
 
 from loudmerge.compat import table
 from loudmerge.compat.judging.cells import load
-from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult
+from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
 from loudmerge.compat.rendering.overview import why
 from loudmerge.compat.rendering.readme import END, START
 from loudmerge.compat.table import MARKDOWN, in_order, main, read, read_older
@@ -100,6 +100,25 @@ def test_a_row_of_another_source_than_the_checkout_s_is_not_run(
     assert "trl 0.25.1: status: README has ✓ ok, the results have – not-run\n" in said.err
     text = (project / ".compat" / MARKDOWN).read_text("utf-8")
     assert f"| {rows.STANDARD.cell} | not-run | its result is of another source of loudmerge |" in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"figures": None}, {"shortfalls": (Shortfall("samples", "2 / 3", "3 of 3 the same"),)}]
+)
+def test_a_row_that_no_line_of_the_matrix_is_about_is_not_ok_where_it_shows_nothing(
+    project: Path, change: dict[str, Any]
+) -> None:
+    """The GPU's: its run has judged it, and whoever edits the row does not get past what it says itself."""
+    gpu = replace(rows.SWAPPED, cell="gpu-a", lane="gpu")
+    assert judged_by_the_command(project, gpu) == gpu
+    found = judged_by_the_command(project, replace(gpu, **change))
+    assert found.status == FAILED
+    assert len(found.shortfalls) == 1
+
+
+def test_what_an_earlier_judgement_found_is_not_told_of_a_row_that_is_ok(project: Path) -> None:
+    older = replace(rows.STANDARD, shortfalls=(Shortfall("samples", "2 / 3", "3 of 3 the same"),))
+    assert judged_by_the_command(project, older) == rows.STANDARD
 
 
 def test_what_is_left_of_a_cell_that_the_matrix_no_longer_has_is_no_row(
