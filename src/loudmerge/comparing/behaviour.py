@@ -72,6 +72,16 @@ def run(model: nn.Module, passages: Passages, ends: frozenset[int]) -> Run:
     return Run(logits(model, passages.sequences), tuple(samples))
 
 
+def check_asked(prompts: Sequence[str] | None, tokens: int) -> None:
+    """Raises ValueError for prompts or a number of tokens that leave nothing to run. Nothing is read."""
+    if prompts is not None and not prompts:
+        raise ValueError("prompts is empty, expected some, or None for the default ones")
+    if prompts is not None and not all(prompts):
+        raise ValueError("an empty prompt has nothing to continue")
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}, expected a whole number from 1 on")
+
+
 def make_passages(
     where: Path, config: Mapping[str, Any], vocabulary: int, prompts: Sequence[str] | None, tokens: int
 ) -> Passages:
@@ -80,8 +90,6 @@ def make_passages(
     prompts: replace the default prompts and text. config: config.json, for the ids that stand for no text.
     Raises EnvironmentFailed when the tokenizer cannot be loaded, or is missing and prompts are given.
     """
-    if prompts is not None and not all(prompts):
-        raise ValueError("an empty prompt has nothing to continue")
     if any((where / name).is_file() for name in TOKENIZER_FILES):
         return _from_text(_tokenizer(where), prompts, tokens)
     if prompts is not None:

@@ -19,9 +19,10 @@ from loudmerge.comparing import behaviour, models
 from loudmerge.comparing.behaviour import Passages, Run
 from loudmerge.comparing.relay import MemoryAxes, read_sites, relay
 from loudmerge.errors import EnvironmentFailed, Mismatch, require
+from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.reading.checkpoint import Checkpoint, open_checkpoint
-from loudmerge.system.device import found_device
+from loudmerge.system.device import check_device, found_device
 from loudmerge.system.tensorfile import DTYPES
 from loudmerge.verifying.verify import plan_again
 
@@ -231,10 +232,14 @@ def compare(
     prompts: run and continued instead of the default prompts and text. device: "cpu", "cuda[:N]" or "auto".
     tokens: how many tokens to run. Takes the memory of one model in float32 (4 bytes a parameter) and four
     sets of logits (4 bytes * tokens * vocabulary each).
-    Raises MergeRefused and Mismatch as `verify` does; Mismatch also when `out` lacks a tensor;
+    Raises ValueError for an argument's value that does not exist, before anything is read;
+    MergeRefused and Mismatch as `verify` does; Mismatch also when `out` lacks a tensor;
     EnvironmentFailed when the extra `compare` is missing, or the installed transformers and peft cannot load
     base + adapter faithfully.
     """
+    check_options(Options(orientation, lora_b_layout))
+    check_device(device)
+    behaviour.check_asked(prompts, tokens)
     require("compare", *models.PACKAGES)
     merged_file = open_checkpoint(Path(out))
     laid = {"orientation": orientation, "lora_b_layout": lora_b_layout}

@@ -20,7 +20,7 @@ from loudmerge.comparing.relay import MemoryAxes, relay
 from loudmerge.errors import EnvironmentFailed, require
 from loudmerge.merging.merge import plan
 from loudmerge.planning.plan import MergePlan
-from loudmerge.system.device import found_device
+from loudmerge.system.device import check_device, found_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,9 +156,12 @@ def compare_adapters(
 
     orientation, lora_b_layout: how `adapter` is laid, as told to `convert`; `converted` says it itself.
     prompts, device, tokens: as for `compare`. Takes the memory of one model in float32 and three sets of
-    logits. Raises MergeRefused as `plan` does for either; EnvironmentFailed when the extra `compare` is
+    logits. Raises ValueError for an argument's value that does not exist, before anything is read;
+    MergeRefused as `plan` does for either; EnvironmentFailed when the extra `compare` is
     missing, or the installed transformers and peft cannot load base and adapter faithfully.
     """
+    check_device(device)
+    behaviour.check_asked(prompts, tokens)
     require("compare", *models.PACKAGES)
     original = plan(base, adapter, orientation=orientation, lora_b_layout=lora_b_layout)
     other = plan(base, converted)

@@ -29,12 +29,12 @@ from loudmerge.executing.outpath import refuse_existing, refuse_inputs
 from loudmerge.executing.preflight import check_weights
 from loudmerge.layout import Axes, Span
 from loudmerge.merging.merge import Pathish, plan
-from loudmerge.planning.options import Options
+from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan, Site
 from loudmerge.reading.adapter import Adapter, read_adapter
 from loudmerge.reading.adapter_config import AdapterConfig
 from loudmerge.reading.experts import split_expert_name
-from loudmerge.reading.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family
+from loudmerge.reading.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family, major_minor
 from loudmerge.reading.sidefiles import CONFIG as BASE_CONFIG
 from loudmerge.system.tensorfile import TensorReader
 from loudmerge.system.threads import cores
@@ -115,10 +115,10 @@ def convert(
     by default the one that adapter_config.json names, if that is a directory here. Without any the caller has
     to know the orientation, and only fused layouts can be read and written.
     transformers: the version that OUT is for, such as "5.24": PEFT reads some families by it.
-    Raises MergeRefused: what `merge` refuses of the adapter, and what the layout cannot express.
+    Raises MergeRefused: what `merge` refuses of the adapter, and what the layout cannot express; ValueError
+    for an argument's value that does not exist, before anything is read.
     """
-    if to not in LAYOUTS:
-        raise ValueError(f"to is {to!r}, expected one of {', '.join(LAYOUTS)}")
+    _check_values(to, Options(orientation, lora_b_layout), transformers)
     where, target = Path(adapter), Path(out)
     trained_on = _named_base(read_adapter(where).config) if base is None else Path(base)
     refuse_inputs(target, [where] if trained_on is None else [where, trained_on])
@@ -144,6 +144,14 @@ def convert(
     expected = None if planned is None else Expected(planned, read_as, filled)
     files = publish(where, target, draft, expected, overwrite=overwrite)
     return Conversion(where, trained_on, target, to, _before(sites), draft.sites, len(draft.tensors), files)
+
+
+def _check_values(to: str, options: Options, transformers: str | None) -> None:
+    if to not in LAYOUTS:
+        raise ValueError(f"to is {to!r}, expected one of {', '.join(LAYOUTS)}")
+    check_options(options)
+    if transformers is not None:
+        major_minor(transformers)
 
 
 def _write(

@@ -15,6 +15,7 @@ from loudmerge.executing.report import planned_report
 from loudmerge.inspecting.alone import UNDECIDED, LayoutFound, layout_alone
 from loudmerge.inspecting.traceplot import terminal_lines
 from loudmerge.merging.merge import Pathish, plan
+from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.reading.adapter import Adapter, LoraPair, read_adapter
 from loudmerge.reading.names import template
@@ -126,8 +127,10 @@ def inspect(
     """Reads an adapter, and with `base` plans its merge and predicts what it keeps; nothing is written.
 
     Few weights are read, for the prediction and for how lora_B is packed. A merge that would be refused is
-    part of the answer, not an error. Raises MergeRefused when the adapter itself cannot be read.
+    part of the answer, not an error. Raises MergeRefused when the adapter itself cannot be read; ValueError
+    for an option's value that does not exist, before anything is.
     """
+    check_options(Options(orientation, lora_b_layout))
     found = read_adapter(Path(adapter))
     planned, refusal, predicted = None, None, None
     if base is not None:

@@ -424,12 +424,6 @@ def test_told_the_transformers_it_is_written_as_peft_reads_it_there(
     assert (pair.a.shape[1], pair.b.shape[0]) == ((d2, d1) if orientation == "standard" else (d1, d2))
 
 
-def test_what_is_no_version_is_named(tmp_path: Path) -> None:
-    built = build(qwen(), tmp_path)
-    with pytest.raises(ValueError, match=r"'new' is no version of transformers, such as 5\.24"):
-        convert(built.adapter, tmp_path / "converted", PEFT_019, base=built.base, transformers="new")
-
-
 def test_experts_of_different_rank_are_no_fused_parameter(tmp_path: Path) -> None:
     case = replace(
         qwen(fused=(), per_expert=ALL, rank_pattern={r"experts\.0\.down_proj": 4}), fused_layers=()
