@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from loudmerge.errors import MergeRefused
 from loudmerge.evidence.weighing import UNREAD, FusedSite, Weighed, sites_of, weigh
 from loudmerge.executing.predict import Prediction, predict
+from loudmerge.executing.preflight import check_weights
 from loudmerge.executing.report import planned_report
 from loudmerge.inspecting.alone import UNDECIDED, LayoutFound, layout_alone
 from loudmerge.inspecting.traceplot import terminal_lines
@@ -19,6 +21,8 @@ from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.reading.adapter import Adapter, LoraPair, read_adapter
 from loudmerge.reading.names import template
+from loudmerge.system.tensorfile import TensorReader
+from loudmerge.system.threads import cores
 
 SHOWN_EVIDENCE = 8
 
@@ -136,7 +140,7 @@ def inspect(
     if base is not None:
         try:
             planned = plan(base, adapter, orientation=orientation, lora_b_layout=lora_b_layout)
-            predicted = predict(planned)
+            predicted = _predicted(planned)
         except MergeRefused as error:
             refusal = error
     odd = tuple(_odd(found, planned))
@@ -151,6 +155,16 @@ def inspect(
     return Inspection(
         found, _kinds(found, fused), layout, odd, planned, refusal, predicted, weighed, base is not None
     )
+
+
+def _predicted(planned: MergePlan) -> Prediction | None:
+    """As `predict`. Where that is refused for what the adapter holds, the tensor is named, as by a merge."""
+    try:
+        return predict(planned)
+    except MergeRefused:
+        with TensorReader() as reader, ThreadPoolExecutor(cores()) as pool:
+            check_weights(planned.adapter, planned.sites, reader, pool)
+        raise
 
 
 def _fused(planned: MergePlan) -> tuple[FusedSite, ...]:

@@ -226,6 +226,8 @@ def test_what_the_merge_would_refuse_in_the_sample_is_a_refusal(tmp_path: Path) 
     assert found.predicted is None
     assert found.refusal is not None
     assert found.refusal.code == "non-finite"
+    # As a merge says it: what is wrong is the adapter, not the range of a dtype.
+    assert found.refusal.where.startswith(f"{PREFIX}{q_proj(0)}.lora_B.weight")
     assert "refused   non-finite" in found.summary()
 
 
