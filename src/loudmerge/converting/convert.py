@@ -135,6 +135,7 @@ def convert(
     reading = _Reading(found, sites, family, planned, tensors)
     experts = reading.fused()
     if to != PER_EXPERT:
+        reading.require_fused(transformers)
         experts += reading.linears()
     if not experts and not reading.apart:
         raise MergeRefused(_nothing(where))
@@ -237,6 +238,7 @@ class _Reading:
         keys = planned.base.entries if planned is not None else ()
         self._gated = any(map(self._is_gate, keys))
         self.layers = len(self._modules(keys))
+        self._apart_on_disk = next(filter(self._is_of_one_expert, keys), None)
         self.taken: set[str] = set()
         self.apart: dict[str, dict[tuple[str, int], Site]] = defaultdict(dict)
         for site in sites:
@@ -245,6 +247,19 @@ class _Reading:
                 self.apart[parts[0]][PROJECTION_LEAVES[parts[2]], parts[1]] = site
         linears = [site.pair.module for own in self.apart.values() for site in own.values()]
         self._layers = Layers(adapter, linears, family)
+
+    def require_fused(self, transformers: str | None) -> None:
+        """Raises MergeRefused where this version of transformers has a Linear for each expert.
+
+        transformers 4 holds experts as they lie on disk; PEFT drops fused LoRA there, in silence.
+        """
+        if transformers is None or major_minor(transformers) >= (5, 0) or self._apart_on_disk is None:
+            return
+        found = f"a Linear for each expert, which transformers {transformers} holds as they are on disk"
+        help_text = f"Convert to {PER_EXPERT}, or say another --transformers."
+        raise MergeRefused(
+            Problem("unsupported-base", self._apart_on_disk, found, "a fused parameter", help_text)
+        )
 
     def fused(self) -> list[ExpertLora]:
         """Every experts parameter that has LoRA."""
@@ -315,6 +330,10 @@ class _Reading:
         """The experts modules that these are inside of, by canonical name."""
         found = (split_expert_name(self._family.canonical(name)) for name in names)
         return {parts[0] for parts in found if parts is not None}
+
+    def _is_of_one_expert(self, key: str) -> bool:
+        parts = split_expert_name(self._family.canonical(key))
+        return parts is not None and parts[1] is not None
 
     def _is_gate(self, key: str) -> bool:
         parts = split_expert_name(self._family.canonical(key))

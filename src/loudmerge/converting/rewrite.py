@@ -146,8 +146,9 @@ def write_fused(
     layers: how many layers of the base have experts, for `_targets`. axes: those in which a merge states an
     orientation; `family` may have others, of an older transformers. Returns what a merge would be told.
     Raises MergeRefused `ambiguous-layout` where that depends on the transformers version it will run under,
-    and `family` has more than one's.
+    and `family` has more than one's; `unsupported-adapter` where the parameters have other names there.
     """
+    _require_names(found, family)
     version = _WRITERS[to]
     orientation = orientation_written_by(version, family, [one.parameter for one in found])
     if orientation is None:
@@ -180,6 +181,22 @@ def write_fused(
     draft.mark(packing)
     stated = orientation if family.axes is axes else orientation.flipped()
     return Options(stated.value, packing.value)
+
+
+def _require_names(found: Iterable[ExpertLora], family: Family) -> None:
+    """Under a name that its transformers does not have PEFT drops LoRA, in silence."""
+    there = " or ".join(era.transformers for era in family.eras)
+    for one in found:
+        if not any(era.has(one.parameter) for era in family.eras):
+            raise MergeRefused(
+                Problem(
+                    "unsupported-adapter",
+                    one.parameter,
+                    "a name that this family's experts have under another transformers",
+                    f"the one they have under transformers {there}",
+                    f"Say the --transformers that has this name. Or convert to {PER_EXPERT}, or merge it.",
+                )
+            )
 
 
 def write_apart(draft: Rewritten, found: Sequence[ExpertLora], layers: int) -> None:

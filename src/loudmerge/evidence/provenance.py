@@ -135,11 +135,7 @@ def _regime(version: tuple[int, int, int], era: Era) -> Orientation:
 def _eras(family: Family, parameters: Iterable[str]) -> tuple[Era, ...]:
     """The generations of the experts class that have parameters of these names."""
     names = list(parameters)
-    return tuple(
-        era
-        for era in family.eras
-        if not era.parameter or any(re.search(era.parameter, name) for name in names)
-    )
+    return tuple(era for era in family.eras if any(map(era.has, names)) or not era.parameter)
 
 
 def _in_axes(orientation: Orientation, axes: Axes, reference: Axes) -> Orientation:

@@ -33,6 +33,10 @@ class Era:
     is_transposed: bool
     parameter: str = ""
 
+    def has(self, parameter: str) -> bool:
+        """Whether this generation may have a parameter of this full name."""
+        return not self.parameter or re.search(self.parameter, parameter) is not None
+
     def covers(self, transformers: tuple[int, int]) -> bool:
         """Whether this version of transformers, (major, minor), has this generation."""
         if self.transformers == "all":
@@ -144,8 +148,12 @@ _TRANSPOSED = Axes.IN_OUT
 _PLAIN = Axes.OUT_IN
 
 _ARIA_ERAS = (
-    Era("< 5.20", _TRANSPOSED, False, r"\.experts\.fc[12]\.weight$"),
-    Era(">= 5.20", _TRANSPOSED, True, r"\.experts\.(gate_up|down)_proj$"),
+    Era("< 5.18", _TRANSPOSED, False, r"\.experts\.fc[12]\.weight$"),
+    Era(">= 5.18", _TRANSPOSED, True, r"\.experts\.(gate_up|down)_proj$"),
+)
+_GRANITE_ERAS = (
+    Era("< 5.13", _PLAIN, False, r"\.(input|output)_linear\.weight$"),
+    Era(">= 5.13", _PLAIN, False, r"\.experts\.(gate_up|down)_proj$"),
 )
 _GPT_OSS_ERAS = (Era("< 5.0", _TRANSPOSED, False), Era(">= 5.0", _TRANSPOSED, True))
 _QWEN3_VL_ERAS = (Era("< 5.0", _TRANSPOSED, False), Era(">= 5.0", _PLAIN, False))
@@ -188,7 +196,10 @@ FAMILIES: Mapping[str, Family] = {
     "phimoe": Family(renames=((r"\.block_sparse_moe\.gate\.", ".mlp.router."), *renames.MIXTRAL)),
     "kimi_linear": Family(renames=(*renames.MIXTRAL, *renames.FORGET_GATE)),
     "kimi_k25": Family(renames=((r"^blocks\.", "layers."),)),
-    **_rows(Family(renames=renames.GRANITE), "granitemoe", "granitemoehybrid", "granitemoeshared"),
+    **_rows(
+        Family(renames=renames.GRANITE, eras=_GRANITE_ERAS),
+        *("granitemoe", "granitemoehybrid", "granitemoeshared"),
+    ),
     "nemotron_h": Family(renames=((r"^embedding\.", "embeddings."),)),
     "axk1": Family(renames=((r"^(layers\.\d+)\.post_mlp_layernorm\.", r"\1.mlp.post_mlp_layernorm."),)),
     "axk2": Family(

@@ -424,6 +424,35 @@ def test_told_the_transformers_it_is_written_as_peft_reads_it_there(
     assert (pair.a.shape[1], pair.b.shape[0]) == ((d2, d1) if orientation == "standard" else (d1, d2))
 
 
+@pytest.mark.parametrize(
+    ("family", "there", "elsewhere"),
+    [("granitemoe", "5.13", "5.12"), ("granitemoe_55", "5.12", "5.13")],
+)
+@pytest.mark.parametrize("to", [PEFT_018, PEFT_019])
+def test_experts_that_have_another_name_under_the_transformers_told_are_refused(
+    family: str, there: str, elsewhere: str, to: str, tmp_path: Path
+) -> None:
+    """PEFT finds no module of the old name, and drops the LoRA with a warning at most."""
+    built = build(replace(qwen(peft="none"), family=NAMED[family]), tmp_path)
+    with pytest.raises(MergeRefused, match="a name that this family's experts have under another") as refusal:
+        convert(built.adapter, tmp_path / "converted", to, base=built.base, transformers=elsewhere)
+    assert refusal.value.code == "unsupported-adapter"
+    assert not (tmp_path / "converted").exists()
+    convert(built.adapter, tmp_path / "converted", to, base=built.base, transformers=there)
+
+
+@pytest.mark.parametrize("to", [PEFT_018, PEFT_019, GROUPED])
+def test_transformers_4_has_no_fused_parameter_for_experts_that_lie_apart(to: str, tmp_path: Path) -> None:
+    built = build(qwen(), tmp_path)
+    with pytest.raises(
+        MergeRefused, match=r"a Linear for each expert, which transformers 4\.57 holds"
+    ) as refusal:
+        convert(built.adapter, tmp_path / "converted", to, base=built.base, transformers="4.57")
+    assert refusal.value.code == "unsupported-base"
+    convert(built.adapter, tmp_path / "apart", PER_EXPERT, base=built.base, transformers="4.57")
+    convert(built.adapter, tmp_path / "converted", to, base=built.base, transformers="5")
+
+
 def test_experts_of_different_rank_are_no_fused_parameter(tmp_path: Path) -> None:
     case = replace(
         qwen(fused=(), per_expert=ALL, rank_pattern={r"experts\.0\.down_proj": 4}), fused_layers=()

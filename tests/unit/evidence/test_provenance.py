@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from loudmerge.evidence.hypotheses import Evidence
-from loudmerge.evidence.provenance import config_evidence
+from loudmerge.evidence.provenance import config_evidence, orientation_written_by
+from loudmerge.layout import Orientation
 from loudmerge.reading.adapter_config import AdapterConfig
 from loudmerge.reading.families import family_of
 from tests.unit.builders import EXPERTS, config
@@ -148,6 +149,17 @@ def test_the_names_of_arias_parameters_date_its_experts_class(parameter: str, ex
     name = f"model.language_model.layers.0.mlp.experts.{parameter}"
     assert says(config(peft_version="0.21.2"), "aria", name).says == expected
     assert says(config(peft_version="0.18.1"), "aria", name).says == "swapped"
+
+
+def test_arias_experts_class_is_transposed_from_transformers_5_18_on() -> None:
+    """Where its names changed, too: transformers/models/aria/modeling_aria.py of 5.17.0 and 5.18.0."""
+    for transformers, parameter, expected in (
+        ("5.17", "fc1.weight", Orientation.STANDARD),
+        ("5.18", "gate_up_proj", Orientation.SWAPPED),
+    ):
+        family = family_of("aria").under(transformers)
+        name = f"model.language_model.layers.0.mlp.experts.{parameter}"
+        assert orientation_written_by((0, 19, 1), family, [name]) is expected
 
 
 def test_names_that_no_generation_has_say_nothing() -> None:
