@@ -17,6 +17,7 @@ import torch
 
 from loudmerge.arithmetic.balance import BAND
 from loudmerge.arithmetic.delta import Kept
+from loudmerge.errors import some
 from loudmerge.executing.execute import Worker
 from loudmerge.executing.outcome import Outcome
 from loudmerge.executing.pieces import Piece, split
@@ -40,7 +41,8 @@ class KindKept:
     """What was predicted of all matrices whose tensors' keys differ in indices only.
 
     kept: <W' - W, dW> / <dW, dW>, as the plan rounds. nearest: the same where all is rounded to the nearest.
-    rounding: the sampled matrices by how the merge will round them.
+    rounding: the sampled matrices by how the merge will round them. zero: whether nothing of what was sampled
+    has an update; then both are 1.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class KindKept:
     kept: float
     nearest: float
     rounding: Mapping[str, int]
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ class Prediction:
 
     @property
     def warning(self) -> str | None:
-        """What a person should know of the rounding before the merge."""
+        """What a person should know of the update, and of its rounding, before the merge."""
+        if idle := [kind.kind for kind in self.kinds if kind.zero]:
+            where = some(idle)
+            return f"the update is zero in all that was sampled of {where}: not trained, or lost on the way"
         if self.kept < KEPT_WARNING:
             helps = what_keeps(self.option)
             return f"rounding would swallow a part of the update; {helps} keeps it"
@@ -103,6 +109,7 @@ class Prediction:
                     "kept": kind.kept,
                     "nearest": kind.nearest,
                     "rounding": dict(kind.rounding),
+                    "zero": kind.zero,
                 }
                 for kind in self.kinds
             ],
@@ -198,7 +205,8 @@ class _Measured:
 
     def result(self, kind: str, matrices: int) -> KindKept:
         rounding = dict(sorted(self._rounding.items()))
-        return KindKept(kind, matrices, self._matrices, self.kept.ratio, self.nearest.ratio, rounding)
+        kept, zero = self.kept, self.kept.total == 0.0
+        return KindKept(kind, matrices, self._matrices, kept.ratio, self.nearest.ratio, rounding, zero)
 
 
 def _matrices(plan: MergePlan) -> Iterator[_Matrix]:

@@ -16,6 +16,7 @@ import loudmerge
 from loudmerge.executing.predict import EXPERTS as EXPERTS_EACH
 from loudmerge.executing.predict import MATRICES, predict
 from loudmerge.inspecting.inspect import inspect
+from loudmerge.reading.names import template
 from tests.support.command import Ended, run_inside
 from tests.unit.builders import (
     EMBED,
@@ -266,6 +267,21 @@ def test_the_warning_names_the_option(scale: float, rounding: str, says: str | N
     found = predict(plan_of(*_inputs(world(tmp_path, scale)), rounding=rounding))
     assert found is not None
     assert (found.warning is None) if says is None else (says in (found.warning or ""))
+
+
+def test_an_update_that_is_zero_is_not_only_kept(tmp_path: Path) -> None:
+    """lora_B begins at zero: what was not trained has nothing that rounding could lose."""
+    base, adapter = _inputs(world(tmp_path, 1.0))
+    held = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in held.items():
+        if "q_proj.lora_B" in name:
+            tensor.zero_()
+    save_file(held, adapter / "adapter_model.safetensors")
+    found = predict(plan_of(base, adapter))
+    assert found is not None
+    assert [kind.kind for kind in found.kinds if kind.zero] == [template(f"{q_proj(0)}.weight")]
+    says = "the update is zero in all that was sampled of model.layers.*.self_attn.q_proj"
+    assert says in (found.warning or "")
 
 
 def test_nothing_is_written(tmp_path: Path) -> None:
