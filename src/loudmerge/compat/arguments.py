@@ -7,7 +7,6 @@ import argparse
 
 def at_least_one(text: str) -> int:
     """An integer from 1 on, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a number from 1 on")
+    return int(text)

@@ -72,4 +72,4 @@ def test_a_run_that_is_ended_leaves_no_folder_and_a_row_that_says_so(
 def test_a_model_has_a_layer_at_least(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--layers", "0"])
-    assert "found 0, expected at least 1" in capsys.readouterr().err
+    assert "found 0, expected a number from 1 on" in capsys.readouterr().err

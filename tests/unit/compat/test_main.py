@@ -55,7 +55,8 @@ def test_github_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "says"),
     [
         (["three"], "matrix.toml has no cell 'three'; it has: one, dev"),
-        (["-j", "0"], "found 0, expected at least 1"),
+        (["-j", "0"], "found 0, expected a number from 1 on"),
+        (["-j", "x"], "found x, expected a number from 1 on"),
         (["--parts", "tests,lunch"], "found 'lunch', expected some of tests,journey,families,cross"),
         (["--against", "nowhere"], "nowhere: no such folder"),
         (["--against", "."], "found no CELL.json, expected the older results"),
