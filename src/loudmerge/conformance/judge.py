@@ -10,8 +10,7 @@
     timed-out       it did not end
 
 A float32 or float64 tensor of OUT may be `TOLERANCE` of its largest update away; one in half precision one
-unit in the
-last place, of the largest of weight, update and sum. What lies beside the tensors is `folder`'s.
+unit in the last place, of the largest of weight, update and sum. What lies beside the tensors is `folder`'s.
 """
 
 from __future__ import annotations
