@@ -6,7 +6,6 @@ another model changes what the folder computes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from loudmerge.system.jsonfile import parse
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
@@ -134,7 +135,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 def _object(file: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError for anything else, FileNotFoundError where there is none."""
     try:
-        found = json.loads(file.read_bytes())
+        found = parse(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file.name} cannot be read: {error}") from error
     if not isinstance(found, dict):

@@ -16,9 +16,8 @@ class Inputs:
     """The weights and configs of BASE and ADAPTER, as they are when this is made."""
 
     def __init__(self, plan: MergePlan) -> None:
-        weights = {*plan.base.shards, *(entry.file for entry in plan.adapter.entries.values())}
         configs = {plan.base.path / CONFIG, plan.adapter.path / ADAPTER_CONFIG}
-        self._states = {file: _state(file) for file in sorted(weights | configs)}
+        self._states = {file: _state(file) for file in sorted(plan.inputs | configs)}
 
     def refuse_changed(self) -> None:
         """Raises MergeRefused `corrupt-file` where one is another file now, or was written to.

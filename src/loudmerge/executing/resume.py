@@ -94,8 +94,7 @@ def identity(plan: MergePlan) -> str:
     A file is known by its path, size and times of change, as build tools do: what copies a file may set its
     mtime to what it was, but not its ctime.
     """
-    files = {*plan.base.shards, *(entry.file for entry in plan.adapter.entries.values())}
-    stats = {str(path.resolve()): _state(path.stat()) for path in files}
+    stats = {str(path.resolve()): _state(path.stat()) for path in plan.inputs}
     parts: dict[str, Any] = {
         "loudmerge": __version__,
         "files": dict(sorted(stats.items())),

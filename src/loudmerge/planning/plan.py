@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loudmerge.evidence.decision import Layout
@@ -151,6 +152,11 @@ class MergePlan:
         shards = (shard.name for shard in self.base.shards)
         index = () if self.base.index is None else (INDEX,)
         return (*self.side_files, CONFIG, REPORT, *shards, *index)
+
+    @property
+    def inputs(self) -> frozenset[Path]:
+        """The files of weights that the merge reads, of the base and of the adapter."""
+        return frozenset({*self.base.shards, *(entry.file for entry in self.adapter.entries.values())})
 
     @property
     def consumed(self) -> Counter[str]:

@@ -47,6 +47,7 @@ VERDICTS: Mapping[str, tuple[str, str]] = {
     "with the adapter": ("wrong-silently", "adapter_config.json is in OUT"),
     "without a config": ("wrong-silently", "config.json is not in OUT"),
     "with a broken config": ("wrong-silently", "config.json cannot be read"),
+    "with a config without end": ("wrong-silently", "config.json cannot be read"),
     "another activation": ("wrong-silently", "config.json: found hidden_act 'relu', expected 'silu'"),
     "another model": ("wrong-silently", "config.json: found model_type 'other', expected 'any'"),
     "a config with nothing in it": ("wrong-silently", "config.json: found no num_experts, expected 7"),

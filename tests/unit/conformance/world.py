@@ -82,6 +82,8 @@ for file in adapter.iterdir():
 (out / 'adapter_config.json').write_text('{}')""",
     "without a config": "write(merged()); (out / 'config.json').unlink()",
     "with a broken config": "write(merged()); (out / 'config.json').write_text('{')",
+    "with a config without end": """
+write(merged()); (out / 'config.json').write_text('{"a":' * 10**5 + '1' + '}' * 10**5)""",
     "another activation": "config(hidden_act='relu')",
     "another model": "config(model_type='other')",
     "a config with nothing in it": """
