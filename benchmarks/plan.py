@@ -88,6 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--dir", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.dir:
+        arguments.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="loudmerge-plan-", dir=arguments.dir) as scratch:
         base, adapter = build(Path(scratch))
         started, cpu = time.monotonic(), time.process_time()

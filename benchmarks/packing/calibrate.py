@@ -70,13 +70,13 @@ def summarise(lines: Iterable[str]) -> Iterator[Row]:
         answer = "none" if said.says is None else "right" if said.says.value == found["packing"] else "wrong"
         names = ("experts", "rank", "steps", "optimizer", "lr", "seed", "layers", "idle")
         yield Row(
-            found["part"],
-            found.get("kind", ""),
-            *(recipe[name] for name in names),
-            found["packing"],
-            round(sign * said.columns, 3),
-            round(sign * said.pairs, 3),
-            answer,
+            part=found["part"],
+            kind=found.get("kind", ""),
+            packing=found["packing"],
+            columns=round(sign * said.columns, 3),
+            pairs=round(sign * said.pairs, 3),
+            answer=answer,
+            **{name: recipe[name] for name in names},
         )
 
 
@@ -152,6 +152,7 @@ def _table(title: str, rows: Iterable[Row], key: Callable[[Row], str]) -> Iterat
 
 def draw(rows: Sequence[Row], directory: Path) -> None:
     """The figures of docs/packing.md."""
+    directory.mkdir(parents=True, exist_ok=True)
     held = [row for row in rows if row.held_out]
     dots = [Dot(row.columns, row.pairs, row.part == FAKES) for row in held]
     (directory / "packing-witnesses.svg").write_text(witnesses(dots), "utf-8")

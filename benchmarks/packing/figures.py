@@ -88,8 +88,8 @@ def reliability(points: Sequence[tuple[float, float, int]], said: Callable[[floa
         parts.append(_text(spot(weaker, 0)[0], top + height + 16, label, anchor="middle"))
     curve = " ".join(f"{x:.1f},{y:.1f}" for x, y in (spot(n / 10, said(n / 10)) for n in range(81)))
     parts += [f'<polyline class="curve" points="{curve}"/>', _line(*_vertical(spot, CONFIDENT), "axis")]
-    for weaker, share, count in points:
-        x, y = spot(weaker, share)
+    for shown, share, count in points:
+        x, y = spot(shown, share)
         parts += [f'<circle class="real" cx="{x:.1f}" cy="{y:.1f}" r="5"/>']
         parts.append(_text(x + 8, y + 16, f"{count}"))
     parts += [
@@ -126,7 +126,9 @@ def coverage_map(cells: Mapping[tuple[int, int, bool], Sequence[bool]]) -> str:
     return _page(left + 2 * side * len(ranks) + 80, top + side * len(experts) + 16, parts)
 
 
-def _vertical(spot: Callable[[float, float], tuple[float, float]], at: float) -> tuple[float, ...]:
+def _vertical(
+    spot: Callable[[float, float], tuple[float, float]], at: float
+) -> tuple[float, float, float, float]:
     return *spot(at, 0.4), *spot(at, 1.0)
 
 

@@ -152,7 +152,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--part", nargs="*", default=["tiny", "odd", "fakes", "qwen3_moe", "smollm2"])
+    names = ["tiny", "odd", "fakes", "qwen3_moe", "smollm2"]
+    parser.add_argument("--part", nargs="+", default=names, choices=names)
     parser.add_argument("--quick", action="store_true", help="Two trainings of few shapes: two minutes.")
     given = parser.parse_args()
     torch.set_num_threads(1)

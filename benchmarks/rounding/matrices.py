@@ -29,13 +29,14 @@ def main() -> None:
     parser.add_argument("--match", default="")
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
-    subject = Subject(given.adapter.split("-")[0], given.dir)
     sites = torch.load(given.dir / f"{given.adapter}.pt", weights_only=True)["sites"]
+    chosen = [site for site in sites if given.match in site["parameter"]]
+    if not chosen:
+        parser.error(f"found no matrix with {given.match!r} in its name, such as {sites[0]['parameter']}")
+    subject = Subject(given.adapter.split("-")[0], given.dir)
     apply(subject, sites, "exact", 0)
     trained = subject.log_probs()
-    for site in sites:
-        if given.match not in site["parameter"]:
-            continue
+    for site in chosen:
         found = []
         for rounding in ROUNDINGS:
             draws = []

@@ -141,12 +141,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="dense")
     parser.add_argument("--only", default="*")
-    parser.add_argument("--rounding", nargs="*", default=list(ROUNDINGS))
+    names = [*OURS, *ROUNDINGS]
+    parser.add_argument("--rounding", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
+    paths = sorted(given.dir.glob(f"{given.model}-{given.only}.pt"))
+    if not paths:
+        parser.error(f"found no {given.model}-{given.only}.pt in {given.dir}: `train` writes them")
     subject = Subject(given.model, given.dir)
     base = subject.log_probs()
-    for path in sorted(given.dir.glob(f"{given.model}-{given.only}.pt")):
+    for path in paths:
         stored = torch.load(path, weights_only=True)
         apply(subject, stored["sites"], "exact", 0)
         trained, sample = subject.log_probs(), subject.greedy()

@@ -158,12 +158,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, choices=sorted({run.model for run in RUNS}))
     parser.add_argument("--run", nargs="*", default=[])
     given = parser.parse_args()
-    for run in RUNS:
-        if run.model == given.model and (not given.run or run.name in given.run):
-            train(run, given.dir)
+    runs = {run.name: run for run in RUNS if run.model == given.model}
+    if unknown := set(given.run) - runs.keys():
+        parser.error(f"found --run {min(unknown)}, expected of {', '.join(runs)}")
+    given.dir.mkdir(parents=True, exist_ok=True)
+    for name in given.run or runs:
+        train(runs[name], given.dir)
 
 
 if __name__ == "__main__":

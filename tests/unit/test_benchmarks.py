@@ -1,4 +1,4 @@
-"""The benchmarks report no time of what failed, and no inputs that are not whole."""
+"""The benchmarks report no time of what failed, no inputs that are not whole, and today's figures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import merge
+from benchmarks.packing import calibrate
+from benchmarks.rounding import figures
+
+BENCHMARKS = Path(merge.__file__).parent
+FIGURES = BENCHMARKS.parent / "docs" / "figures"
 
 
 def test_a_command_that_fails_has_no_time() -> None:
@@ -43,3 +48,14 @@ def test_inputs_that_cannot_be_built_end_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="the inputs could not be built: exit code 1"):
         merge.build_apart(tmp_path / "file" / "1-layers", 1)
+
+
+def test_the_figures_of_the_docs_are_what_the_results_give(tmp_path: Path) -> None:
+    """`calibrate report` and `figures report` write them: also what today's code says of a confidence."""
+    calibrate.draw(list(calibrate.read(BENCHMARKS / "packing" / "results.csv")), tmp_path / "new")
+    drawn = {path.name: path.read_text("utf-8") for path in (tmp_path / "new").iterdir()}
+    subjects = figures.read(BENCHMARKS / "rounding" / "results.csv")
+    drawn["rounding-kl.svg"] = figures.figure(subjects)
+    there = {path.name: path.read_text("utf-8") for path in FIGURES.glob("[pr]*.svg")}
+    assert len(there) == 4
+    assert [name for name, text in sorted(there.items()) if drawn.get(name) != text] == []
