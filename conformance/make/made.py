@@ -130,7 +130,7 @@ def _layouts() -> list[Made]:
         ("gemma4_text", "Fused on disk as in memory.", BOTH, ((NEW, "0.21.2"),)),
         (
             "granitemoe",
-            "Named input_linear and output_linear in memory, too, until transformers 5.15.",
+            "Named input_linear and output_linear in memory, too, until transformers 5.13.",
             ["input_linear.weight", "output_linear.weight"],
             ((OLD, "0.17.1"), (MIDDLE, "0.18.1"), (MIDDLE, "0.19.1")),
         ),
@@ -142,7 +142,7 @@ def _layouts() -> list[Made]:
         ),
         (
             "aria_text",
-            "fc1 and fc2 in memory until transformers 5.20; is_transposed came with the new names.",
+            "fc1 and fc2 in memory until transformers 5.18; is_transposed came with the new names.",
             ["experts.fc1.weight", "experts.fc2.weight"],
             ((OLD, "0.17.1"), (MIDDLE, "0.19.1")),
         ),

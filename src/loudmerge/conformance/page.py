@@ -20,16 +20,16 @@ from loudmerge.conformance.judge import MOOT, OTHER_FORM, VERDICTS, WRONG, Verdi
 from loudmerge.conformance.scorecard import Scorecard, read_scorecard
 
 BEGINS, ENDS = "<!-- scorecards: begins -->", "<!-- scorecards: ends -->"
+PASSES = "✓"
 WIDTH, WORDS = 120, 48
 """Characters of a detail in a table, and of a message by which failures are put together."""
 
 
 def markdown(cards: Sequence[Scorecard], suite: Suite) -> str:
-    """Several tools beside each other: counts, topics, and every failure with its base and adapter."""
+    """Counts and topics. Of one tool every failure, and what was found; of several each case's verdicts."""
     cases = {case.id: case for case in suite.cases}
     lines = [*_counts(cards, cases), "", *_topics(cards)]
-    for card in cards:
-        lines += _failures(card, cases)
+    lines += _failures(cards[0], cases) if len(cards) == 1 else ["", *_verdicts(cards, suite)]
     return "\n".join(lines) + "\n"
 
 
@@ -60,12 +60,28 @@ def _versions(card: Scorecard) -> str:
 
 def _topics(cards: Sequence[Scorecard]) -> Iterator[str]:
     names = sorted({topic for card in cards for topic in card.topics()})
-    heads = [f"{card.tool}, {' / '.join([*card.versions.values()])}" for card in cards]
     yield "| tool | " + " | ".join(names) + " |"
     yield "|---|" + "---|" * len(names)
-    for card, head in zip(cards, heads, strict=True):
+    for card in cards:
         found = [card.topics().get(name, (0, 0)) for name in names]
-        yield f"| {head} | " + " | ".join(f"{passed}/{total}" for passed, total in found) + " |"
+        yield f"| {_head(card)} | " + " | ".join(f"{passed}/{total}" for passed, total in found) + " |"
+
+
+def _head(card: Scorecard) -> str:
+    return ", ".join(filter(None, (card.tool, " / ".join(card.versions.values()))))
+
+
+def _verdicts(cards: Sequence[Scorecard], suite: Suite) -> Iterator[str]:
+    """A row for each case, a column for each tool that fails on one."""
+    shown = {_head(card): {one.case: one for one in card.verdicts} for card in cards if not card.ok}
+    yield from (f"<details><summary>All {len(suite.cases)} cases, and where each tool fails</summary>", "")
+    yield f"| case | expected | about | {' | '.join(shown)} |"
+    yield "|---|---|---|" + "---|" * len(shown)
+    for case in suite.cases:
+        verdicts = [found.get(case.id) for found in shown.values()]
+        words = ["" if one is None else PASSES if one.passed else one.verdict for one in verdicts]
+        yield f"| `{case.id}` | {case.expect} | {_cell(case.why, len(case.why))} | {' | '.join(words)} |"
+    yield from ("", "</details>")
 
 
 def _failures(card: Scorecard, cases: Mapping[str, Case]) -> Iterator[str]:
@@ -73,7 +89,7 @@ def _failures(card: Scorecard, cases: Mapping[str, Case]) -> Iterator[str]:
     rest = [verdict for verdict in card.verdicts if not verdict.passed and verdict not in wrong]
     if not wrong and not rest:
         return
-    yield from ("", f"### {card.tool}: {_versions(card)}", "", f"Run as `{card.command}`.")
+    yield from ("", f"### {_head(card)}", "", f"Run as `{card.command}`.")
     if wrong:
         yield from ("", f"<details><summary>{len(wrong)} cases with exit code 0</summary>", "")
         yield from _table(wrong, cases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,22 @@ def test_markdown_names_each_failure_with_its_base_and_adapter(suite: Suite) -> 
     assert f"| wrong-silently | `told` | `b` | `plain` | {found}" in text
     assert r"- crashed: \<boom>: `pickle`" in text
     assert "`nan`" not in text
+    unversioned = page.markdown([replace(CARD, versions={})], suite)
+    assert "\n| tool | 0/1 | 2/3 |\n" in unversioned
+    assert "\n### tool\n" in unversioned
+
+
+def test_several_tools_stand_beside_each_other(suite: Suite) -> None:
+    """Each in a column, but for one that passes everywhere; a case that a tool did not run is empty."""
+    newer = replace(CARD, versions={"peft": "0.21.2"}, verdicts=(replace(VERDICTS[0], verdict="crashed"),))
+    perfect = replace(CARD, tool="ours", verdicts=VERDICTS[:1])
+    lines = page.markdown([CARD, newer, perfect], suite).splitlines()
+    assert "| case | expected | about | tool, 0.19.1 / 5.5.0 | tool, 0.21.2 |" in lines
+    rows = {line.split("|")[1].strip(" `"): line.split("|")[4:-1] for line in lines if line.startswith("| `")}
+    assert rows.keys() == {case.id for case in suite.cases}
+    assert rows["plain"] == [" ✓ ", " crashed "]
+    assert rows["told"] == [" wrong-silently ", "  "]
+    assert "update away" not in "".join(lines)
 
 
 def test_the_page_is_written_between_its_marks_and_checked(
