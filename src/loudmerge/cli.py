@@ -108,7 +108,11 @@ def commands() -> None:
     help="CPU threads that compute. Default: as many as cores, 8 at most; one for an OUT under 64 MiB.",
 )
 @click.option("--dry-run", is_flag=True, help="Plan only: nothing is written.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted merge into the same OUT.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with an interrupted merge into the same OUT; leave what is finished, if this one is.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT, once the new one is complete.")
 @click.option(
     "--push-to", type=Name(), metavar="REPO", help="Upload OUT to this Hub repository once it is verified."
