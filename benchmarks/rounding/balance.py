@@ -6,7 +6,7 @@ not do: columns where x is large have a large dW in them too, and would get too 
 block of rows at a time, by what the rows before it have kept. Where the nearest keeps most of the update,
 half of the distance of two neighbours is left to chance: a gain favours the larger elements of a column.
 
-It is not loudmerge's: `verify` could not tell a neighbour from the other one. See docs/rounding.md.
+It is not loudmerge's: `verify` could not tell a neighbour from the other one. See README.md here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m benchmarks.rounding.study --dir DIR --out FILE.jsonl [--only GLOB] [--rounding NAME…]
 
-DIR holds the adapters of `train`. Appends one line of JSON for each (adapter, rounding, seed).
+DIR holds the adapters of `train`. Appends one line of JSON for each (adapter, rounding, seed). NAME: one of
+OURS, by default all, or of the ROUNDINGS that were tried.
 """
 
 from __future__ import annotations
@@ -141,8 +142,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="dense")
     parser.add_argument("--only", default="*")
-    names = [*OURS, *ROUNDINGS]
-    parser.add_argument("--rounding", nargs="+", default=names, choices=names, metavar="NAME")
+    parser.add_argument(
+        "--rounding", nargs="+", default=[*OURS, "peft"], choices=[*OURS, *ROUNDINGS], metavar="NAME"
+    )
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
     paths = sorted(given.dir.glob(f"{given.model}-{given.only}.pt"))

@@ -16,7 +16,7 @@ from loudmerge.reading.families import FAMILIES
 from tests.support.command import run_inside
 
 CHECKOUT = Path(__file__).parents[2]
-PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted((CHECKOUT / "docs").glob("*.md"))]
+PAGES = [*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md"), *CHECKOUT.glob("benchmarks/*/*.md")]
 README, REFUSALS = ((CHECKOUT / name).read_text("utf-8") for name in ("README.md", "docs/refusals.md"))
 
 
@@ -94,7 +94,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted(PAGES), ids=lambda page: page.relative_to(CHECKOUT).as_posix())
 def test_every_link_inside_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
     for link in (link for link in links if "://" not in link):
