@@ -246,11 +246,12 @@ def _lines(found: Inspection) -> Iterable[str]:
 def _layout_lines(found: Inspection) -> Iterable[str]:
     layout = found.layout
     yield f"  layout    {found.orientation_text}, {layout.lora_b_layout}"
-    for evidence in layout.evidence[:SHOWN_EVIDENCE]:
+    shown = [one for one in layout.evidence if one.source != "weights"]  # stands under "packing"
+    for evidence in shown[:SHOWN_EVIDENCE]:
         site = f" ({evidence.site})" if evidence.site else ""
         yield f"            {evidence.source} says {evidence.says or 'nothing'}{site}: {evidence.detail}"
-    if len(layout.evidence) > SHOWN_EVIDENCE:
-        yield f"            … and {len(layout.evidence) - SHOWN_EVIDENCE} more"
+    if len(shown) > SHOWN_EVIDENCE:
+        yield f"            … and {len(shown) - SHOWN_EVIDENCE} more"
 
 
 def _plan_lines(found: Inspection) -> Iterable[str]:

@@ -56,6 +56,15 @@ def test_cases_come_in_the_suites_order(suite: Suite) -> None:
     assert [found.id for found in suite.select(("nan", "plain"))] == ["plain", "nan"]
 
 
+def test_the_control_is_a_merge_that_needs_no_option(suite: Suite) -> None:
+    """A tool may fail on any other case, and its failure on this one would count for moot."""
+    told, either = case("told", options={"orientation": "swapped"}), case("pickle", expect="either")
+    write_manifest(suite.root, [told, either, case("plain"), case("again")])
+    found = load(suite.root)
+    controls = [found.control(one) for one in found.cases]
+    assert [one and one.id for one in controls] == ["plain", "plain", "again", "plain"]
+
+
 def test_a_projects_own_data_comes_first_then_what_is_shipped(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

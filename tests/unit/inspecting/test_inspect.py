@@ -115,6 +115,12 @@ def test_the_packing_is_assumed_without_a_marker(tmp_path: Path) -> None:
     assert found.refusal is None
 
 
+def test_what_the_weights_show_is_said_once(tmp_path: Path) -> None:
+    found = alone(tmp_path)
+    assert said(found, "weights") == [("down_proj", ""), ("gate_up_proj", "")]
+    assert found.summary().count("lora_B's columns") == 2
+
+
 @pytest.mark.parametrize("place", ["lora_B_layout", "auto_mapping.lora_B_layout"])
 def test_a_marker_is_evidence_without_a_base(place: str, tmp_path: Path) -> None:
     outer, _, inner = place.rpartition(".")
