@@ -236,7 +236,7 @@ def _lines(found: Inspection) -> Iterable[str]:
     for number, text in enumerate(terminal_lines(found.weighed)):
         yield f"  {'packing' if not number else '':9} {text}"
     if found.refusal is not None:
-        yield f"  refused   {found.refusal}"
+        yield f"  refused   {found.refusal}".replace("\n", "\n            ")
     yield from _layout_lines(found)
     yield from _plan_lines(found)
     for text in found.odd:

@@ -137,7 +137,8 @@ def test_what_the_packing_would_refuse_is_said_without_a_base(tmp_path: Path) ->
     found = alone(tmp_path, **UNSLOTH)
     assert found.layout.lora_b_layout == "undecided"
     assert found.to_json()["refusal"]["code"] == "ambiguous-layout"
-    assert "refused   ambiguous-layout" in found.summary()
+    assert "  refused   ambiguous-layout" in found.summary()
+    assert "\n            1 more problem:\n" in found.summary()
 
 
 def test_a_refused_merge_leaves_what_the_adapter_alone_says(tmp_path: Path) -> None:
