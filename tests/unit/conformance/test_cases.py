@@ -57,12 +57,13 @@ def test_cases_come_in_the_suites_order(suite: Suite) -> None:
 
 
 def test_the_control_is_a_merge_that_needs_no_option(suite: Suite) -> None:
-    """A tool may fail on any other case, and its failure on this one would count for moot."""
+    """A tool may fail on others, and its failure here would be moot. Of an edited case it is the unedited."""
     told, either = case("told", options={"orientation": "swapped"}), case("pickle", expect="either")
-    write_manifest(suite.root, [told, either, case("plain"), case("again")])
+    edited = case("bent", expect="refuse", expected=None, of="again", edit="bend")
+    write_manifest(suite.root, [told, either, case("plain"), case("again"), edited])
     found = load(suite.root)
     controls = [found.control(one) for one in found.cases]
-    assert [one and one.id for one in controls] == ["plain", "plain", "again", "plain"]
+    assert [one and one.id for one in controls] == ["plain", "plain", "again", "plain", "again"]
 
 
 def test_a_projects_own_data_comes_first_then_what_is_shipped(
