@@ -70,34 +70,40 @@ def test_only_the_first_wrong_tensors_are_named() -> None:
     assert compare(base, out, {})[1].endswith("t2: changed, though nothing targets it; and 2 more")
 
 
-def experts() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def experts(
+    module: str, gate: str, up: str, down: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """A base with two experts apart, what changes, and the same fused, (E, 2I, H) and (E, H, I)."""
     generator = torch.Generator().manual_seed(0)
-    sizes = {"gate_proj": (3, 4), "up_proj": (3, 4), "down_proj": (4, 3)}
+    sizes = {gate: (3, 4), up: (3, 4), down: (4, 3)}
     base = {
-        f"l.mlp.experts.{e}.{leaf}.weight": torch.randn(size, generator=generator)
+        f"{module}.experts.{e}.{leaf}.weight": torch.randn(size, generator=generator)
         for e in range(2)
         for leaf, size in sizes.items()
     }
     expected = {name: tensor + 0.5 for name, tensor in base.items()}
 
     def stacked(leaf: str) -> Tensor:
-        return torch.stack([expected[f"l.mlp.experts.{e}.{leaf}.weight"] for e in range(2)])
+        return torch.stack([expected[f"{module}.experts.{e}.{leaf}.weight"] for e in range(2)])
 
-    gate_up = torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
-    fused = {"l.mlp.experts.gate_up_proj": gate_up, "l.mlp.experts.down_proj": stacked("down_proj")}
+    gate_up = torch.cat([stacked(gate), stacked(up)], dim=1)
+    fused = {"l.mlp.experts.gate_up_proj": gate_up, "l.mlp.experts.down_proj": stacked(down)}
     return base, expected, fused
 
 
-def test_fused_experts_are_compared_with_those_apart() -> None:
-    base, expected, fused = experts()
+@pytest.mark.parametrize(
+    ("module", "leaves"),
+    [("l.mlp", ("gate_proj", "up_proj", "down_proj")), ("l.block_sparse_moe", ("w1", "w3", "w2"))],
+)
+def test_fused_experts_are_compared_with_those_apart(module: str, leaves: tuple[str, str, str]) -> None:
+    base, expected, fused = experts(module, *leaves)
     verdict, detail = compare(base, fused, expected)
     assert verdict == "other-form"
     assert detail.startswith("l.mlp.experts.down_proj: experts fused, which the base holds apart")
     fused["l.mlp.experts.gate_up_proj"][1, 4] += 1
     verdict, detail = compare(base, fused, expected)
     assert verdict == "wrong-silently"
-    assert detail.startswith("l.mlp.experts.1.up_proj.weight: ")
+    assert detail.startswith(f"{module}.experts.1.{leaves[1]}.weight: ")
 
 
 def test_exchanged_axes_are_another_form_and_compared() -> None:
