@@ -209,12 +209,7 @@ def _odd(adapter: Adapter, planned: MergePlan | None) -> Iterable[str]:
     for name, value in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         if value:
             yield f"{name}: {dict(value)}"
-    if planned is None:
-        return
-    yield from planned.notes
-    for evidence in planned.layout.evidence:
-        if evidence.source == "peft_version" and not evidence.says:
-            yield evidence.detail
+    yield from planned.notes if planned else ()
 
 
 def _lines(found: Inspection) -> Iterable[str]:

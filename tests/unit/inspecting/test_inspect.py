@@ -133,6 +133,29 @@ def test_a_marker_is_evidence_without_a_base(place: str, tmp_path: Path) -> None
     assert f"marker says grouped_by_expert ({EXPERTS}.down_proj): {place}" in found.summary()
 
 
+def test_what_is_odd_is_said(tmp_path: Path) -> None:
+    rest: dict[str, Any] = {"alpha_pattern": {"q_proj": 8}, "lora_dropout": 0.1}
+    assert alone(tmp_path, peft_version=None, **rest).odd == (
+        "no peft_version: PEFT up to 0.17, or another tool, wrote it",
+        "lora_dropout on fused experts: PEFT itself would not load it again",
+        "rank_pattern: {'gate_up_proj': 3}",
+        "alpha_pattern: {'q_proj': 8}",
+    )
+    assert alone(tmp_path, rank_pattern={}).odd == ()
+
+
+def test_the_notes_of_a_plan_are_odd_and_its_prediction_is_shown(tmp_path: Path) -> None:
+    alone(tmp_path, lora_B_layout="rank_major")
+    base = write_base(tmp_path / "base", {**expert_tensors(E, H, I), f"{Q_PROJ}.weight": values(H, H)})
+    found = inspect(tmp_path / "adapter", base, lora_b_layout="grouped_by_expert")
+    assert found.plan is not None
+    assert found.plan.notes
+    assert found.odd[1:] == found.plan.notes
+    assert all(f"  odd       {note}" in found.summary() for note in found.odd)
+    assert "  touches   12 expert projections, 1 dense weights, 0 replaced, 0 copied" in found.summary()
+    assert "  predicted from a sample, 13 of 13 matrices: keeps 1.0000" in found.summary()
+
+
 def test_what_the_packing_would_refuse_is_said_without_a_base(tmp_path: Path) -> None:
     found = alone(tmp_path, **UNSLOTH)
     assert found.layout.lora_b_layout == "undecided"
