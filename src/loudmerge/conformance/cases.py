@@ -126,11 +126,15 @@ def default_directory(project: Path) -> Path:
 
 
 def load(directory: Path) -> Suite:
-    """Reads the manifest. Raises DataError where there is none, or a file of it was changed."""
+    """Reads the manifest. Raises DataError where it is missing or damaged, or a file of it was changed."""
     file = directory / MANIFEST
     if not file.is_file():
         raise DataError(f"{file}: found no manifest, expected the conformance suite's data")
-    document = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        found = f"found no JSON ({error}), expected a manifest. Fetch the data again."
+        raise DataError(f"{file}: {found}") from error
     if document.get("schema") != 1:
         raise DataError(f"{file}: found schema {document.get('schema')!r}, expected 1: update loudmerge")
     cases = tuple(_case(directory, values) for values in document["cases"])

@@ -42,6 +42,13 @@ def test_a_manifest_of_another_schema_is_refused(suite: Suite) -> None:
         load(suite.root)
 
 
+@pytest.mark.parametrize("content", [b'{"schema": 1, ', b"\xff"])
+def test_a_damaged_manifest_is_refused(content: bytes, suite: Suite) -> None:
+    (suite.root / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest\.json: found no JSON .* Fetch the data again\."):
+        load(suite.root)
+
+
 def test_no_manifest_is_no_suite(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"found no manifest"):
         load(tmp_path)
