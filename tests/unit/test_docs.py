@@ -6,10 +6,12 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
+import loudmerge
 from loudmerge import cli
 from loudmerge.errors import REFUSAL_CODES
 from loudmerge.reading.families import FAMILIES
@@ -56,6 +58,21 @@ def test_the_examples_of_the_readme_print_what_it_says(
         codes.append(ended.code)
         assert measured(ended.stdout or ended.stderr) == measured(wanted)
     assert codes == [0, 3]
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the live model's line, for which a function stands in."""
+    for name, place in (("base", "bases/qwen3_moe"), ("adapter", "adapters/qwen3_moe-fused-0.18.1")):
+        (tmp_path / name).symlink_to(CHECKOUT / "conformance" / place)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loudmerge, "save_pretrained_merged", lambda *given: given, raising=False)
+    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```$", README)
+    names: dict[str, Any] = {"model": "a model", "tokenizer": "its tokenizer"}
+    exec(code, names)  # noqa: S102 - the page's own
+    assert names["report"] == ("a model", "live", "its tokenizer")
+    assert isinstance(names["plan"], loudmerge.MergePlan)
+    assert isinstance(names["verified"], loudmerge.Verification)
+    assert names["verified"].ok
 
 
 def test_the_readme_has_every_option_of_merge() -> None:
