@@ -1,4 +1,4 @@
-"""The roundings that the study compares. Each takes W, dW and A in float32 and returns W' in float32.
+"""Roundings that were tried, beside loudmerge's own. Each takes W, dW and A, and returns W', all in float32.
 
 weight, delta: (out, in); weight has bfloat16's values. a: (rank, in), the rows that span dW's inputs.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.rounding.balance import balanced as balanced_rounding
 from benchmarks.rounding.thresholds import Rounding, by_row, by_threshold, systematic
 
 
@@ -18,18 +17,8 @@ def to_bfloat16(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).to(torch.float32)
 
 
-def nearest(weight: Tensor, delta: Tensor, a: Tensor, draw: torch.Generator) -> Tensor:
-    return to_bfloat16(weight + delta)
-
-
 def peft(weight: Tensor, delta: Tensor, a: Tensor, draw: torch.Generator) -> Tensor:
     return to_bfloat16(weight + to_bfloat16(delta))
-
-
-def stochastic(weight: Tensor, delta: Tensor, a: Tensor, draw: torch.Generator) -> Tensor:
-    bits = (weight + delta).view(torch.int32)
-    drawn = torch.randint(0, 65536, bits.shape, generator=draw, dtype=torch.int32)
-    return ((bits + drawn) & -65536).view(torch.float32)
 
 
 def neighbours(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,28 +95,13 @@ def partly(share: float) -> Rounding:
     return rounding
 
 
-def feedback(weight: Tensor, delta: Tensor, a: Tensor, draw: torch.Generator) -> Tensor:
-    """Error feedback along the input: the error of a column is added to the next one's value."""
-    value, result = weight + delta, torch.empty_like(weight)
-    carry = (torch.rand(weight.shape[0], generator=draw) - 0.5) * 2.0**-9 * weight.abs().mean(1)
-    for column in range(weight.shape[1]):
-        wanted = value[:, column] + carry
-        low, high = neighbours(value[:, column].contiguous())
-        result[:, column] = to_bfloat16(wanted).clamp(low, high)
-        carry = wanted - result[:, column]
-    return result
-
-
 ROUNDINGS: dict[str, Rounding] = {
-    "nearest": nearest,
     "peft": peft,
-    "stochastic": stochastic,
     "gain_tensor": gain_tensor,
     "gain_row": gain_row,
     "subspace": subspace,
     "partly0.5": partly(0.5),
     "partly0.8": partly(0.8),
-    "feedback": feedback,
 }
 
 
@@ -168,16 +142,10 @@ def two_sided(weight: Tensor, delta: Tensor, a: Tensor, draw: torch.Generator) -
     return pushed(weight, delta, push)
 
 
-def feedback_output(weight: Tensor, delta: Tensor, a: Tensor, draw: torch.Generator) -> Tensor:
-    """Error feedback along the output, with a random sign that follows dW's."""
-    return feedback(weight.T.contiguous(), delta.T.contiguous(), a, draw).T
-
-
 ROUNDINGS |= {
     "gain_column": gain_column,
     "gain_both": gain_both,
     "two_sided": two_sided,
-    "feedback_output": feedback_output,
 }
 
 
@@ -232,7 +200,7 @@ def dithered(share: float) -> Rounding:
     def rounding(weight: Tensor, delta: Tensor, a: Tensor, draw: torch.Generator) -> Tensor:
         value = weight + delta
         bits = value.view(torch.int32)
-        unit = torch.ldexp(torch.ones(()), torch.frexp(value).exponent - 8) * value.sign()
+        unit = torch.ldexp(torch.ones_like(value), torch.frexp(value).exponent - 8) * value.sign()
         push = torch.where(unit == 0, 0.0, delta / unit) * 65536
         middle = 32768 + (torch.rand(value.shape, generator=draw) - 0.5) * share * 65536
         squares = (delta * delta).sum(0)
@@ -252,8 +220,6 @@ def dithered(share: float) -> Rounding:
 
 
 ROUNDINGS |= {"dithered0.5": dithered(0.5), "dithered0.25": dithered(0.25)}
-
-ROUNDINGS |= {"balanced": balanced_rounding}
 
 ROUNDINGS |= {
     "threshold16": by_threshold(16),

@@ -159,7 +159,6 @@ def main() -> None:
         print(path.name, f"base||trained {divergence(base, trained):.3e}", flush=True)
         for name in given.rounding:
             deterministic = name in {
-                "nearest",
                 "peft",
                 "gain_tensor",
                 "gain_row",
