@@ -1,20 +1,17 @@
 """Scorecards as Markdown, and the table in docs/conformance.md.
 
-    python -m loudmerge.conformance.page conformance/scorecards docs/conformance.md [--check]
+    python -m loudmerge.conformance.page conformance/scorecards docs/conformance.md
 
-writes what lies between the two marks, or, with --check, exits with 4 where it is not what the scorecards
-say.
+writes what lies between the two marks.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 
-from loudmerge.command.terminal import DONE, MISMATCH
 from loudmerge.conformance.cases import Case, Suite, default_directory, load
 from loudmerge.conformance.judge import MOOT, OTHER_FORM, VERDICTS, WRONG, Verdict
 from loudmerge.conformance.scorecard import Scorecard, read_scorecard
@@ -151,14 +148,10 @@ def replaced(page: str, table: str) -> str:
 @click.command()
 @click.argument("scorecards", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("page", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--check", is_flag=True, help="Write nothing; exit with 4 where the page is not up to date.")
-def main(*, scorecards: Path, page: Path, check: bool) -> None:
+def main(*, scorecards: Path, page: Path) -> None:
     """Put the scorecards into the page."""
-    text = page.read_text(encoding="utf-8")
-    wanted = replaced(text, markdown(read_all(scorecards), load(default_directory(Path()))))
-    if check:
-        sys.exit(DONE if text == wanted else MISMATCH)
-    page.write_text(wanted, encoding="utf-8")
+    table = markdown(read_all(scorecards), load(default_directory(Path())))
+    page.write_text(replaced(page.read_text(encoding="utf-8"), table), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_several_tools_stand_beside_each_other(suite: Suite) -> None:
     assert "update away" not in "".join(lines)
 
 
-def test_the_page_is_written_between_its_marks_and_checked(
+def test_the_page_is_written_between_its_marks(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "default_directory", lambda _: suite.root)
@@ -102,14 +102,12 @@ def test_the_page_is_written_between_its_marks_and_checked(
     (cards / "one.json").write_text(json.dumps(CARD.to_json()))
     file = tmp_path / "page.md"
     file.write_text(f"# Before\n\n{page.BEGINS}\nstale\n{page.ENDS}\n\nAfter\n")
-    command = [str(cards), str(file)]
-    assert CliRunner().invoke(page.main, [*command, "--check"]).exit_code == 4
-    assert CliRunner().invoke(page.main, command).exit_code == 0
-    assert CliRunner().invoke(page.main, [*command, "--check"]).exit_code == 0
+    assert CliRunner().invoke(page.main, [str(cards), str(file)]).exit_code == 0
     text = file.read_text()
     assert text.startswith("# Before\n")
     assert text.endswith(f"{page.ENDS}\n\nAfter\n")
     assert "stale" not in text
+    assert page.replaced(text, page.markdown([CARD], suite)) == text
 
 
 def test_a_page_without_marks_is_refused() -> None:
