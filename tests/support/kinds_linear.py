@@ -227,6 +227,17 @@ LINEAR: tuple[Kind, ...] = (
         (r"experts(\.base_layer)?\.lora_A",),
     ),
     Kind(
+        "patterns that overlap, which saving sorts",
+        "gpt_oss",
+        lambda model: {
+            "target_modules": ["q_proj", "o_proj"],
+            "target_parameters": tiny.expert_parameters(model),
+            "rank_pattern": {"down_proj": 3, "self_attn.o_proj": 6, "experts.down_proj": 2, "o_proj": 5},
+            "alpha_pattern": {"self_attn.o_proj": 7, "o_proj": 3},
+        },
+        (r"experts(\.base_layer)?\.lora_A", r"o_proj\.lora_A"),
+    ),
+    Kind(
         "LoRA on a square Conv1D and the head",
         "gpt2",
         {"target_modules": ["attn.c_proj", "lm_head"], "fan_in_fan_out": True},

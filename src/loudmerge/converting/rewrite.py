@@ -88,7 +88,7 @@ class Rewritten:
         if any(config.rank_for(name) != rank for name in names):
             self._pattern("rank_pattern", expression, rank)
         config = parse_config(self.raw)
-        if not all(math.isclose(config.scaling_for(name), scaling, rel_tol=1e-12) for name in names):
+        if not all(math.isclose(config.scaling_for(name, rank), scaling, rel_tol=1e-12) for name in names):
             alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
             self._pattern("alpha_pattern", expression, int(alpha) if alpha == int(alpha) else alpha)
         for name in names:

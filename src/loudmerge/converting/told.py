@@ -15,6 +15,7 @@ from loudmerge.planning.misplaced import not_fused
 from loudmerge.planning.plan import Site
 from loudmerge.reading.adapter import ONE_SAVE, Adapter, LoraPair
 from loudmerge.reading.adapter_config import AdapterConfig
+from loudmerge.reading.patterns import ranks
 
 
 def told_sites(adapter: Adapter, orientation: str, packing: str, to: str) -> tuple[Site, ...]:
@@ -51,7 +52,7 @@ def told_sites(adapter: Adapter, orientation: str, packing: str, to: str) -> tup
             parameter.name,
             module.num_experts,
             parameter.rank,
-            adapter.config.scaling_for(parameter.name),
+            adapter.config.scaling_for(parameter.name, parameter.rank),
             True,
             Orientation(orientation),
             packed,
@@ -76,7 +77,11 @@ def _told_parameter(
     config: AdapterConfig, pair: LoraPair, name: str
 ) -> tuple[FusedModule, FusedParameter, LoraPair]:
     """See `placed`. Raises MergeRefused `rank-mismatch` where the rank of the config does not fit."""
-    rank = config.rank_for(name)
+    rank, *others = dict.fromkeys(ranks(config.raw, name))
+    if others:
+        found = f"a rank of {' or '.join(map(str, (rank, *others)))} for {name}, by the key of rank_pattern"
+        hint = "Give --base, whose number of experts tells."
+        raise MergeRefused(Problem("rank-mismatch", str(pair.a), found, "keys that say one thing", hint))
     experts, left = divmod(pair.a.shape[0], rank)
     if left or pair.b.shape[1] != pair.a.shape[0]:
         found = f"{pair.a.shape[0]} rows and {pair.b.shape[1]} columns"

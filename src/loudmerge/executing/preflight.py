@@ -109,7 +109,7 @@ def _wrong_conversions(
     for gate and up and exact zeros elsewhere, which training would fill.
     """
     for site in sites if config.use_rslora else ():
-        alpha = config.alpha_for(site.parameter)
+        alpha = config.alpha_for(site.parameter, site.rank)
         if not site.num_experts or site.rank != 2 * config.rank or alpha != 2 * config.alpha:
             continue
         left = factors(site, reader.read(site.pair.a), reader.read(site.pair.b)).left

@@ -187,7 +187,7 @@ def _by_adapter(module: object, name: str) -> Iterable[tuple[str, Any]]:
 def _says(config: AdapterConfig, name: str, rank: int, scaling: float) -> bool:
     if config.rank_for(name) != rank or len(alphas(config.raw, name, rank)) > 1:
         return False
-    return math.isclose(config.scaling_for(name), scaling, rel_tol=1e-12)
+    return math.isclose(config.scaling_for(name, rank), scaling, rel_tol=1e-12)
 
 
 def _told(field: str, pattern: str, values: Mapping[str, float]) -> dict[str, Any]:

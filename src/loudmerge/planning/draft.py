@@ -78,7 +78,7 @@ class Draft:
                         parameter.name,
                         module.num_experts,
                         parameter.rank,
-                        self.adapter.config.scaling_for(parameter.name),
+                        self.adapter.config.scaling_for(parameter.name, parameter.rank),
                         reads_input,
                         chosen.orientation,
                         layout.packing[module.name, leaf],

@@ -13,7 +13,7 @@ from typing import Any
 
 from loudmerge.errors import WHICH_BASE, MergeRefused, Problem
 from loudmerge.evidence.hypotheses import FusedModule, FusedParameter
-from loudmerge.layout import Axes, Orientation, Span
+from loudmerge.layout import Axes, Orientation, PairShape, Span
 from loudmerge.planning.conv1d import has_conv1d, is_conv1d
 from loudmerge.planning.misplaced import (
     dora_on_experts,
@@ -166,7 +166,7 @@ class _Placer:
         parameters = []
         counts = set()
         for leaf in fused:
-            parameter, target, count = self._target(module, leaf, pairs[0])
+            parameter, target, count = self._target(module, leaf, pairs)
             parameters.append(parameter)
             counts.add(count)
             self.targets[module, leaf] = target
@@ -185,13 +185,15 @@ class _Placer:
         orientations = frozenset(Orientation) if count > 1 else self._family.single_expert_orientations()
         self.modules.append(FusedModule(module, count, tuple(pairs), tuple(parameters), orientations))
 
-    def _target(self, module: str, leaf: str, pair: LoraPair) -> tuple[FusedParameter, Target, int]:
+    def _target(
+        self, module: str, leaf: str, pairs: Sequence[LoraPair]
+    ) -> tuple[FusedParameter, Target, int]:
         name = f"{module}.{leaf}"
-        rank = self._config.rank_for(name)
         group_name, _, canonical_leaf = split_expert_name(self._family.canonical(name)) or ("", None, "")
         if group_name not in self._experts or not self._family.known:
-            return self._same_on_disk(name, leaf, rank, pair)
+            return self._same_on_disk(name, leaf, pairs)
         group = self._experts.group(group_name)
+        rank = self._rank_of(name, pairs, group.num_experts)
         projections = FUSED_LEAVES[canonical_leaf]
         missing = [projection for projection in projections if projection not in group.dims]
         if missing:
@@ -217,22 +219,26 @@ class _Placer:
             return [Span(0, outs[0], 2), Span(1, outs[1], 2)]
         return [Span(0, outs[0]), Span(outs[0], outs[1])]
 
+    def _rank_of(self, name: str, pairs: Sequence[LoraPair], experts: int) -> int:
+        shapes = (PairShape.of(pair.a.shape, pair.b.shape) for pair in pairs)
+        return self._config.rank_for(name, {shape.rank(experts) for shape in shapes})
+
     def _same_on_disk(
-        self, name: str, leaf: str, rank: int, pair: LoraPair
+        self, name: str, leaf: str, pairs: Sequence[LoraPair]
     ) -> tuple[FusedParameter, Target, int]:
         """A fused parameter that is on disk as it is in memory; gate and up need not be told apart."""
         entry = self._names.find(name)
         if entry is None:
-            raise MergeRefused(unknown_family(name, pair))
+            raise MergeRefused(unknown_family(name, pairs[0]))
         require_float(entry)
         count, d1, d2 = entry.shape
-        span = Span(0, d1)
+        rank, span = self._rank_of(name, pairs, count), Span(0, d1)
         parts = tuple((expert, span, Slot(entry, expert, Axes.OUT_IN, span)) for expert in range(count))
         return FusedParameter(leaf, name, d1, d2, rank), Target(Axes.OUT_IN, parts), count
 
     def _place_dense(self, pair: LoraPair, name: str, rank_name: str) -> None:
         parts = split_expert_name(self._family.canonical(name))
-        rank = self._config.rank_for(rank_name)
+        rank = self._config.rank_for(rank_name, pair.a.shape[:1])
         if parts is not None and parts[1] is not None and parts[0] in self._experts:
             expert, slot = True, self._expert_slot(pair, self._experts.group(parts[0]), parts[1], parts[2])
         else:
@@ -241,9 +247,8 @@ class _Placer:
                 self._missing(pair, name)
                 return
             expert, slot = False, self._whole(entry, pair, wrapped=name == rank_name)
-        placed = Placed(
-            pair, name, rank, self._config.scaling_for(rank_name), slot, expert, name == rank_name
-        )
+        scaling = self._config.scaling_for(rank_name, rank)
+        placed = Placed(pair, name, rank, scaling, slot, expert, name == rank_name)
         problem = dense_problem(placed)
         if problem is not None:
             raise MergeRefused(problem)

@@ -203,7 +203,8 @@ def _head_rows(
 
 def _head_term(draft: Draft, source: TensorEntry, pair: LoraPair) -> Term | None:
     config = draft.adapter.config
-    rank, scaling = config.rank_for(pair.module), config.scaling_for(pair.module)
+    rank = config.rank_for(pair.module, pair.a.shape[:1])
+    scaling = config.scaling_for(pair.module, rank)
     rows = Span(0, source.shape[0])
     problem = dense_problem(
         Placed(pair, HEAD, rank, scaling, Slot(source, -1, Axes.OUT_IN, rows), expert=False, wrapped=False)

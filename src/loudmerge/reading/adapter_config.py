@@ -6,13 +6,13 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
-from loudmerge.reading.patterns import by_pattern
+from loudmerge.reading.patterns import alphas, ranks
 from loudmerge.system.jsonfile import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,18 +108,21 @@ class AdapterConfig:
         """Which of the base's biases were trained: "none", "all" or "lora_only"."""
         return str(self.raw.get("bias") or "none")
 
-    def rank_for(self, name: str) -> int:
-        """The rank of a module or parameter, by its full name in memory, after `rank_pattern`."""
-        return int(by_pattern(self.rank_pattern, name, self.rank))
+    def rank_for(self, name: str, found: Container[int | None] = ()) -> int:
+        """The rank of a module or parameter, by its full name in memory, after `rank_pattern`.
 
-    def alpha_for(self, name: str) -> float:
+        found: the ranks that the tensors may have. They tell where PEFT's saving lost which key was first.
+        """
+        may = ranks(self.raw, name)
+        return next((rank for rank in may if rank in found), may[0])
+
+    def alpha_for(self, name: str, rank: int) -> float:
         """The alpha of a module or parameter, by its full name in memory, after `alpha_pattern`."""
-        return float(by_pattern(self.alpha_pattern, name, self.alpha))
+        return alphas(self.raw, name, rank)[0]
 
-    def scaling_for(self, name: str) -> float:
+    def scaling_for(self, name: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rslora, after the patterns."""
-        rank = self.rank_for(name)
-        return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha_for(name, rank) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targeted_parameters(self, module: str) -> tuple[str, ...]:
         """The parameters of `module` that `target_parameters` names, sorted.

@@ -29,9 +29,13 @@ _SINCE_0_14 = ("eva_config", "exclude_modules", "lora_bias")
 Pattern = Mapping[Any, Any]
 
 
-def by_pattern(pattern: Pattern, name: str, default: float) -> Any:
-    """What PEFT reads from 0.15 on: the value of the first key that matches."""
-    return next((pattern[key] for key in _matching(pattern, name)), default)
+def ranks(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The ranks that a LoRA of this name may have been trained with, what PEFT reads first."""
+    pattern = config.get("rank_pattern") or {}
+    keys = _matching(pattern, name)
+    if not _is_sorted(config, pattern):
+        del keys[1:]
+    return tuple(pattern[key] for key in keys) or (config["r"],)
 
 
 def alphas(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, ...]:
@@ -39,18 +43,22 @@ def alphas(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, ...]
 
     config: adapter_config.json. Today's PEFT reads one of them.
     """
-    ranks, pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    by_rank, pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     if not pattern:
         return (float(config["lora_alpha"]),)  # of each of some ten thousand experts it is asked
-    keys = _told_by_rank(_matching(pattern, name), _matching(ranks, name), ranks, rank) or [None]
-    saved = config.keys() >= _ALWAYS
-    if not saved or [*pattern] != sorted(pattern):
+    keys = _told_by_rank(_matching(pattern, name), _matching(by_rank, name), by_rank, rank) or [None]
+    if not _is_sorted(config, pattern):
         del keys[1:]
-    if saved and config.keys().isdisjoint(_SINCE_0_15):
-        keys += _before_0_15(ranks, pattern, name, rank)
+    if config.keys() >= _ALWAYS and config.keys().isdisjoint(_SINCE_0_15):
+        keys += _before_0_15(by_rank, pattern, name, rank)
         if config.keys().isdisjoint(_SINCE_0_14):
-            keys += _before_0_14(ranks, pattern, name, rank, config["r"])
+            keys += _before_0_14(by_rank, pattern, name, rank, config["r"])
     return tuple(dict.fromkeys(float(pattern.get(key, config["lora_alpha"])) for key in keys))
+
+
+def _is_sorted(config: Mapping[str, Any], pattern: Pattern) -> bool:
+    """Whether PEFT saved the pattern, with its keys in another order, maybe, than training had."""
+    return config.keys() >= _ALWAYS and [*pattern] == sorted(pattern)
 
 
 def _matching(pattern: Iterable[str], name: str) -> list[str | None]:

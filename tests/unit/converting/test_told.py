@@ -50,6 +50,17 @@ def test_without_a_base_the_user_says_the_orientation(to: str, tmp_path: Path) -
     assert all(torch.equal(told[key], proven[key]) for key in told)
 
 
+def test_keys_of_rank_pattern_that_saving_sorted_need_a_base(tmp_path: Path) -> None:
+    """In training the other key was first: the rows are those of 4 experts of rank 4, or of 8 of rank 2."""
+    lora = fused_lora(EXPERTS, [DOWN], experts=4, rank=4)
+    saved: dict[str, Any] = {"auto_mapping": None, "inference_mode": True, "layers_pattern": None}
+    saved["rank_pattern"] = {"down_proj": 2, "experts.down_proj": 4}
+    refused = refusal(tmp_path, lora, with_base=False, target_parameters=list(TARGETS[1:]), **saved)
+    assert refused.code == "rank-mismatch"
+    assert "a rank of 2 or 4" in str(refused)
+    assert refused.hint == "Give --base, whose number of experts tells."
+
+
 def test_without_a_base_and_without_a_word_it_is_refused(tmp_path: Path) -> None:
     built = build(qwen(), tmp_path)
     with pytest.raises(MergeRefused, match=r"Give --base, or say --orientation") as caught:

@@ -56,7 +56,7 @@ def test_what_the_installed_peft_writes_is_understood(tmp_path: Path) -> None:
     found = read_config(tmp_path)
     assert found.target_parameters == {"experts.down_proj"}
     assert found.modules_to_save == {"lm_head"}
-    assert found.scaling_for("model.layers.0.self_attn.q_proj") == 16 / math.sqrt(4)
+    assert found.scaling_for("model.layers.0.self_attn.q_proj", 4) == 16 / math.sqrt(4)
 
 
 def test_a_directory_without_a_config_is_no_adapter(tmp_path: Path) -> None:
@@ -238,21 +238,34 @@ def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
 
 
 def test_scaling_is_alpha_over_rank_or_over_its_root() -> None:
-    assert config(r=4, lora_alpha=6).scaling_for(DOWN) == 1.5
-    assert config(r=4, lora_alpha=6, use_rslora=True).scaling_for(DOWN) == 3.0
+    assert config(r=4, lora_alpha=6).scaling_for(DOWN, 4) == 1.5
+    assert config(r=4, lora_alpha=6, use_rslora=True).scaling_for(DOWN, 4) == 3.0
 
 
 def test_scaling_is_after_both_patterns() -> None:
     found = config(r=4, lora_alpha=6, rank_pattern={"down_proj": 9}, alpha_pattern={"experts.down_proj": 27})
     assert found.rank_for(DOWN) == 9
-    assert found.scaling_for(DOWN) == 3.0
-    assert found.scaling_for("model.layers.0.self_attn.q_proj") == 1.5
+    assert found.scaling_for(DOWN, 9) == 3.0
+    assert found.scaling_for("model.layers.0.self_attn.q_proj", 4) == 1.5
 
 
 def test_the_first_pattern_that_matches_counts() -> None:
     both = {"down_proj": 3, r".*\.experts\.down_proj": 5}
     assert config(rank_pattern=both).rank_for(DOWN) == 3
     assert config(rank_pattern=dict(reversed(both.items()))).rank_for(DOWN) == 5
+
+
+def test_the_tensors_tell_the_rank_where_saving_sorted_the_keys() -> None:
+    """In training the longer key was first: PEFT saves what it read as another rank."""
+    both = {"down_proj": 3, "experts.down_proj": 5}
+    saved = {"auto_mapping": None, "inference_mode": True, "layers_pattern": None, "rank_pattern": both}
+    assert config(**saved).rank_for(DOWN, {5, 7}) == 5
+    assert config(**saved).rank_for(DOWN, {7}) == 3
+    in_order = {**saved, "rank_pattern": dict(reversed(both.items()))}
+    assert config(**in_order).rank_for(DOWN, {3}) == 5
+    assert config(rank_pattern=both).rank_for(DOWN, {5}) == 3
+    found = config(**saved, use_rslora=False, alpha_pattern={"down_proj": 6, "experts.down_proj": 20})
+    assert found.scaling_for(DOWN, 5) == 4.0
 
 
 def test_the_modules_name_does_not_match_its_parameter() -> None:

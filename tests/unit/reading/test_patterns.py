@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from loudmerge.reading.patterns import alphas, by_pattern
+from loudmerge.reading.patterns import alphas
+from loudmerge.reading.patterns import ranks as ranks_of
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 KEYS = ("q_proj", "q_proj|down_proj", "^.*q_proj", ".*", "layers.0.self_attn.q_proj", NAMES[0], "(q|k)_proj")
@@ -63,14 +64,16 @@ def test_what_a_release_trained_with_is_among_the_alphas(release: str) -> None:
             ranks = {key: number for number, key in enumerate(keys if others is None else others, 6)}
             for name in NAMES:
                 rank, alpha = read(release, ranks, scales, name)
-                assert alpha in alphas(config(release, ranks, scales), name, rank), (keys, others, name)
+                saved = config(release, ranks, scales)
+                assert alpha in alphas(saved, name, rank), (keys, others, name)
+                assert rank in ranks_of(saved, name) or release != "0.15", (keys, others, name)
 
 
 @pytest.mark.parametrize("key", ["q_proj", "(q|k)_proj", "layers.0.self_attn.q_proj", NAMES[0], "v_proj"])
 def test_a_key_that_all_releases_read_alike_leaves_one_alpha(key: str) -> None:
     for name in NAMES:
         found = alphas(config("0.13", {}, {key: 16}), name, 4)
-        assert found == (by_pattern({key: 16}, name, 8),)
+        assert found == (read("0.15", {}, {key: 16}, name)[1],)
 
 
 @pytest.mark.parametrize(
