@@ -174,8 +174,9 @@ class AdapterConfig:
     def _is_in_layer(self, module: str, how: _How) -> bool:
         """Whether `layers_to_transform` has the module's layer.
 
-        PEFT goes by the first index of the name; older releases went by the last, which may be an expert's.
-        how: whether by both or by either.
+        PEFT goes by the first index of the name; before 0.20 it went by the last, which may be an expert's.
+        From 0.21 on what layers_pattern names may stand first, as in a model without a head.
+        how: whether by all of these rules or by any.
         """
         layers = self.raw.get("layers_to_transform")
         if layers is None or layers == []:
@@ -185,7 +186,8 @@ class AdapterConfig:
         chosen = [layers] if isinstance(layers, int) else layers
         names = "|".join(f"(?:{name})" for name in patterns)
         # By name: a pattern may have groups of its own.
-        found = [re.match(rf"{lead}\.(?:{names})\.(?P<layer>\d+)\.", module) for lead in (".*?", ".*")]
+        starts = [r".*?\.", r".*\.", *([r"(?:^|.*?\.)"] if self.raw.get("layers_pattern") else [])]
+        found = [re.match(rf"{start}(?:{names})\.(?P<layer>\d+)\.", module) for start in starts]
         return how(match is not None and int(match["layer"]) in chosen for match in found)
 
     def saves_module(self, module: str) -> bool:

@@ -368,6 +368,15 @@ def test_targets_mean_what_they_mean_in_peft(fields: dict[str, Any]) -> None:
         assert config(**fields).targets_module(name) is wanted, name
 
 
+@pytest.mark.parametrize("pattern", ["layers", ["h", "layers"], None])
+def test_layers_may_stand_first_in_a_name_where_a_pattern_names_them(pattern: object) -> None:
+    """For PEFT from 0.21 on: an AutoModel's names have nothing before `layers`."""
+    found = config(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=pattern)
+    names = [f"layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    assert [found.never_targets_module(name) for name in names] == [True, pattern is None]
+    assert not any(map(found.targets_module, names))
+
+
 def test_a_layer_is_chosen_where_all_releases_choose_it() -> None:
     """PEFT's older releases took an expert's index for the layer's."""
     found = config(target_modules=["down_proj"], layers_to_transform=[1])
