@@ -48,7 +48,6 @@ REFUSED: Mapping[str, str] = {
 APART_ON_DISK: Mapping[str, str] = {
     "lara_mini": r"linear_attn\.in_proj_",
     "minimax_m3_vl": r"shared_experts\.gate_up_proj",
-    "sarvam_moe": r"self_attn\.[qkv]_proj",
 }
 """Linears that are a part of another tensor on disk, or several: a LoRA on them is refused."""
 

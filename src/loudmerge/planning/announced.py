@@ -72,11 +72,17 @@ class Announced:
 
     def _in_memory(self) -> dict[str, tuple[TensorEntry, set[str]]]:
         """By canonical name: each tensor that the model in training had, and what it may have called it."""
+        joined = {entry.name for entry, _ in self._names.parts.values()}
         known = {
             self._names.canonical[key]: (entry, names)
             for key, entry in self._base.entries.items()
-            if (names := self._names_in_memory(key))
+            if key not in joined and (names := self._names_in_memory(key))
         }
+        for name, (entry, _) in self._names.parts.items():
+            whole = template(_module(self._names.canonical[entry.name]))  # in the memory of other classes
+            prefixes = self._prefixes.get(layer_list(name), ())
+            if prefixes and whole not in self._pairs and not is_extra_layer(self._base, name):
+                known[name] = (entry, {prefix + name for prefix in prefixes})
         embedding = self._names.find(EMBEDDING)
         if embedding is not None and is_tied(self._base, self._names) and self._has_head():
             known.setdefault(HEAD, (embedding, {HEAD}))

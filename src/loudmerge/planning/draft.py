@@ -12,7 +12,7 @@ from loudmerge.errors import WHICH_BASE, Problem, some
 from loudmerge.evidence.decision import Layout
 from loudmerge.layout import Axes, Orientation, Span
 from loudmerge.planning.closing import closing, is_head
-from loudmerge.planning.misplaced import missing_base, several_alphas
+from loudmerge.planning.misplaced import PART, missing_base, several_alphas
 from loudmerge.planning.options import Options
 from loudmerge.planning.plan import Counts, MergePlan, OutputTensor, Site, Term
 from loudmerge.planning.siblings import is_extra_layer
@@ -144,8 +144,7 @@ class Draft:
         if self.adapter.config.bias == "none" or item.pair.embedding:
             return
         name = item.parameter.removesuffix("weight") + "bias"
-        entry = self.names.find(name)
-        if entry is not None and self.family.canonical(name) not in self._full_names:
+        if self.names.place(name) is not None and self.family.canonical(name) not in self._full_names:
             self.problems.append(
                 Problem(
                     "missing-adapter-tensor",
@@ -160,7 +159,8 @@ class Draft:
         name = item.parameter.removesuffix("weight") + "bias"
         entry = self.names.find(name)
         if entry is None:
-            self.problems.append(missing_base(str(bias), "a LoRA bias", name, NO_BIAS))
+            hint = PART if self.names.part(name) else NO_BIAS
+            self.problems.append(missing_base(str(bias), "a LoRA bias", name, hint))
         elif entry.shape != bias.shape:
             self.problems.append(wrong_shape(str(bias), bias.shape, entry))
         else:
@@ -178,6 +178,7 @@ class Draft:
             elif entry is None:
                 fused = tensor.name.rpartition(".")[2] in FUSED_LEAVES
                 hint = (FUSED_WHOLE if fused else NEW_HEAD) if tensor.saved_module else WHICH_BASE
+                hint = PART if self.names.part(tensor.name) else hint
                 self.problems.append(missing_base(str(tensor.entry), "a full tensor", tensor.name, hint))
             elif tensor.entry.shape != entry.shape and not (
                 resizable and tensor.entry.shape[1:] == entry.shape[1:]

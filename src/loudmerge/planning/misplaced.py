@@ -13,6 +13,10 @@ from loudmerge.system.tensorfile import TensorEntry
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 """The modules by which torch.compile, FSDP, its checkpointing, and DDP wrap others."""
 
+PART = (
+    "In the base it is a part of another tensor: merge with PEFT's merge_and_unload, and have transformers"
+    " save the model."
+)
 _ONE_EXPERTS_GATE_UP = re.compile(r"\.experts\.\d{1,9}\.gate_up_proj\.")
 
 
@@ -114,6 +118,17 @@ def dora_on_experts(pair: LoraPair) -> Problem:
         "DoRA or a LoRA bias on fused experts",
         "plain LoRA: PEFT trains nothing else on them",
         "Train it without use_dora and lora_bias, or without LoRA on the experts.",
+    )
+
+
+def dora_on_a_part(pair: LoraPair, entry: TensorEntry) -> Problem:
+    """DoRA on a Linear that is some rows of a tensor on disk."""
+    return Problem(
+        "unsupported-adapter",
+        str(pair.magnitude),
+        f"DoRA on {pair.module}, a part of {entry}",
+        "plain LoRA, or DoRA on a weight of its own",
+        PART,
     )
 
 

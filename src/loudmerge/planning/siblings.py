@@ -58,7 +58,7 @@ def _trained(placement: Placement, family: Family) -> Iterable[tuple[str, str, s
 def _base_modules(names: Names, dots: set[int]) -> Iterable[str]:
     """Canonical names of the base's modules that have as many dots as one of the trained ones."""
     seen = set()
-    for key in names.canonical.values():
+    for key in (*names.canonical.values(), *names.parts):
         parts = key.split(".")
         for count in dots:
             name = ".".join(parts[: count + 1])

@@ -16,6 +16,7 @@ from loudmerge.evidence.hypotheses import FusedModule, FusedParameter
 from loudmerge.layout import Axes, Orientation, PairShape, Span
 from loudmerge.planning.conv1d import has_conv1d, is_conv1d
 from loudmerge.planning.misplaced import (
+    dora_on_a_part,
     dora_on_experts,
     linear_or_conv1d,
     missing_base,
@@ -123,7 +124,7 @@ class _Placer:
         """pairs: all pairs of this module, outermost wrapper first."""
         leaves = self._leaves(module)
         fused = [leaf for leaf in leaves if self._is_fused(f"{module}.{leaf}")]
-        lacking = [leaf for leaf in leaves if leaf not in fused and not self._names.find(f"{module}.{leaf}")]
+        lacking = [leaf for leaf in leaves if leaf not in fused and not self._names.place(f"{module}.{leaf}")]
         if lacking:
             name = f"{module}.{lacking[0]}"
             raise MergeRefused(missing_base(str(pairs[0].a), f"a LoRA for {name}", name))
@@ -144,9 +145,9 @@ class _Placer:
         A short target such as "down_proj" means existing parameters, and a Linear has no such one.
         """
         leaves = self._config.targeted_parameters(module)
-        if self._names.find(f"{module}.weight") is None:
+        if self._names.place(f"{module}.weight") is None:
             return list(leaves)
-        return [leaf for leaf in leaves if leaf == "weight" or self._names.find(f"{module}.{leaf}")]
+        return [leaf for leaf in leaves if leaf == "weight" or self._names.place(f"{module}.{leaf}")]
 
     def _is_fused(self, name: str) -> bool:
         parts = split_expert_name(self._family.canonical(name))
@@ -241,12 +242,11 @@ class _Placer:
         rank = self._config.rank_for(rank_name, pair.a.shape[:1])
         if parts is not None and parts[1] is not None and parts[0] in self._experts:
             expert, slot = True, self._expert_slot(pair, self._experts.group(parts[0]), parts[1], parts[2])
+        elif (place := self._names.place(name)) is not None:
+            expert, slot = False, self._dense_slot(*place, pair, wrapped=name == rank_name)
         else:
-            entry = self._names.find(name)
-            if entry is None:
-                self._missing(pair, name)
-                return
-            expert, slot = False, self._whole(entry, pair, wrapped=name == rank_name)
+            self._missing(pair, name)
+            return
         scaling = self._config.scaling_for(rank_name, rank)
         placed = Placed(pair, name, rank, scaling, slot, expert, name == rank_name)
         problem = dense_problem(placed)
@@ -272,7 +272,7 @@ class _Placer:
             raise MergeRefused(dora_on_experts(pair))
         return slot
 
-    def _whole(self, entry: TensorEntry, pair: LoraPair, *, wrapped: bool) -> Slot:
+    def _dense_slot(self, entry: TensorEntry, rows: Span | None, pair: LoraPair, *, wrapped: bool) -> Slot:
         require_float(entry)
         final = self._full.get(self._family.canonical(entry.name), entry)
         for tensor in (entry, final):
@@ -288,6 +288,10 @@ class _Placer:
                     "Merge it with PEFT's merge_and_unload.",
                 )
             )
+        if rows is not None:
+            if pair.magnitude is not None:
+                raise MergeRefused(dora_on_a_part(pair, entry))
+            return Slot(entry, -1, Axes.OUT_IN, rows)
         axes = Axes.OUT_IN if pair.embedding or wrapped else self._axes(entry.name, final, pair)
         return Slot(entry, -1, axes, Span(0, final.shape[1] if axes is Axes.IN_OUT else final.shape[0]))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from loudmerge.layout import Axes, Orientation
 from loudmerge.reading import renames
-from loudmerge.reading.renames import Rename
+from loudmerge.reading.renames import Block, Rename
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Family:
     """One model family.
 
     renames: (pattern, replacement), applied in order to names in memory and on disk.
+    blocks: Linears of which several are one tensor on disk.
     eras: oldest first; the last one's axes are those in which `orientation` is stated.
     interleaved: gate and up alternate in memory (gate_0, up_0, gate_1, …) instead of gate before up.
     refused: why models of this family cannot be merged into, "" when they can.
@@ -61,6 +62,7 @@ class Family:
     """
 
     renames: tuple[Rename, ...] = ()
+    blocks: tuple[Block, ...] = ()
     eras: tuple[Era, ...] = (Era("all", Axes.OUT_IN, False),)
     interleaved: bool = False
     refused: str = ""
@@ -205,7 +207,8 @@ FAMILIES: Mapping[str, Family] = {
     "axk2": Family(
         renames=((r"\.W_down\.", ".mlp.fc1."), (r"\.W_up\.", ".mlp.fc2."), (r"\.q_b_proj\.", ".q_gate_proj."))
     ),
-    **_rows(Family(renames=renames.BAILING), "bailing_hybrid", "sarvam_moe"),
+    "bailing_hybrid": Family(renames=renames.BAILING),
+    "sarvam_moe": Family(renames=renames.BAILING, blocks=renames.SARVAM_BLOCKS),
     "deepseek_v4": Family(renames=renames.DEEPSEEK_V4),
     "ernie4_5_moe": Family(renames=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),)),
     "exaone_moe": Family(renames=((r"\.mlp\.e_score_correction_bias$", f".mlp{renames.SCORE_BIAS}"),)),
@@ -263,11 +266,11 @@ FAMILIES: Mapping[str, Family] = {
     "exaone": Family(known=False, renames=renames.EXAONE),
     "cosmos3_omni": Family(known=False, renames=renames.COSMOS3),
     "cosmos3_edge": Family(known=False, renames=renames.COSMOS3_EDGE),
-    "gte": Family(known=False, renames=renames.GTE),
-    "nomic_bert": Family(known=False, renames=renames.NOMIC),
-    "jina_embeddings_v3": Family(known=False, renames=renames.JINA_V3),
-    "qianfan_ocr": Family(known=False, renames=renames.QIANFAN),
-    "hrm_text": Family(known=False, renames=renames.HRM),
+    "gte": Family(known=False, renames=renames.GTE, blocks=renames.GTE_BLOCKS),
+    "nomic_bert": Family(known=False, renames=renames.NOMIC, blocks=renames.WQKV),
+    "jina_embeddings_v3": Family(known=False, renames=renames.JINA_V3, blocks=renames.WQKV),
+    "qianfan_ocr": Family(known=False, renames=renames.QIANFAN, blocks=renames.QIANFAN_BLOCKS),
+    "hrm_text": Family(known=False, renames=renames.HRM, blocks=renames.HRM_BLOCKS),
     # No experts: here only because their Linears are known to be Linears.
     **_rows(
         Family(known=False),

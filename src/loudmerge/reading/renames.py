@@ -5,7 +5,26 @@ Sources: transformers/conversion_mapping.py (5.24.0) and the models' classes (4.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 Rename = tuple[str, str]
+
+
+class Block(NamedTuple):
+    """Linears that are one tensor on disk, its rows in their order (`Chunk` and `Split` of the mapping).
+
+    tensor: a pattern of that tensor's canonical name. linears: what stands there for each Linear.
+    shares: the config's fields that the rows are divided in proportion to; equally where there are none.
+    """
+
+    tensor: str
+    linears: tuple[str, ...]
+    shares: tuple[str, ...] = ()
+
+
+def _qkv(tensor: str, module: str = "self_attn", shares: tuple[str, ...] = ()) -> Block:
+    return Block(tensor, tuple(f".{module}.{name}_proj." for name in "qkv"), shares)
+
 
 MIXTRAL: tuple[Rename, ...] = ((r"\.block_sparse_moe\.", ".mlp."),)
 W132: tuple[Rename, ...] = ((r"\.w1\.", ".gate_proj."), (r"\.w3\.", ".up_proj."), (r"\.w2\.", ".down_proj."))
@@ -148,7 +167,6 @@ COSMOS3_EDGE: tuple[Rename, ...] = (
     (r"\.mlp\.up_proj\.", ".mlp.fc1."),
     (r"\.mlp\.down_proj\.", ".mlp.fc2."),
 )
-# Of the four below what is one tensor on disk and several in memory has no name in memory: query, key, value.
 GTE: tuple[Rename, ...] = (
     (r"^(new|gte)\.", ""),
     (r"\bencoder\.layer\.", "layers."),
@@ -156,6 +174,10 @@ GTE: tuple[Rename, ...] = (
     (r"\.attn_ln\.", ".post_attention_layernorm."),
     (r"\.mlp_ln\.", ".post_mlp_layernorm."),
     (r"^lm_head\.norm\.", "lm_head.layer_norm."),
+)
+GTE_BLOCKS = (
+    _qkv(r"\.attention\.qkv_proj\."),
+    Block(r"\.mlp\.up_gate_proj\.", (".mlp.up_proj.", ".mlp.gate_proj.")),
 )
 JINA_V3: tuple[Rename, ...] = (
     (r"^(roberta|bert|nomic_bert)\.", ""),
@@ -185,7 +207,19 @@ QIANFAN: tuple[Rename, ...] = (
     (r"^mlp1\.1\.", "multi_modal_projector.linear_1."),
     (r"^mlp1\.3\.", "multi_modal_projector.linear_2."),
 )
+WQKV = (_qkv(r"\.(mixer|attn)\.Wqkv\."),)
+QIANFAN_BLOCKS = (_qkv(r"\.attn\.qkv\.", "attention"),)
 HRM: tuple[Rename, ...] = ((r"\.attn\.o_proj\.", ".self_attn.o_proj."),)
+HRM_BLOCKS = (
+    Block(r"\.mlp\.gate_up_proj\.", (".mlp.gate_proj.", ".mlp.up_proj.")),
+    Block(r"\.attn\.gqkv_proj\.", tuple(f".self_attn.{name}_proj." for name in ("gate", "q", "k", "v"))),
+)
+SARVAM_BLOCKS = (
+    _qkv(
+        r"\.self_attn\.query_key_value\.",
+        shares=("num_attention_heads", "num_key_value_heads", "num_key_value_heads"),
+    ),
+)
 
 QKV: tuple[Rename, ...] = tuple(
     (rf"\battention\.(attention|self)\.{name}\b", f"attention.{name[0]}_proj")

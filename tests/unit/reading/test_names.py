@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from loudmerge.layout import Span
 from loudmerge.reading.families import family_of
 from tests.unit.builders import World, lora, outputs, values
 
@@ -65,6 +68,41 @@ def test_the_very_name_is_taken_before_others_that_could_be_meant(tmp_path: Path
 def test_names_of_a_model_on_disk_and_in_memory_are_one(model_type: str, disk: str, memory: str) -> None:
     family = family_of(model_type)
     assert family.canonical(disk) == family.canonical(memory) == memory
+
+
+HEADS = {"model_type": "sarvam_moe", "num_attention_heads": 4, "num_key_value_heads": 1}
+JOINED = "model.layers.0.attention.query_key_value.weight"
+ATTENTION = "model.layers.0.self_attn"
+
+
+@pytest.mark.parametrize(("name", "rows"), [("q", Span(0, 8)), ("k", Span(8, 2)), ("v", Span(10, 2))])
+def test_a_linear_may_be_some_rows_of_a_tensor(name: str, rows: Span, tmp_path: Path) -> None:
+    """By the numbers of heads: queries, keys, values."""
+    held = lora(f"{ATTENTION}.{name}_proj", rows.count, 6)
+    (term,) = outputs(World(tmp_path).plan({JOINED: values(12, 6)}, held, HEADS))[JOINED].terms
+    assert (term.index, term.out) == (-1, rows)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "model"),
+    [
+        (values(13, 6), HEADS),
+        (values(12, 6), {**HEADS, "num_key_value_heads": None}),
+        (values(12, 6), {**HEADS, "num_key_value_heads": 0}),
+        (torch.tensor(1.0), HEADS),
+    ],
+)
+def test_rows_that_cannot_be_divided_have_no_linears(
+    tensor: torch.Tensor, model: dict[str, Any], tmp_path: Path
+) -> None:
+    error = World(tmp_path).refuse({JOINED: tensor}, lora(f"{ATTENTION}.q_proj", 8, 6), model)
+    assert error.code == "missing-base-tensor"
+    assert f"{ATTENTION}.q_proj.weight in memory" in str(error)
+
+
+def test_a_lora_of_other_rows_than_a_linears_is_refused(tmp_path: Path) -> None:
+    error = World(tmp_path).refuse({JOINED: values(12, 6)}, lora(f"{ATTENTION}.q_proj", 4, 6), HEADS)
+    assert error.code == "shape-mismatch"
 
 
 def test_only_the_text_models_queries_of_mistral_large_4_keep_their_rows() -> None:
