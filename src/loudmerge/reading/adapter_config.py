@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import MergeRefused, Problem, some
 from loudmerge.reading.patterns import alphas, ranks
 from loudmerge.system.jsonfile import read_json
 
@@ -216,7 +216,13 @@ def read_config(path: Path) -> AdapterConfig:
     Raises MergeRefused with every problem found.
     """
     file = path / CONFIG
-    raw = read_json(file, "unsupported-adapter", "a directory that PEFT's save_pretrained wrote")
+    wanted = "a directory that PEFT's save_pretrained wrote"
+    # PEFT has a folder for each adapter but "default", transformers' Trainer one for each checkpoint.
+    inside = [] if file.is_file() else sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
+    if inside:
+        hint = f"Give the folder in it of the adapter that is meant: {some(inside, 10)}."
+        raise MergeRefused(Problem("unsupported-adapter", str(path), f"no {CONFIG}", wanted, hint))
+    raw = read_json(file, "unsupported-adapter", wanted)
     problems = list(_config_problems(file, raw))
     if problems:
         raise MergeRefused(problems)

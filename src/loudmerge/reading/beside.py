@@ -61,7 +61,18 @@ def _unread(name: str, where: str) -> Problem:
 
 
 def no_weights(path: Path) -> Problem:
-    """That the directory has no adapter's weights, but for pickles."""
+    """That the directory has no adapter's weights, but for pickles, or for shards.
+
+    transformers' save_pretrained writes those of a model with an adapter, above max_shard_size.
+    """
+    if shards := sorted(path.glob("adapter_model-*.safetensors")):
+        return Problem(
+            "unsupported-adapter",
+            str(shards[0]),
+            f"an adapter's weights in {len(shards)} files",
+            f"one {WEIGHTS}, as PEFT reads it",
+            f"Join them: safetensors.torch.save_file of all that load_file reads of them, as {WEIGHTS}.",
+        )
     pickled = sorted(file.name for file in path.glob("*.bin"))
     if pickled:
         return Problem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,27 @@ def test_a_model_of_its_own_is_said_not_to_be_read(place: Place, name: str) -> N
     (place.adapter / name).write_bytes(b"never opened")
     notes = plan_of(place.base, place.adapter).notes
     assert notes[-1] == f"other weights beside the adapter are not read: {name}"
+
+
+def test_an_adapter_in_shards_is_refused_with_how_to_join_them(place: Place) -> None:
+    """As transformers' save_pretrained saves a large one."""
+    whole = place.adapter / "adapter_model.safetensors"
+    for number in (1, 2):
+        (place.adapter / f"adapter_model-0000{number}-of-00002.safetensors").write_bytes(whole.read_bytes())
+    whole.unlink()
+    with pytest.raises(MergeRefused, match=r"adapter_model-00001-of-.* in 2 files, expected one") as refused:
+        read_adapter(place.adapter)
+    assert refused.value.code == "unsupported-adapter"
+    assert "Join them" in refused.value.hint
+
+
+def test_a_directory_of_adapters_is_refused_with_their_names(place: Place) -> None:
+    """PEFT saves each adapter that is not called "default" in a folder of its name."""
+    for name in ("second", "first"):
+        shutil.copytree(place.adapter, place.adapter.parent / "all" / name)
+    with pytest.raises(MergeRefused, match=r"all: found no adapter_config\.json") as refused:
+        read_adapter(place.adapter.parent / "all")
+    assert refused.value.hint == "Give the folder in it of the adapter that is meant: first, second."
 
 
 def test_what_lies_in_folders_is_none_of_this_adapters(place: Place) -> None:
