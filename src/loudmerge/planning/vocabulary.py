@@ -32,6 +32,12 @@ SAVE_BOTH = (
 )
 """What helps where only one of a resized embedding and head is in the file."""
 
+UNTIE_BASE = (
+    "Set tie_word_embeddings to false in the base's config.json, for a model that has no head; else save the"
+    " base untied, with the head as a weight of its own. Merge into that."
+)
+"""What helps where the base ties a head whose name it does not say."""
+
 
 def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     """Gives a tied model a head of its own where training parted the two, and follows a resized vocabulary.
@@ -162,7 +168,9 @@ def _add_head(draft: Draft, embedding: TensorEntry, pairs: Sequence[LoraPair]) -
     """A head of its own, beside the embedding; returns the tensor that it is made from."""
     key = HEAD_BESIDE.get(embedding.name)
     if key is None:
-        draft.problems.append(missing_base(str(embedding), "a head of its own for a tied model", HEAD))
+        draft.problems.append(
+            missing_base(str(embedding), "a head of its own for a tied model", HEAD, UNTIE_BASE)
+        )
         return None
     final = draft.final(embedding)
     source = draft.full_head or (embedding if _trained_alone(draft, embedding) else final)

@@ -268,6 +268,7 @@ def test_a_head_without_a_known_place_is_refused(world: World) -> None:
     error = world.refuse({**Q, "thinker.model.embed_tokens.weight": values(V, H)}, lora("lm_head", V, H), TIE)
     assert error.code == "missing-base-tensor"
     assert "found a head of its own for a tied model" in str(error)
+    assert error.hint.startswith("Set tie_word_embeddings to false in the base's config.json")
 
 
 def test_a_head_without_any_embedding_is_refused(world: World) -> None:
