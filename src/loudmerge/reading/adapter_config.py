@@ -75,6 +75,11 @@ READ_FIELDS = frozenset(
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
 
+_BY_TOKEN: Mapping[str, str] = {
+    "alora_invocation_tokens": "has the LoRA act from these tokens on",
+    "arrow_config": "chooses among adapters for each token",
+}
+"""Fields with which the update depends on the text (peft/tuners/lora/variants.py, 0.21.2)."""
 
 _How = Callable[[Iterable[bool]], bool]
 
@@ -291,12 +296,14 @@ def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Prob
             "Save it with path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA.",
         )
     for field in sorted(raw.keys() - INERT_FIELDS - READ_FIELDS):
-        if raw[field] not in (None, False, [], {}, ""):
-            yield refuse(
-                field,
-                "null: this field is not understood, and may change the function",
-                "Ask for its support.",
-            )
+        if raw[field] in (None, False, [], {}, ""):
+            continue
+        if field in _BY_TOKEN:
+            expected = f"null: it {_BY_TOKEN[field]}, which no weight computes"
+            yield refuse(field, expected, "Use base and adapter with PEFT, without a merge.")
+        else:
+            expected = "null: this field is not understood, and may change the function"
+            yield refuse(field, expected, "Merge with PEFT's merge_and_unload, where that can.")
 
 
 def _is_named(names: str | Iterable[str], module: str) -> bool:

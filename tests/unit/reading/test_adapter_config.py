@@ -135,8 +135,6 @@ def test_an_unknown_field_that_is_empty_is_passed_over(value: object, tmp_path: 
     [
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
-        ("alora_invocation_tokens", [1, 2]),
-        ("arrow_config", {"top_k": 3}),
         ("monteclora_config", {"n": 1}),
         ("kasa_config", {"beta": 1}),
         ("megatron_config", {"a": 1}),
@@ -148,6 +146,16 @@ def test_an_unknown_field_with_a_value_is_refused(field: str, value: object, tmp
     assert error.code == "unsupported-adapter"
     assert f"{field} in {tmp_path / 'adapter_config.json'}: found {value!r}, expected null" in str(error)
     assert "may change the function" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("alora_invocation_tokens", [1, 2]), ("arrow_config", {"top_k": 3})]
+)
+def test_an_update_that_depends_on_the_text_is_in_no_merge(field: str, value: object, tmp_path: Path) -> None:
+    error = refused(tmp_path, **{field: value})
+    assert error.code == "unsupported-adapter"
+    assert "which no weight computes" in str(error)
+    assert error.hint == "Use base and adapter with PEFT, without a merge."
 
 
 @pytest.mark.parametrize(
