@@ -164,7 +164,7 @@ class _Sorter:
                 entry,
                 f"dtype {entry.dtype}",
                 "one of F64, F32, F16, BF16",
-                "Save the adapter again in one of these.",
+                "Save the adapter again in one of these. A BatchNorm's counter is for merge_and_unload.",
             )
         elif match := _LORA_KEY.match(entry.name):
             self._add_role(match["module"], match["nesting"].count("base_layer"), match["role"], entry)

@@ -325,6 +325,7 @@ def test_a_dtype_that_is_no_plain_float_is_refused(dtype: torch.dtype, tmp_path:
     error = refused(tmp_path, held)
     assert error.code == "unsupported-adapter"
     assert "expected one of F64, F32, F16, BF16." in str(error)
+    assert "A BatchNorm's counter is for merge_and_unload." in error.hint
     assert len(error.problems) == 2
 
 
