@@ -66,6 +66,11 @@ class Span:
     def places(self) -> slice:
         return slice(self.start, self.start + (self.count - 1) * self.step + 1, self.step)
 
+    def meets(self, other: Span) -> bool:
+        """Whether they have an index in common. Both have one step."""
+        inside = self.start < other.places.stop and other.start < self.places.stop
+        return inside and (self.start - other.start) % self.step == 0
+
 
 @runtime_checkable
 class _HasShape(Protocol):

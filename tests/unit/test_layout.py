@@ -90,3 +90,12 @@ def test_flipping_an_orientation_twice_changes_nothing() -> None:
 def test_a_span_is_its_indices(start: int, count: int, step: int) -> None:
     indices = list(range(40))[Span(start, count, step).places]
     assert indices == [start + step * i for i in range(count)]
+
+
+@given(st.integers(0, 6), st.integers(1, 6), st.integers(0, 6), st.integers(1, 6), st.integers(1, 3))
+def test_spans_meet_where_they_have_an_index_in_common(
+    start: int, count: int, other: int, more: int, step: int
+) -> None:
+    one, two = Span(start, count, step), Span(other, more, step)
+    indices = [set(range(40)[span.places]) for span in (one, two)]
+    assert one.meets(two) is two.meets(one) is bool(indices[0] & indices[1])

@@ -57,7 +57,7 @@ class Draft:
         self.problems: list[Problem] = []
         self.sites: list[Site] = []
         self.terms: dict[str, list[Term]] = defaultdict(list)
-        self._claims: dict[tuple[str, int, int], str] = {}
+        self._claims: dict[tuple[str, int], list[tuple[Span, str]]] = defaultdict(list)
         self.changes: dict[str, dict[str, Any]] = defaultdict(dict)
         self.added: dict[str, OutputTensor] = {}
         self.edits: dict[str, Any] = {}
@@ -131,12 +131,12 @@ class Draft:
 
     def _add_term(self, expert: int, rows: Span, slot: Slot) -> None:
         key = slot.entry.name
-        claim = (key, slot.index, slot.out.start)
-        site = self.sites[-1]
-        if claim in self._claims:
-            self.problems.append(_claimed_twice(site, slot, self._claims[claim]))
-            return
-        self._claims[claim] = site.parameter
+        site, claims = self.sites[-1], self._claims[key, slot.index]
+        for span, other in claims:
+            if slot.out.meets(span):
+                self.problems.append(_claimed_twice(site, slot, other))
+                return
+        claims.append((slot.out, site.parameter))
         self.terms[key].append(Term(len(self.sites) - 1, expert, rows, slot.index, slot.axes, slot.out))
 
     def _require_bias(self, item: Placed) -> None:

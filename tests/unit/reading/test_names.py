@@ -100,6 +100,15 @@ def test_rows_that_cannot_be_divided_have_no_linears(
     assert f"{ATTENTION}.q_proj.weight in memory" in str(error)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_lora_for_a_tensor_and_one_for_some_of_its_rows_are_refused(name: str, tmp_path: Path) -> None:
+    rows = 8 if name == "q" else 2
+    held = lora("model.layers.0.attention.query_key_value", 12, 6) | lora(f"{ATTENTION}.{name}_proj", rows, 6)
+    error = World(tmp_path).refuse({JOINED: values(12, 6)}, held, HEADS)
+    assert error.code == "unsupported-adapter"
+    assert "found a second LoRA for weights that the LoRA of " in str(error)
+
+
 def test_a_lora_of_other_rows_than_a_linears_is_refused(tmp_path: Path) -> None:
     error = World(tmp_path).refuse({JOINED: values(12, 6)}, lora(f"{ATTENTION}.q_proj", 4, 6), HEADS)
     assert error.code == "shape-mismatch"
