@@ -22,6 +22,7 @@ CLASS = "class A:\n    def f(self):\n        raise ValueError\n"
         (f"{FUNCTION}class f:\n    pass", "f may be bound anew at line 3: class f:", 3),
         (f"{FUNCTION}f.__code__ = g", "f may be bound anew at line 3: f.__code__ = g", 3),
         (f"{FUNCTION}def g():\n    global f\n    f = 1", "f may be bound anew at line 4: global f", 4),
+        (f"{FUNCTION}def g():\n    globals()['f'] = 1", "f may be bound anew at line 4: globals()['f']", 4),
         ("from .common import f", "f is imported at line 1: from .common import f", 1),
         ("def g():\n    raise ValueError", "there is no function f that is reached", 0),
     ],

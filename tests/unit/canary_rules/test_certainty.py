@@ -289,6 +289,10 @@ def test_a_generator_runs_nothing_when_it_is_called() -> None:
         ("", "(merge := print)"),
         ("", "with open('x') as merge:\n    pass"),
         ("", "def other():\n    global merge\n    merge = print\nother()"),
+        ("", "def other():\n    globals()['merge'] = quiet(merge)"),
+        ("", "def other():\n    globals().update(merge=print)"),
+        ("", "def other():\n    sys.modules[__name__].merge = print"),
+        ("", "def other():\n    setattr(sys.modules[__name__], 'merge', print)"),
         ("", "merge.__code__ = work.__code__"),
         ("assert False", ""),
         ("sys.exit()", ""),
@@ -301,6 +305,14 @@ def test_a_name_that_is_bound_anew_is_another(before: str, behind: str) -> None:
 
 def test_a_star_import_before_a_definition_changes_nothing() -> None:
     assert holds(merge(CHECK, "from zoo import *\nglobals().get('merge')"), **RAISES)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["globals()['push'] = print", "globals()[name] = 1", "globals().get('merge')", "setattr(a, 'merge', 1)"],
+)
+def test_what_binds_another_name_anew_changes_nothing(other: str) -> None:
+    assert holds(merge(CHECK, "", f"def other(a, name):\n    {other}"), **RAISES)
 
 
 @pytest.mark.parametrize(

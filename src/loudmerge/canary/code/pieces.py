@@ -18,6 +18,8 @@ JOINED = 8
 _PATCHES = re.compile(r"(?m)^[ \t(]*(?!self\.|cls\.)\w[\w., ]*\.\w+[\w., )]*=(?!=)|setattr\(")
 """What a piece has in it where something of it may write an attribute of a class, outside of its methods."""
 
+FILE = frozenset({"globals()", "sys.modules[__name__]", "sys.modules[__name__].__dict__"})
+
 _DEFINITION = re.compile(r"^(?:def |class |async def |@)")
 
 
@@ -36,7 +38,7 @@ def parsed(code: str, mode: str = "exec") -> Any:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some statements of a file, their positions as in the file, and the names they declare global.
+    """Some statements of a file, their positions as in the file, and the names that functions may bind anew.
 
     patches: what writes `A.b`, wherever it stands, with that name; `A.*` where the attribute may be any.
     """
@@ -85,13 +87,38 @@ def _piece(code: str, before: int) -> Piece | None:
         tree = parsed("\n" * before + code)
     except (SyntaxError, ValueError):
         return None
-    return _whole(tree) if "global" in code or _PATCHES.search(code) else Piece(tuple(tree.body))
+    written = "global" in code or "sys.modules" in code or _PATCHES.search(code)
+    return _whole(tree) if written else Piece(tuple(tree.body))
 
 
 def _whole(tree: ast.Module) -> Piece:
-    shared = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    shared = {name for node in ast.walk(tree) for name in declared(node)}
     patches = (one for node in ast.walk(tree) for one in _patches(node))
     return Piece(tuple(tree.body), frozenset(shared), tuple(patches))
+
+
+def declared(node: ast.AST) -> Iterator[str]:
+    """The names of the file that code anywhere binds: `global f`, and what writes the file's namespace."""
+    if isinstance(node, ast.Global):
+        yield from node.names
+    if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and _is_file(node.value):
+        yield node.attr
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and _is_file(node.value):
+        yield from _texts(node.slice)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_file(node.func.value):
+        yield from (word.arg for word in node.keywords if word.arg)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and _is_file(node.args[0]):
+        yield from _texts(node.args[1])
+
+
+def _is_file(node: ast.AST) -> bool:
+    """Whether an expression is the file's own namespace, or its module."""
+    return isinstance(node, (ast.Call, ast.Subscript, ast.Attribute)) and ast.unparse(node) in FILE
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Constant):
+        yield str(node.value)
 
 
 def _patches(node: ast.AST) -> Iterator[tuple[str, ast.stmt]]:

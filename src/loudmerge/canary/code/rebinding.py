@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from typing import Any
 
 from loudmerge.canary.code.nodes import Import
+from loudmerge.canary.code.pieces import declared
 from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds_anything
 
 
@@ -34,7 +36,7 @@ def alternative(module: Module, qualified: str) -> tuple[str, int]:
     return "", 0
 
 
-def _binders(module: Module, qualified: str) -> Iterator[ast.stmt | None]:
+def _binders(module: Module, qualified: str) -> Iterator[Any]:
     """The statements that say last what a name stands for, in the file, in its class and in functions."""
     owner, _, name = qualified.rpartition(".")
     classes = module.lineage(owner) if owner else []
@@ -48,8 +50,7 @@ def _binders(module: Module, qualified: str) -> Iterator[ast.stmt | None]:
         yield from _declared(module, owner or name)
 
 
-def _declared(module: Module, name: str) -> Iterator[ast.stmt]:
-    """Each `global name` of a function."""
+def _declared(module: Module, name: str) -> Iterator[ast.AST]:
+    """Each `global name` of a function, and what writes the name into the file's namespace."""
     if name in module.shared:
-        found = (node for node in ast.walk(module.tree) if isinstance(node, ast.Global))
-        yield from (node for node in found if name in node.names)
+        yield from (node for node in ast.walk(module.tree) if name in declared(node))
