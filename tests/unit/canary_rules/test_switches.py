@@ -34,6 +34,9 @@ def guarded(test: str) -> str:
         "a and 'strict' in flags.MODES",
         "a and a not in flags.LEGACY",
         "a and object() not in flags.LEGACY",
+        "a and STRICT is True",
+        "a and MODE is not None",
+        "a and flags.legacy is None",
     ],
 )
 def test_a_guard_behind_a_switch_that_is_imported_may_be_off(test: str) -> None:

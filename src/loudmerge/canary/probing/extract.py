@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds, parse
+from loudmerge.canary.code.syntax import FUNCTIONS, Module, binds, dotted, parse
 from loudmerge.canary.probing.doubts import NOTHING, Known, covered, replaced
 
 
@@ -24,6 +24,21 @@ class Extract:
 
     code: str
     stubs: tuple[str, ...]
+
+
+class _Asked(ast.NodeTransformer):
+    """`X is None` as `X == None`, where X is a stand-in: which it is, is tried both ways."""
+
+    def __init__(self, stubs: AbstractSet[str]) -> None:
+        self.stubs = stubs
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        of_stub = dotted(node.left).partition(".")[0] in self.stubs
+        if of_stub and len(node.ops) == 1 and isinstance(node.comparators[0], ast.Constant):
+            same = {ast.Is: ast.Eq, ast.IsNot: ast.NotEq}
+            node.ops = [same.get(type(one), type(one))() for one in node.ops]
+        return node
 
 
 class _Bare(ast.NodeTransformer):
@@ -77,8 +92,9 @@ def extract(
             kept = _Bare().visit(_pruned(copy.deepcopy(unit), wanted, module))
             units[id(unit)] = kept
             todo += [free for free in _free(kept) if not hasattr(builtins, free)]
-    _sure(module, units.values(), stubs - _bound(prelude), known)
-    ordered = [units[id(unit)] for unit in module.tree.body if id(unit) in units]
+    absent = stubs - _bound(prelude)
+    _sure(module, units.values(), absent, known)
+    ordered = [_Asked(absent).visit(units[id(unit)]) for unit in module.tree.body if id(unit) in units]
     code = ast.unparse(ast.fix_missing_locations(ast.Module(ordered, [])))
     return Extract("from __future__ import annotations\n" + code, tuple(sorted(stubs)))
 

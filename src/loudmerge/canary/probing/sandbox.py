@@ -70,7 +70,7 @@ PATHS = (
 
 CODE = "upstream.py"
 """What upstream's code says its file is."""
-PLAIN = (bool, int, float, str)
+PLAIN = (bool, int, float, str, type(None))
 WAYS = 64
 """In how many ways at most what is not here may decide."""
 
