@@ -89,6 +89,11 @@ def test_each_alternative_of_a_symbol_has_to_be_as_the_rule_says() -> None:
     assert holds(source.format("return x + 2"), **rule)
     assert not holds(source.format("pass"), **rule)
     keys = {"kind": "symbol", "name": "STATE", "keys": ["a"]}
+    assert holds("STATE = dict(a=1, b=2)", **keys)
+    assert holds("def fresh():\n    return {'a': 1}\nSTATE = fresh()", **keys)
+    assert holds("STATE = {'a': torch.float32, 'b': x}", **keys)
+    assert not holds("STATE = dict(b=1)", **keys)
+    assert not holds("STATE = dict(zip(a, b))", **keys)
     source = "try:\n    from fast import {}\nexcept ImportError:\n    STATE = {{'a': 1}}"
     assert not holds(source.format("STATE"), **keys)
     assert holds(source.format("other") + "\nSTATE = {'a': 1}", **keys)

@@ -16,7 +16,8 @@ from loudmerge.canary.code.syntax import dotted, local_assignments, local_bindin
 DEPTH = 12
 """How many names, calls and operators deep an expression is followed."""
 
-EMPTY = frozenset({"list", "tuple", "set", "dict", "frozenset"})
+COPIES = frozenset({"copy", "deepcopy"})
+EMPTY = frozenset({"list", "tuple", "set", "frozenset"})
 """What makes something empty where it is called with nothing."""
 
 
@@ -191,6 +192,8 @@ def _call(  # noqa: PLR0911 - one for each kind
     name = dotted(node.func)
     if name in scope.module.bindings:
         return _returned(node, scope, given, depth)
+    if name == "dict" or name.rpartition(".")[2] in COPIES:
+        return _copied(node, scope, given, depth)
     if name in EMPTY | {"range"} and not node.keywords:
         return _filled(node, name, scope, given, depth)
     kind = {"int": int, "bool": bool, "len": len, "float": float, "str": str}.get(name)
@@ -209,6 +212,16 @@ def _call(  # noqa: PLR0911 - one for each kind
     if isinstance(args[1], str) and args[1].isidentifier():
         return evaluate(ast.Attribute(node.args[0], args[1], ast.Load()), scope, given, depth)
     return _returned(node, scope, given, depth)
+
+
+def _copied(node: ast.Call, scope: Scope, given: Mapping[str, Any], depth: int) -> Any:
+    """What dict(...), copy(...), deepcopy(...) and X.copy() give."""
+    of = [node.func.value] if isinstance(node.func, ast.Attribute) and not node.args else node.args
+    start = evaluate(of[0], scope, given, depth) if len(of) == 1 else UNKNOWN if of else {}
+    words = {word.arg: evaluate(word.value, scope, given, depth) for word in node.keywords}
+    if not node.keywords or None in words or UNKNOWN in words.values():
+        return start if not node.keywords else UNKNOWN
+    return {**start, **words} if isinstance(start, Mapping) else UNKNOWN
 
 
 def _filled(node: ast.Call, name: str, scope: Scope, given: Mapping[str, Any], depth: int) -> Any:

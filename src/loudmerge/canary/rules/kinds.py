@@ -274,11 +274,7 @@ def _content_problem(rule: Mapping[str, Any], module: Module, node: ast.stmt) ->
         if known is UNKNOWN or known != rule["value"]:
             return f"{name} is {known!r}, expected {rule['value']!r}", line
     if "keys" in rule:
-        keys = (
-            [one.value for one in value.keys if isinstance(one, ast.Constant)]
-            if isinstance(value, ast.Dict)
-            else []
-        )
+        keys = _keys(value, scope) if isinstance(value, ast.expr) else []
         absent = [key for key in rule["keys"] if key not in keys]
         if absent:
             return f"{name} has no key {', '.join(map(repr, absent))}", line
@@ -292,6 +288,14 @@ def _content_problem(rule: Mapping[str, Any], module: Module, node: ast.stmt) ->
     members = {one for owner in owners for one in _members(owner, module)}
     absent = [one for one in rule.get("members", ()) if one not in members]
     return (f"{name} has no {', '.join(absent)}", line) if absent else ("", line)
+
+
+def _keys(value: ast.expr, scope: Scope) -> list[Any]:
+    """The keys of a dict, whatever its values are."""
+    if isinstance(value, ast.Dict):
+        return [one.value for one in value.keys if isinstance(one, ast.Constant)]
+    known = evaluate(value, scope, {})
+    return list(known) if isinstance(known, Mapping) else []
 
 
 def _members(owner: ast.ClassDef, module: Module) -> set[str]:
