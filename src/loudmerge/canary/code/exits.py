@@ -10,6 +10,8 @@ from loudmerge.canary.code.syntax import EXITS, FUNCTIONS, dotted
 
 BARE = ast.Name("BaseException", ast.Load())
 """What `except:` catches. What a handler catches is a condition of all that it does."""
+DEBUG = ast.Name("__debug__", ast.Load())
+"""What Python runs asserts under: false with `-O`."""
 RAISES = "raises"
 """The other way out of the test is an error that leaves the function."""
 LEAVES = "leaves"

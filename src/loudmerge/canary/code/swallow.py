@@ -7,7 +7,7 @@ import builtins
 from collections.abc import Collection, Iterator
 
 from loudmerge.canary.code.exits import CATCHING, OUTSIDE, leaves
-from loudmerge.canary.code.flow import Flow, Place, Scope, alias, known_constants, places
+from loudmerge.canary.code.flow import Place, Scope, alias, known_constants, places
 from loudmerge.canary.code.nodes import Import
 from loudmerge.canary.code.syntax import (
     FUNCTIONS,
@@ -17,6 +17,7 @@ from loudmerge.canary.code.syntax import (
     local_assignments,
     parameters,
 )
+from loudmerge.canary.code.walk import Flow
 from loudmerge.canary.code.wrapping import yields
 
 LETTING = frozenset(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from loudmerge.canary.code.constants import UNKNOWN, constant
 from loudmerge.canary.code.exits import OUTSIDE
-from loudmerge.canary.code.flow import Condition, Flow, Place, Scope, alias, places
+from loudmerge.canary.code.flow import Condition, Place, Scope, alias, places
 from loudmerge.canary.code.nodes import Import
 from loudmerge.canary.code.pieces import parsed
 from loudmerge.canary.code.swallow import swallowed
@@ -23,6 +23,7 @@ from loudmerge.canary.code.syntax import (
     targets,
 )
 from loudmerge.canary.code.values import evaluate, outcome
+from loudmerge.canary.code.walk import Flow
 from loudmerge.canary.rules.around import NOWHERE, Around
 
 STOPPED = frozenset({"skip", "xfail", "fixture", "expectedFailure"})
