@@ -51,3 +51,48 @@ def test_a_copy_of_what_is_given_is_given(copied: str) -> None:
 )
 def test_a_copy_of_something_else_is_not(copied: str) -> None:
     assert not holds(merge(f"state = {copied}\n{CHECK.replace('STATE', 'state')}"), **RAISES)
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("key = find(model)\nreturn key", ""),
+        ("a, b = find(model)\nreturn b", ""),
+        ("return find(model)", ""),
+        ("model.key = find(model)", ""),
+        ("print(find(model))", ""),
+        ("find(model)", "its result is dropped"),
+        ("key = find(model)\nreturn model", "its result is never read: key"),
+        ("a, b = find(model)\nreturn model", "its result is never read: a, b"),
+    ],
+)
+def test_a_rule_can_ask_that_a_result_is_used(body: str, problem: str) -> None:
+    rule = {"kind": "calls", "function": "merge", "callee": "find"}
+    finding = found(merge(body), **rule, used=True)
+    assert finding.holds is not bool(problem)
+    assert problem in finding.detail
+    assert holds(merge(body), **rule)
+
+
+def test_a_rule_can_ask_that_a_call_comes_before_another() -> None:
+    rule = {"kind": "calls", "function": "merge", "callee": "reset", "before": "work"}
+    assert holds(merge("reset()\nfor one in model:\n    work(one)"), **rule)
+    assert holds(merge("start()\nwork(model)", "def start():\n    reset()"), **rule)
+    assert "it comes after a call of work" in found(merge("work(model)\nreset()"), **rule).detail
+    assert not holds(merge("begin()\nreset()", "def begin():\n    work(1)"), **rule)
+    assert "no call of work comes after it" in found(merge("reset()"), **rule).detail
+
+
+def test_what_a_raise_handles_gets_to_it() -> None:
+    rule = {"kind": "raises", "function": "merge", "exception": "RuntimeError", "handles": "work"}
+    outer = "try:\n{}\nexcept Exception as error:\n    raise RuntimeError from error"
+    assert holds(merge(outer.format("    work(model)")), **rule)
+    assert holds(merge(outer.format("    run(model)"), "def run(model):\n    work(model)"), **rule)
+    for kept in (
+        "try:\n    work(model)\nexcept Exception:\n    pass",
+        "with suppress(Exception):\n    work(model)",
+    ):
+        body = outer.format(indent(f"{kept}\nload(model)", "    "))
+        assert "it does not handle an error of work: " in found(merge(body), **rule).detail
+        assert not holds(merge(body), **rule)
+    assert not holds(merge(outer.format("    load(model)")), **rule)

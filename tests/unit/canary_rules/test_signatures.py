@@ -113,3 +113,12 @@ def test_a_signature_that_asks_for_nothing_is_a_mistake_of_the_rule() -> None:
     with pytest.raises(RuleError, match="needs `call`, or names in `accepts`"):
         validate({"kind": "signature", "name": "f", "accepts": []})
     validate({"kind": "signature", "name": "f", "accepts": [], "call": "f()"})
+
+
+def test_an_async_function_is_no_plain_one() -> None:
+    rule = {"kind": "signature", "name": "f", "call": "f(1)"}
+    finding = found("async def f(a):\n    return a", **rule)
+    assert (finding.holds, finding.line) == (False, 1)
+    assert "it is async: say `awaited = true` in the rule if our call is awaited" in finding.detail
+    assert holds("async def f(a):\n    return a", **rule, awaited=True)
+    assert not holds("async def f(a, b):\n    return a", **rule, awaited=True)

@@ -21,8 +21,10 @@ from loudmerge.canary.code.syntax import (
     is_hollow,
     local_assignments,
     mentions,
+    own_statements,
     parameters,
     reachable,
+    targets,
 )
 from loudmerge.canary.code.values import evaluate, possible
 
@@ -53,6 +55,26 @@ def call_matches(call: ast.Call, callee: str, scope: Scope) -> bool:
             _ends(imported(node).get(name, ""), callee) for node in (scope.function, scope.module.tree)
         )
     return False
+
+
+def calls(place: Place, callee: str) -> bool:
+    """Whether a place is a call of `callee`."""
+    return isinstance(place.node, ast.Call) and call_matches(place.node, callee, place.scope)
+
+
+def dropped_result(place: Place) -> str:
+    """Why what a call gives is not used; empty where it may be."""
+    for node in own_statements(place.scope.function.body):
+        if getattr(node, "value", None) is not place.node:
+            continue
+        if isinstance(node, ast.Expr):
+            return "its result is dropped"
+        names = {one.id if isinstance(one, ast.Name) else "" for one in targets(node)}
+        parts = (one for one in ast.walk(place.scope.function) if isinstance(one, ast.Name))
+        read = {one.id for one in parts if isinstance(one.ctx, ast.Load)}
+        if names and "" not in names and not names & read:
+            return f"its result is never read: {', '.join(sorted(names))}"
+    return ""
 
 
 def handed_on(callee: str, reached: Sequence[Place], calls: Sequence[Place]) -> Iterator[Place]:

@@ -37,8 +37,9 @@ from loudmerge.canary.rules import testing
 from loudmerge.canary.rules.around import NOWHERE, Around
 from loudmerge.canary.rules.fingerprint import difference, digest, normal_form
 from loudmerge.canary.rules.kinds import (
-    call_matches,
+    calls,
     does_something,
+    dropped_result,
     exception_of,
     handed_on,
     keyword_problem,
@@ -48,7 +49,7 @@ from loudmerge.canary.rules.kinds import (
 from loudmerge.canary.rules.schema import validate
 from loudmerge.canary.rules.signatures import signature_problem
 from loudmerge.canary.rules.walks import again, bound, walks
-from loudmerge.canary.rules.writes import overwritten
+from loudmerge.canary.rules.writes import late, overwritten
 
 __all__ = ["Finding", "RuleError", "check", "validate"]
 
@@ -194,9 +195,9 @@ def _calls(rule: Rule, module: Module) -> Finding:
         return _gone(rule, module)
     reached = places(scope, rule.get("depth", 2))
     found = [
-        (place, keyword_problem(rule, place) or _fits(rule, scope, place) or _excepted(rule, place))
+        (place, keyword_problem(rule, place) or _fits(rule, scope, place) or _made(rule, scope, place))
         for place in reached
-        if isinstance(place.node, ast.Call) and call_matches(place.node, rule["callee"], place.scope)
+        if calls(place, rule["callee"])
     ]
     kept = [(place, why) for place, _ in found if (why := _kept(rule, place))]
     if rule.get("lets_out") and not kept:
@@ -215,10 +216,16 @@ def _kept(rule: Rule, place: Place) -> str:
     return ""
 
 
-def _excepted(rule: Rule, place: Place) -> str:
-    """That a call is made after an error only, which a rule has to say; empty where it does, or is not."""
-    told = place.handles and not rule.get("mentions")
-    return f"only after an error, in the try at line {place.handles[-1].lineno}" if told else ""
+def _made(rule: Rule, scope: Scope, place: Place) -> str:
+    """Why a call that is reached is not as the rule wants it; empty where it is.
+
+    That it is made after an error only, a rule has to say.
+    """
+    if place.handles and not rule.get("mentions"):
+        return f"only after an error, in the try at line {place.handles[-1].lineno}"
+    if rule.get("used") and (dropped := dropped_result(place)):
+        return dropped
+    return late(rule, scope, place) if "before" in rule else ""
 
 
 def _raises(rule: Rule, module: Module) -> Finding:
@@ -231,19 +238,26 @@ def _raises(rule: Rule, module: Module) -> Finding:
         unwritten = name == "NotImplementedError" != rule["exception"]
         if name and not unwritten and module.is_a(name, rule["exception"]):
             kept = swallowed(place, name) or doubtful(place, rule.get("managers", ()))
-            found.append((place, _fits(rule, scope, place) or _unhandled(rule, place) or kept))
+            found.append((place, _fits(rule, scope, place) or _unhandled(rule, scope, place) or kept))
     return _first(rule, f"raises {rule['exception']}", found, scope)
 
 
-def _unhandled(rule: Rule, place: Place) -> str:
+def _unhandled(rule: Rule, scope: Scope, place: Place) -> str:
     """Why a raise is not what becomes of an error of the call that the rule names in `handles`."""
     if "handles" not in rule:
         return ""
-    inside = (node for one in place.handles for body in one.body for node in ast.walk(body))
-    made = any(
-        isinstance(node, ast.Call) and call_matches(node, rule["handles"], place.scope) for node in inside
-    )
-    return "" if made else f"it does not handle an error of {rule['handles']}"
+    why = f"it does not handle an error of {rule['handles']}"
+    for one in places(scope, rule.get("depth", 2)):
+        around = [node for node, _ in one.tries]
+        handler = next((node for node in place.handles if node in around), None)
+        if handler is not None and calls(one, rule["handles"]):
+            inside = one._replace(
+                tries=one.tries[around.index(handler) + 1 :], managers=one.managers[len(place.managers) :]
+            )
+            if not (kept := swallowed(inside, "Exception")):
+                return ""
+            why = f"{why}: {kept}"
+    return why
 
 
 def _branch(rule: Rule, module: Module) -> Finding:

@@ -41,6 +41,8 @@ def signature_problem(rule: Mapping[str, Any], module: Module) -> tuple[str, int
         problem, line = (problem, line) if problem else rebinding(module, name)
         return problem or f"{name} is not defined where it is reached", line
     found = [_called(function, module, known, skip=0)] if function is not None else []
+    if isinstance(function, ast.AsyncFunctionDef) and not rule.get("awaited"):
+        found = [Takes(problem="it is async: say `awaited = true` in the rule if our call is awaited")]
     if isinstance(node, ast.ClassDef):
         found = list(_constructors(module, node, known))
     problems = (_refused(rule, one) for one in found)

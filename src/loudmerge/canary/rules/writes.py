@@ -10,7 +10,7 @@ from loudmerge.canary.code.constants import UNKNOWN
 from loudmerge.canary.code.flow import Place, Scope, in_order
 from loudmerge.canary.code.syntax import dotted, targets
 from loudmerge.canary.code.values import evaluate, excluded
-from loudmerge.canary.rules.kinds import call_matches
+from loudmerge.canary.rules.kinds import calls
 
 MUTATING = frozenset({"update", "clear", "pop", "popitem", "setdefault", "__setitem__", "__delitem__"})
 """What changes a dict."""
@@ -31,7 +31,7 @@ def overwritten(rule: Mapping[str, Any], function: Scope, place: Place) -> str:
             break
         before.append(step)
     if "after" in rule:
-        makers = [top for top, one in before if _calls(one, rule["after"])]
+        makers = [top for top, one in before if calls(one, rule["after"])]
         if not makers:
             return f"no call of {rule['after']} comes before it"
         before = _behind(makers[-1], before, place)
@@ -42,8 +42,14 @@ def overwritten(rule: Mapping[str, Any], function: Scope, place: Place) -> str:
     return ""
 
 
-def _calls(place: Place, callee: str) -> bool:
-    return isinstance(place.node, ast.Call) and call_matches(place.node, callee, place.scope)
+def late(rule: Mapping[str, Any], function: Scope, place: Place) -> str:
+    """Why a call does not come before the one that the rule names in `before`; empty where it does."""
+    steps = [one for _, one in in_order(function, rule.get("depth", 2))]
+    at = next((number for number, one in enumerate(steps) if one.node is place.node), len(steps))
+    if any(calls(one, rule["before"]) for one in steps[:at]):
+        return f"it comes after a call of {rule['before']}"
+    behind = any(calls(one, rule["before"]) for one in steps[at:])
+    return "" if behind else f"no call of {rule['before']} comes after it"
 
 
 def _behind(maker: Place, before: list[Step], place: Place) -> list[Step]:
