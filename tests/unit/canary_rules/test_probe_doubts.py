@@ -119,3 +119,24 @@ def test_a_manager_that_is_not_here_may_end_an_error(head: str) -> None:
     assert holds(source, **PROBE, managers=["quiet"])
     assert "name 'quiet' in the rule's `managers`" in found(source, **PROBE).detail
     assert holds(f"from torch import no_grad\n{body.format('with no_grad():')}", **PROBE)
+
+
+@pytest.mark.parametrize("wanted", ["from fast import g", "import fast.g as g", "from .fast import g"])
+def test_a_function_that_goes_on_without_what_it_imports_is_another_than_upstreams(wanted: str) -> None:
+    tried = f"    try:\n        {wanted}\n    except ImportError:\n        g = None\n"
+    source = F.replace("def f(a):\n", f"def f(a):\n{tried}")
+    finding = found(source, **PROBE)
+    assert not finding.holds
+    assert "f(1) goes on without fast" in finding.detail
+    assert "say in the rule's `prelude` what it is" in finding.detail
+    given = "import sys, types\nsys.modules['fast'] = sys.modules['fast.g'] = types.ModuleType('fast')\n"
+    if "." not in wanted:
+        assert holds(source, **PROBE, prelude=f"{given}sys.modules['fast'].g = 1")
+
+
+def test_what_python_has_or_what_ends_a_case_is_no_doubt() -> None:
+    assert holds(F.replace("def f(a):\n", "def f(a):\n    import json\n"), **PROBE)
+    asked = {"kind": "probe", "extract": ["f"], "cases": [{"call": "f()", "raises": "ModuleNotFoundError"}]}
+    assert holds("def f():\n    import fast", **asked)
+    other = "def f(a):\n    try:\n        import winreg\n    except ImportError:\n        pass\n"
+    assert holds(F.replace("def f(a):\n", other), **PROBE)

@@ -196,6 +196,22 @@ class Only:
             raise ModuleNotFoundError(f"No module named {name!r} in a probe")
 
 
+def importing(absent: list[str]) -> Callable[..., Any]:
+    """`__import__`, which notes what upstream's functions ask for and is not here."""
+    known = builtins.__import__
+
+    def ask(name: str, *rest: Any, **words: Any) -> Any:
+        try:
+            return known(name, *rest, **words)
+        except ImportError:
+            asker = sys._getframe(1).f_code.co_filename  # noqa: SLF001 (it shares its globals with `setup`)
+            if asker == CODE and name not in sys.stdlib_module_names:
+                absent.append(name or "a file beside it")
+            raise
+
+    return ask
+
+
 def plain(value: Any) -> Any:
     """A value as JSON can say it: tuples as lists, tensors by tolist(), the rest by repr()."""
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -234,6 +250,8 @@ def once(order: dict[str, Any]) -> list[dict[str, Any]]:
     module = types.ModuleType("upstream")
     sys.modules["upstream"] = module  # dataclasses look their class's module up
     namespace = module.__dict__
+    absent: list[str] = []
+    namespace["__builtins__"] = {**vars(builtins), "__import__": importing(absent)}
     namespace["Anything"] = Anything
     namespace.update({name: Anything(name) for name in order["stubs"]})
     namespace.update({name.partition(".")[0]: importlib.import_module(name) for name in order["libraries"]})
@@ -243,6 +261,7 @@ def once(order: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for case in order["cases"]:
         ran: set[types.CodeType] = set()
+        absent.clear()
         sys.setprofile(noting(ran))
         exec(compile(order["setup"], "setup.py", "exec"), namespace)  # noqa: S102
         try:
@@ -253,6 +272,8 @@ def once(order: dict[str, Any]) -> list[dict[str, Any]]:
             found.append({"value": plain(value)})
         finally:
             sys.setprofile(None)
+        if absent and not found[-1].get("raised", "").endswith(("ImportError", "ModuleNotFoundError")):
+            raise Undecided(f"{case} goes on without {', '.join(absent)}: {IMPORTED}")
         if subjects and not subjects & ran:
             raise Undecided(f"{case} never runs {', '.join(order['extract'])}")
     return found
