@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 from loudmerge.canary.code.flow import Place, Scope, places
 from loudmerge.canary.code.syntax import Function, Module, dotted, local_assignments, targets
-from loudmerge.canary.rules.around import Around
+from loudmerge.canary.rules.around import Around, Subject
 from loudmerge.canary.rules.skipping import at_top, kept_by, skips, turns
 
 HOOKS = ("pytest_runtest_setup", "pytest_runtest_call", "pytest_pyfunc_call", "pytest_itemcollected")
@@ -19,32 +18,6 @@ COLLECTED = "pytest_collection_modifyitems"
 IGNORING = "pytest_ignore_collect"
 IGNORED = frozenset({"collect_ignore", "collect_ignore_glob"})
 MARKING = ("add_marker", "own_markers.append")
-PLACED = frozenset({"nodeid", "name", "originalname", "path", "fspath", "location"})
-"""The attributes of a test of which a part is asked for, as in `"merge" in item.nodeid`."""
-SHORTEST = 3
-"""Characters of such a part: a shorter text is in every name."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A test as a conftest may name it. marks: their names."""
-
-    name: str
-    owner: str
-    path: str
-    marks: frozenset[str]
-
-    def said(self, nodes: Iterable[ast.AST], module: Module) -> bool:
-        """Whether some code is about it: by its name, its class's, its file's, or a mark of it."""
-        parts = [part for node in nodes for part in ast.walk(node)]
-        values = [module.value(part.id) for part in parts if isinstance(part, ast.Name)]
-        parts += [part for value in values if value is not None for part in ast.walk(value)]
-        texts = {part.value for part in parts if isinstance(part, ast.Constant)}
-        whole = {self.name, self.owner, self.path, PurePosixPath(self.path).name} | self.marks
-        asked = any(isinstance(part, ast.Attribute) and part.attr in PLACED for part in parts)
-        place = f"{self.path}::{self.owner}::{self.name}"
-        found = (one for one in texts if isinstance(one, str) and one)
-        return any(one in whole or (asked and len(one) >= SHORTEST and one in place) for one in found)
 
 
 def left_out(test: Subject, around: Around) -> str:

@@ -308,8 +308,7 @@ def _signature(rule: Rule, module: Module) -> Finding:
 def _tests(rule: Rule, module: Module, around: Around) -> Finding:
     line = 0
     for name in rule["names"]:
-        uses, awaited = list(rule.get("uses", ())), bool(rule.get("awaited"))
-        problem, at = testing.problem(module, name, uses, awaited=awaited, around=around)
+        problem, at = testing.problem(rule, module, name, around)
         if problem:
             return Finding(False, problem, at)
         line = line or at

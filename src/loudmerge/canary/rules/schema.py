@@ -55,7 +55,12 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
         "decorators": (list, False),
         "awaited": (bool, False),
     },
-    "tests": {"names": (list, True), "uses": (list, False), "awaited": (bool, False)},
+    "tests": {
+        "names": (list, True),
+        "uses": (list, False),
+        "awaited": (bool, False),
+        "decorators": (list, False),
+    },
     "fingerprint": {**_BODY, "known": (list, True), "focus": (list, False)},
     "probe": {
         "extract": (list, True),

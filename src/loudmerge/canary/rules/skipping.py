@@ -32,6 +32,10 @@ SKIPPED = frozenset({"SkipTest", "unittest.SkipTest", "pytest.skip.Exception", "
 """The exceptions that skip what raises them."""
 WANTING = frozenset({"pytest.importorskip"})
 ADDING = frozenset({"pytestmark.append", "pytestmark.extend", "pytestmark.insert"})
+RUNNING = frozenset(
+    {"pytest", "unittest", "mock", "hypothesis", "parameterized", "functools", "staticmethod", "classmethod"}
+)
+"""The modules whose decorators are known: what they skip, `kept_by` tells."""
 SETUPS = ("setup_module", "setUpModule")
 SETUPS_OF_FUNCTIONS = ("setup_function",)
 SETUPS_OF_CLASSES = ("setup_class", "setUpClass", "setup_method", "setUp", "asyncSetUp")
@@ -40,14 +44,21 @@ DEPTH = 4
 """How many fixtures, names and decorators in a row are followed."""
 
 
-def stopped(module: Module, function: Function, owner: str, around: Around = NOWHERE) -> str:
+def stopped(
+    module: Module,
+    function: Function,
+    owner: str,
+    around: Around = NOWHERE,
+    known: Collection[str] = (),
+) -> str:
     """Why a test that pytest collects is not run, or may fail; empty where nothing keeps it.
 
     around: the fixtures of its conftest.py files, and which modules its source has.
+    known: names of decorators that the rule says let it run.
     """
     marks = marks_of(module, function, owner)
     for mark in marks:
-        reason = kept_by(mark, module) or _decorated(mark, module)
+        reason = kept_by(mark, module) or _decorated(mark, module) or _foreign(mark, module, known)
         if reason:
             return reason
     if line := skips_always(at_top(module), around):
@@ -242,6 +253,20 @@ def _decorated(mark: ast.expr, module: Module) -> str:
         return f"is not run: {where} skips it at line {line}"
     kept = [swallowed(one, "AssertionError") for one in reached if _runs(one, parameters(maker))]
     return f"cannot fail: in {where}, {kept[0]}" if kept and all(kept) else ""
+
+
+def _foreign(mark: ast.expr, module: Module, known: Collection[str]) -> str:
+    """That nothing here says what a decorator does to the test; empty where it is known, or of the file."""
+    called = mark.func if isinstance(mark, ast.Call) else mark
+    name = dotted(called) or ast.unparse(called)
+    value = module.value(name)
+    if value is not None and name not in known:
+        return _foreign(value, module, known)
+    full = _full(name, module.tree)
+    own = module.defines(name.partition(".")[0])
+    if name in known or own or full.partition(".")[0] in RUNNING or isinstance(mark, ast.Constant):
+        return ""
+    return f"may not be run: name {name!r} in the rule's `decorators` if the test still runs under it"
 
 
 def _runs(place: Place, names: Collection[str]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
+from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN, constant
 from loudmerge.canary.code.flow import Place, Scope, places
@@ -16,10 +18,13 @@ from loudmerge.canary.code.syntax import (
     mentions,
 )
 from loudmerge.canary.code.wrapping import yields
-from loudmerge.canary.rules.around import NOWHERE, Around
-from loudmerge.canary.rules.conftests import Subject, left_out
+from loudmerge.canary.rules.around import NOWHERE, Around, Subject
+from loudmerge.canary.rules.conftests import left_out
+from loudmerge.canary.rules.settings import deselected
 from loudmerge.canary.rules.skipping import marks_of, skips_always, stopped
 
+PATCHING = frozenset({"patch", "object", "setattr"})
+"""`mock.patch(...)`, `patch.object(...)`, `monkeypatch.setattr(...)`, by the last name."""
 AWAITS = frozenset({"asyncio", "anyio", "trio"})
 """Marks under which a plugin runs an async test."""
 
@@ -40,12 +45,10 @@ def find_test(module: Module, name: str) -> tuple[Function | None, str]:
     return None, ""
 
 
-def problem(
-    module: Module, name: str, uses: list[str], *, awaited: bool = False, around: Around = NOWHERE
-) -> tuple[str, int]:
-    """(why a test does not guard anything, line), or ("", line of the test).
+def problem(rule: Mapping[str, Any], module: Module, name: str, around: Around = NOWHERE) -> tuple[str, int]:
+    """(why a test of the rule does not guard anything, line), or ("", line of the test).
 
-    awaited: whether async tests are run without a mark that says so. around: what else its source has.
+    around: what else its source has.
     """
     function, owner = find_test(module, name)
     if function is None:
@@ -53,27 +56,62 @@ def problem(
         return why or f"there is no test {name}", line
     if not function.name.startswith("test"):
         return f"{name} is defined as {function.name}, which pytest does not collect", function.lineno
-    why = _uncollected(module, function, owner, awaited=awaited)
-    why = why or stopped(module, function, owner, around) or _left_out(module, function, owner, around)
+    known = tuple(rule.get("decorators", ()))
+    why = _uncollected(module, function, owner, awaited=bool(rule.get("awaited")))
+    why = why or stopped(module, function, owner, around, known) or _left_out(module, function, owner, around)
     if why:
         return f"{name} {why}", function.lineno
+    why = _untested(rule, module, function, owner, around)
+    return f"{name} {why}" if why else "", function.lineno
+
+
+def _untested(rule: Mapping[str, Any], module: Module, function: Function, owner: str, around: Around) -> str:
+    """Why a test that is run guards nothing: it skips itself, cannot fail, or is of something else."""
     reached = places(Scope(module, function, owner), 2)
     if line := skips_always(reached, around):
-        return f"{name} skips itself at line {line}", line
+        return f"skips itself at line {line}"
     if not any(_asserts(one, module) for one in reached):
-        return f"{name} asserts nothing that can fail", function.lineno
+        return "asserts nothing that can fail"
+    uses = list(rule.get("uses", ()))
+    patches = [*marks_of(module, function, owner), *(one.node for one in reached)]
+    if found := next((one for node in patches if (one := _replaced(node, module, function)) in uses), ""):
+        return f"replaces {found}, which it is to test"
     used = set().union(*(mentions(one.node) for one in reached))
     used |= set().union(*(_imports(one, used) for one in reached))
     absent = [one for one in uses if one not in used]
-    return (
-        (f"{name} no longer uses {', '.join(absent)}", function.lineno) if absent else ("", function.lineno)
-    )
+    return f"no longer uses {', '.join(absent)}" if absent else ""
+
+
+def _replaced(node: ast.AST, module: Module, function: Function) -> str:
+    """The name that a `patch` or `setattr` replaces by a function or a mock; empty for none.
+
+    What becomes data (`{}`), something made of it or a mock that `wraps` it is tested all the same.
+    """
+    if not isinstance(node, ast.Call) or dotted(node.func).rpartition(".")[2] not in PATCHING:
+        return ""
+    said = [number for number, one in enumerate(node.args[:2]) if isinstance(one, ast.Constant)]
+    if not said or any(word.arg == "wraps" for word in node.keywords):
+        return ""
+    new = [*node.args[said[0] + 1 :], *(word.value for word in node.keywords if word.arg == "new")]
+    name = str(node.args[said[0]].value).rpartition(".")[2]  # type: ignore[attr-defined]
+    return name if not new or _acts(new[0], module, function) else ""
+
+
+def _acts(new: ast.expr, module: Module, function: Function) -> bool:
+    """Whether a value is a function of the test's own, or a mock that wraps nothing."""
+    if isinstance(new, ast.Call):
+        mock = dotted(new.func).rpartition(".")[2].endswith("Mock")
+        return mock and not any(word.arg == "wraps" for word in new.keywords)
+    inside = {one.name for one in ast.walk(function) if isinstance(one, FUNCTIONS)}
+    own = isinstance(new, ast.Name) and (new.id in inside or module.function(new.id) is not None)
+    return own or isinstance(new, ast.Lambda)
 
 
 def _left_out(module: Module, function: Function, owner: str, around: Around) -> str:
     marks = (one.func if isinstance(one, ast.Call) else one for one in marks_of(module, function, owner))
     names = frozenset(dotted(one).rpartition(".")[2] for one in marks)
-    return left_out(Subject(function.name, owner, around.path, names), around)
+    test = Subject(function.name, owner, around.path, names)
+    return left_out(test, around) or deselected(test, around)
 
 
 def _imports(place: Place, used: set[str]) -> set[str]:
