@@ -1,7 +1,7 @@
 """GitHub as the canary sees it, on 127.0.0.1: raw files and the API, in good days and bad.
 
 The shapes of the answers are those of https://docs.github.com/rest: commits by ref (media type `sha`), pulls,
-compare, tarball (a redirect to another address), ETags, and the headers of its rate limits.
+compare, ETags, and the headers of its rate limits.
 """
 
 from __future__ import annotations
@@ -146,8 +146,6 @@ ROUTES = (
     (r"/api/repos/(?P<name>[^/]+/[^/]+)/commits/(?P<ref>.+)", "commit_of"),
     (r"/api/repos/(?P<name>[^/]+/[^/]+)/pulls/(?P<number>\d+)", "pull"),
     (r"/api/repos/(?P<name>[^/]+/[^/]+)/compare/(?P<base>\w+)\.\.\.(?P<head>\w+)", "compare"),
-    (r"/api/repos/(?P<name>[^/]+/[^/]+)/tarball/(?P<sha>\w+)", "tarball"),
-    (r"/codeload/(?P<name>[^/]+/[^/]+)/(?P<sha>\w+)\.tar\.gz", "codeload"),
     (r"/raw/(?P<name>[^/]+/[^/]+)/(?P<sha>[^/]+)/(?P<path>.+)", "raw"),
     (r"/files/(?P<path>.+)", "file"),
 )
@@ -210,15 +208,6 @@ class Handler(BaseHTTPRequestHandler):
         if base not in repository.commits or head not in repository.commits:
             raise KeyError(base)
         self.send(json.dumps({"status": repository.compare(base, head)}).encode())
-
-    def tarball(self, name: str, sha: str) -> None:
-        self.send(b"", 302, {"Location": f"{self.state.url}/codeload/{name}/{sha}.tar.gz"})
-
-    def codeload(self, name: str, sha: str) -> None:
-        files = self.state.repositories[name].commits[sha]
-        self.send(
-            tarball({f"{name.replace('/', '-')}-{sha[:7]}/{path}": text for path, text in files.items()})
-        )
 
     def raw(self, name: str, sha: str, path: str) -> None:
         repository = self.state.repositories[name]

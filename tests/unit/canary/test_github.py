@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from loudmerge.canary.run import run
-from loudmerge.canary.upstream.archives import SourceError
-from loudmerge.canary.upstream.fetch import Unreachable
 from loudmerge.canary.upstream.opener import Opener
 from loudmerge.canary.upstream.sources import KnowsHistory
 from tests.support import upstream_server as server
@@ -84,36 +82,6 @@ def test_a_file_of_garbage_is_a_failure(tmp_path: Path, upstream: UpstreamServer
     found = verdict(tmp_path, upstream)
     assert (found.verdict, found.evaluated) == ("missing", False)
     assert "is not UTF-8" in found.detail
-
-
-def test_the_whole_tree_comes_as_an_archive_once(tmp_path: Path, upstream: UpstreamServer) -> None:
-    upstream.repository(UPSTREAM).commit({PATH: KEPT, "zoo/__init__.py": ""})
-    (guard,) = guards(tmp_path)
-    for _ in range(2):
-        with Opener(options(tmp_path, upstream)) as opener:
-            root = opener.open(guard, "main").root()
-        assert root is not None
-        assert (root / PATH).read_text() == KEPT
-    assert sum("/codeload/" in path for path in upstream.paths()) == 1
-
-
-@pytest.mark.parametrize(
-    ("act", "kind", "message"),
-    [
-        (server.garbage, Unreachable, "not an archive"),
-        (server.announced(2**30), SourceError, "refused: 1073741824 bytes"),
-        (server.elsewhere("/files/evil.tar.gz"), SourceError, "lies outside"),
-    ],
-)
-def test_a_bad_archive_of_the_tree(
-    tmp_path: Path, upstream: UpstreamServer, act: object, kind: type[Exception], message: str
-) -> None:
-    upstream.repository(UPSTREAM).commit({PATH: KEPT})
-    upstream.files["evil.tar.gz"] = server.tarball({"../evil.py": ""})
-    upstream.faults.append(server.Fault("/codeload/", act, 9))  # type: ignore[arg-type]
-    (guard,) = guards(tmp_path)
-    with Opener(options(tmp_path, upstream)) as opener, pytest.raises(kind, match=message):
-        opener.open(guard, "main").root()
 
 
 @pytest.mark.parametrize(

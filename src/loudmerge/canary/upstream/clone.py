@@ -142,9 +142,6 @@ class CommitSource:
     def exists(self, path: str) -> bool:
         return self.clone.blob(self.version, path) is not None
 
-    def root(self) -> Path | None:
-        return None
-
     def contains(self, change: str) -> bool | None:
         return self.holds.get(change)
 

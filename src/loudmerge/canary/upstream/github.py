@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from loudmerge.canary.upstream import archives
 from loudmerge.canary.upstream.archives import SourceError
 from loudmerge.canary.upstream.fetch import Client, NotThere, Unreachable, write
 from loudmerge.canary.upstream.sources import Change, SourceOptions, decoded
@@ -56,18 +55,6 @@ class GithubSource:
 
     def exists(self, path: str) -> bool:
         return _exists(self, path)
-
-    def root(self) -> Path | None:
-        tree = self._cache / "tree"
-        if not tree.is_dir():
-            url = f"{self.options.github_api}/repos/{self.upstream}/tarball/{self.version}"
-            place = self._cache / "source.tar.gz"
-            write(place, self.client.get(url, limit=archives.MAX_ARCHIVE_BYTES, token=self.options.token))
-            try:
-                archives.unpack(place, tree)
-            except archives.BrokenArchive as error:
-                raise Unreachable(f"{url}: {error}") from error
-        return tree
 
     def contains(self, change: str) -> bool | None:
         """Asks GitHub whether the change is among the ancestors of this commit.
@@ -149,9 +136,6 @@ class BaseUrlSource:
 
     def exists(self, path: str) -> bool:
         return _exists(self, path)
-
-    def root(self) -> Path | None:
-        return None
 
 
 def _exists(source: GithubSource | BaseUrlSource, path: str) -> bool:

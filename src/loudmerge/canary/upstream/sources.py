@@ -59,9 +59,6 @@ class Source(Protocol):
     def exists(self, path: str) -> bool:
         """Whether the source has this file. Raises as `read`."""
 
-    def root(self) -> Path | None:
-        """A directory with the whole source, for probes. Raises Unreachable when it could not be fetched."""
-
 
 @runtime_checkable
 class KnowsHistory(Protocol):
@@ -159,9 +156,6 @@ class TreeSource:
 
     def exists(self, path: str) -> bool:
         return self._place(path).is_file()
-
-    def root(self) -> Path | None:
-        return self.tree
 
     def contains(self, change: str) -> bool | None:
         found = Change.parse(change)
