@@ -123,6 +123,18 @@ def test_what_is_no_archive_is_broken(tmp_path: Path, name: str, content: bytes)
         unpack(place, tmp_path / "target")
 
 
+def test_a_file_that_was_cleaned_away_comes_back(tmp_path: Path) -> None:
+    archive, target = tar(tmp_path / "a.tar.gz", file("top/a.py"), file("top/b/c.py")), tmp_path / "target"
+    unpack(archive, target)
+    (target / "a.py").write_text("kept, as nothing is missing")
+    unpack(archive, target)
+    assert (target / "a.py").read_text().startswith("kept")
+    (target / "b" / "c.py").unlink()
+    unpack(archive, target)
+    assert tree(target) == {"a.py", "b/c.py"}
+    assert (target / "a.py").read_bytes() == TEXT
+
+
 @pytest.mark.parametrize("kept", [0.3, 0.9])
 def test_half_an_archive_is_broken(tmp_path: Path, kept: float) -> None:
     whole = tar(

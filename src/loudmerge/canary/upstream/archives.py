@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import gzip
 import lzma
+import os
+import shutil
 import stat
 import tarfile
 import tempfile
@@ -87,12 +89,13 @@ def is_archive(name: str) -> bool:
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpacks into `target`, which appears complete or not at all. Does nothing when it is there.
+    """Unpacks into `target`, which appears complete or not at all. Does nothing when it is there, whole.
 
-    The one top directory that sdists and repository archives have is left out.
+    Beside it stands how many files it has: what cleans caches takes old ones, and one that is gone would be
+    a guard's file that upstream removed. The one top directory of sdists and repository archives is left out.
     Raises SourceError when the archive is refused, BrokenArchive when it is none.
     """
-    if target.is_dir():
+    if _is_whole(target):
         return
     size = archive.stat().st_size
     if size > MAX_ARCHIVE_BYTES:
@@ -103,11 +106,28 @@ def unpack(archive: Path, target: Path) -> None:
         tree.mkdir()
         with _broken(archive):
             _extract(archive, tree)
-        _publish(tree if archive.name.lower().endswith(".whl") else _top(tree), target)
+        if not _is_whole(target):  # another process may have put the same there meanwhile
+            _publish(tree if archive.name.lower().endswith(".whl") else _top(tree), target)
+
+
+def _noted(target: Path) -> Path:
+    """The file that says how many files a directory of the cache has."""
+    return target.with_name(f"{target.name}.files")
+
+
+def _is_whole(target: Path) -> bool:
+    return _noted(target).is_file() and _noted(target).read_text() == str(_count(target))
+
+
+def _count(tree: Path) -> int:
+    """How many files are in a directory and below it."""
+    return sum(len(files) for _, _, files in os.walk(tree))
 
 
 def _publish(tree: Path, target: Path) -> None:
-    """Moves `tree` to `target`. Another process may have put the same there meanwhile."""
+    """Moves `tree` to `target`. Another process may be about to."""
+    shutil.rmtree(target, ignore_errors=True)
+    _noted(target).write_text(str(_count(tree)))
     try:
         tree.rename(target)
     except OSError:
