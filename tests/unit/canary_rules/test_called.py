@@ -96,3 +96,56 @@ def test_what_a_raise_handles_gets_to_it() -> None:
         assert "it does not handle an error of work: " in found(merge(body), **rule).detail
         assert not holds(merge(body), **rule)
     assert not holds(merge(outer.format("    load(model)")), **rule)
+
+
+FACTS = {
+    "kind": "raises",
+    "function": "merge",
+    "exception": "ValueError",
+    "given": {"model.bias": True},
+    "otherwise": {"model.bias": False},
+}
+BIASED = "if model.bias:\n    raise ValueError(model)"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "vars(model)['bias'] = False",
+        "model.__dict__['bias'] = False",
+        "vars(model).update(bias=False)",
+        "model.__dict__.update(r=3, bias=False)",
+        "object.__setattr__(model, 'bias', False)",
+        "model = clean(model)",
+        "model = zoo.clean(config=model)",
+        "model = model.clean()",
+        "model = cleaned(model)",
+    ],
+)
+def test_what_may_change_a_given_attribute_is_seen(before: str) -> None:
+    helper = "def cleaned(model):\n    return {'bias': False}\n"
+    assert holds(merge(BIASED), **FACTS)
+    finding = found(merge(f"{before}\n{BIASED}", helper), **FACTS)
+    assert not finding.holds
+    assert "writes model.bias before it is reached" in finding.detail
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "vars(model)['bias'] = True",
+        "vars(model)['r'] = False",
+        "vars(model).update(r=3)",
+        "vars(other)['bias'] = False",
+        "vars()['bias'] = False",
+        "object.__setattr__(model, name, False)",
+        "model = copy.deepcopy(model)",
+        "model = replace(model, r=3)",
+        "other = clean(model)",
+        "model = cleaned(model)",
+    ],
+)
+def test_what_leaves_it_is_not(before: str) -> None:
+    helper = "def cleaned(model):\n    return {'bias': True}\n"
+    finding = found(merge(f"{before}\n{BIASED}", helper), **FACTS)
+    assert finding.holds, finding.detail

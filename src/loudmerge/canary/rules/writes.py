@@ -15,6 +15,10 @@ from loudmerge.canary.rules.kinds import calls
 MUTATING = frozenset({"update", "clear", "pop", "popitem", "setdefault", "__setitem__", "__delitem__"})
 """What changes a dict."""
 
+SETTING = frozenset({"setattr", "object.__setattr__"})
+LEAVING = frozenset({"copy", "deepcopy", "replace"})
+"""What gives back something with the same attributes, but for those that it is told."""
+
 Step = tuple[Place, Place]
 
 
@@ -66,13 +70,15 @@ def _behind(maker: Place, before: list[Step], place: Place) -> list[Step]:
 def _written(place: Place, given: Mapping[str, Any]) -> str:
     """What of the facts a place sets to something else, or to what cannot be told; empty for nothing."""
     node = place.node
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING:
-        said = ast.unparse(node.func.value)
-        return said if isinstance(given.get(said), Mapping) else ""
     for said, value in _attributes(node):
         new = evaluate(value, place.scope, given) if said in given else UNKNOWN
         if new is not UNKNOWN and new != given[said]:
             return said
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING:
+        said = ast.unparse(node.func.value)
+        return said if isinstance(given.get(said), Mapping) else ""
+    if said := _made_anew(node, place, given):
+        return said
     found = list(node.targets) if isinstance(node, ast.Delete) else []
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
         found = list(targets(node))
@@ -85,14 +91,49 @@ def _written(place: Place, given: Mapping[str, Any]) -> str:
     return ""
 
 
+def _made_anew(node: ast.AST, place: Place, given: Mapping[str, Any]) -> str:
+    """The fact about an attribute of what a call is given and gives back another of: `cfg = clean(cfg)`."""
+    if not isinstance(node, ast.Assign) or not isinstance(call := node.value, ast.Call):
+        return ""
+    if dotted(call.func).rpartition(".")[2] in LEAVING:
+        return ""
+    passed = [*call.args, *(word.value for word in call.keywords)]
+    passed += [call.func.value] if isinstance(call.func, ast.Attribute) else []
+    made = {ast.unparse(one) for one in targets(node)} & {ast.unparse(one) for one in passed}
+    new = evaluate(call, place.scope, given)
+    for fact in given:
+        owner, _, name = fact.rpartition(".")
+        same = isinstance(new, Mapping) and new.get(name, UNKNOWN) == given[fact]
+        if owner in made and not same:
+            return fact
+    return ""
+
+
+def _object(node: ast.AST) -> str:
+    """What `vars(a)` and `a.__dict__` are the attributes of; empty for anything else."""
+    if isinstance(node, ast.Attribute) and node.attr == "__dict__":
+        return ast.unparse(node.value)
+    named = isinstance(node, ast.Call) and dotted(node.func) == "vars" and len(node.args) == 1
+    return ast.unparse(node.args[0]) if named and isinstance(node, ast.Call) else ""
+
+
 def _attributes(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    """The attributes that `setattr(a, "b", c)` sets, and `a = replace(a, b=c)` says, with their values."""
-    if isinstance(node, ast.Call) and dotted(node.func) == "setattr" and len(node.args) == 3:
-        name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
-        yield f"{ast.unparse(node.args[0])}.{name!s}", node.args[2]
+    """The attributes that `setattr(a, "b", c)` and the like set, and `a = replace(a, b=c)` says."""
+    if isinstance(node, ast.Assign):
+        parts = [one for one in targets(node) if isinstance(one, ast.Subscript) and _object(one.value)]
+        yield from ((f"{_object(one.value)}.{_text(one.slice)}", node.value) for one in parts)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _object(node.func.value):
+        owner = _object(node.func.value)
+        yield from ((f"{owner}.{word.arg}", word.value) for word in node.keywords)
+    if isinstance(node, ast.Call) and dotted(node.func) in SETTING and len(node.args) == 3:
+        yield f"{ast.unparse(node.args[0])}.{_text(node.args[1])}", node.args[2]
     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
         words = [word for word in node.value.keywords if word.arg]
         yield from ((f"{ast.unparse(one)}.{word.arg}", word.value) for one in node.targets for word in words)
+
+
+def _text(node: ast.AST) -> str:
+    return str(node.value) if isinstance(node, ast.Constant) else ""
 
 
 def _within(target: ast.Subscript | ast.Attribute, place: Place, given: Mapping[str, Any]) -> bool:
