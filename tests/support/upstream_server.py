@@ -283,6 +283,11 @@ def garbage(handler: Handler) -> None:
     handler.send(bytes(range(256)) * 8)
 
 
+def page(handler: Handler) -> None:
+    """A page of HTML, with status 200, as a proxy that wants one to sign in has it."""
+    handler.send(b"<!doctype html>\nSign in", headers={"Content-Type": "text/html; charset=utf-8"})
+
+
 def circle(handler: Handler) -> None:
     """A redirect to the same address."""
     handler.send(b"", 302, {"Location": handler.path})

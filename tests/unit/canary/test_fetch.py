@@ -33,6 +33,7 @@ BAD: dict[str, tuple[Callable[[Handler], None], str, int]] = {
     "no answer": (server.silence, "Timeout", 2),
     "cut off": (server.truncated, "ChunkedEncodingError|ConnectionError|IncompleteRead", 2),
     "circle": (server.circle, "redirected without end", 1),
+    "page": (server.page, "a web page, and not a file", 1),
     "not an address": (server.elsewhere("ftp://127.0.0.1/x"), "not an address", 1),
 }
 

@@ -82,6 +82,8 @@ def test_a_file_of_garbage_is_a_failure(tmp_path: Path, upstream: UpstreamServer
     found = verdict(tmp_path, upstream)
     assert (found.verdict, found.evaluated) == ("missing", False)
     assert "is not UTF-8" in found.detail
+    upstream.faults.clear()
+    assert verdict(tmp_path, upstream).verdict == "present"
 
 
 @pytest.mark.parametrize(

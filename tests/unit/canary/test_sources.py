@@ -201,3 +201,5 @@ def test_a_source_that_no_guard_reads_is_a_slip(tmp_path: Path) -> None:
     assert parse_overrides([f"Unsloth-Zoo={tmp_path}"], {"unsloth_zoo"}) == {"Unsloth-Zoo": str(tmp_path)}
     with pytest.raises(ValueError, match="no guard reads unslot, expected one of unsloth"):
         parse_overrides([f"unslot={tmp_path}"], {"unsloth"})
+    with pytest.raises(ValueError, match="unsloth-zoo: found several places, expected one"):
+        parse_overrides([f"Unsloth-Zoo={tmp_path}", f"unsloth_zoo={tmp_path}"], {"unsloth_zoo"})

@@ -198,11 +198,16 @@ class Client:
         return body
 
     def _check(self, url: str, answer: requests.Response, *, authorised: bool) -> None:
-        """Raises unless the answer is a 200, or to a POST a 201, that came the way it was asked for."""
+        """Raises unless the answer is a 200, or to a POST a 201, that came the way it was asked for.
+
+        A page of HTML is none: nothing that is read here is one, and proxies that want a sign-in say 200.
+        """
         status = answer.status_code
         if urlsplit(url).scheme == "https" and urlsplit(answer.url).scheme != "https":
             raise Unreachable(f"{_shown(url)}: redirected to an address that is not https")
         if status == 200 or (status == 201 and answer.request.method == "POST"):
+            if answer.headers.get("Content-Type", "").lower().startswith("text/html"):
+                raise Unreachable(f"{_shown(url)}: a web page, and not a file. Has a proxy answered?")
             return
         if status in GONE:
             raise NotThere(f"{_shown(url)}: HTTP {status}, there is no such thing")

@@ -48,10 +48,13 @@ class GithubSource:
 
     def read(self, path: str) -> str:
         place = self._cache / "files" / _safe(path)
-        if not place.is_file():
-            url = f"{self.options.github_raw}/{self.upstream}/{self.version}/{quote(path)}"
-            write(place, self.client.get(url, token=self.options.token))
-        return decoded(place.read_bytes(), f"{self.upstream} {self.version}: {path}")
+        if place.is_file():
+            return decoded(place.read_bytes(), f"{self.upstream} {self.version}: {path}")
+        url = f"{self.options.github_raw}/{self.upstream}/{self.version}/{quote(path)}"
+        content = self.client.get(url, token=self.options.token)
+        text = decoded(content, f"{self.upstream} {self.version}: {path}")
+        write(place, content)
+        return text
 
     def exists(self, path: str) -> bool:
         return _exists(self, path)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -127,7 +128,11 @@ def parse_override(text: str) -> tuple[str, str]:
 
 def parse_overrides(texts: Sequence[str], known: Collection[str]) -> dict[str, str]:
     """Several of them. Raises ValueError when one names an upstream that no guard reads."""
-    found = dict(parse_override(text) for text in texts)
+    given = [parse_override(text) for text in texts]
+    twice = [name for name, count in Counter(normalised(name) for name, _ in given).items() if count > 1]
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: found several places, expected one")
+    found = dict(given)
     names = {normalised(name) for name in known}
     unknown = [name for name in found if normalised(name) not in names]
     if unknown:
