@@ -60,6 +60,8 @@ TEXTS = ("id", "why", "upstream", "package", "path", "since", "since_version", "
 LISTS = ("refs", "paths")
 KNOWN = frozenset({*REQUIRED, *TEXTS, *LISTS})
 
+CHANGE = re.compile(r"([\w.-]+/[\w.-]+)(?:#(\d+)|@([0-9a-f]{7,40}))")
+"""A change as `since` may name it: a pull request, or a commit."""
 _UPSTREAM = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?")
 _REF = re.compile(r"[A-Za-z0-9][\w./+-]*")
@@ -310,6 +312,9 @@ def _bad_refs(table: Mapping[str, Any]) -> list[str]:
             found.append(f"field refs: found {ref!r}, expected a branch, tag or commit")
     if len(set(table["refs"])) != len(table["refs"]):
         found.append(f"field refs: found {table['refs']!r}, expected each once")
+    if re.search(r"[#@]|://", table["since"]) and not CHANGE.fullmatch(table["since"]):
+        expected = "owner/name#NUMBER, owner/name@COMMIT, or words"
+        found.append(f"field since: found {table['since']!r}, expected {expected}")
     if "since_version" in table and not is_version(table["since_version"]):
         found.append(f"field since_version: found {table['since_version']!r}, expected a version")
     if table.get("dist", WHEEL) not in {WHEEL, SDIST}:

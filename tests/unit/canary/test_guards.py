@@ -10,6 +10,9 @@ from loudmerge.canary import guards as module
 from loudmerge.canary.guards import GuardError, default_directory, is_package_ref, load_guards
 from tests.unit.canary.world import GUARD, guard_file
 
+SINCE = 'since = "owner/zoo#7"'
+ODD = ("#7", "owner/zoo#seven", "owner/zoo@main", "https://github.com/owner/zoo/pull/7")
+
 
 def test_a_guard_is_read_with_its_file_and_line(tmp_path: Path) -> None:
     (guard,) = load_guards(guard_file(tmp_path, "# a comment\n" + GUARD))
@@ -63,6 +66,7 @@ def test_guards_come_by_file_then_in_the_files_order(tmp_path: Path) -> None:
             'rule = "symbol"',
             "field rule: found str, expected a table",
         ),
+        *((SINCE, f'since = "{text}"', "field since: found .*expected owner/name#NUMBER") for text in ODD),
         ("[[guard]]", "[[guards]]", "found guards, expected only"),
         ("[[guard]]", "[guard]", "found no .*guard"),
         ("[[guard]]", "[[guard", "not TOML"),

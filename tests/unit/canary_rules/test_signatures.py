@@ -101,7 +101,7 @@ def test_a_constructor_that_may_be_imported_is_not_certain() -> None:
     assert "its constructor is that of B, of another file" in elsewhere
 
 
-@pytest.mark.parametrize("call", ["g(1)", "f(*x)", "f(**x)", "f", "f(", "f(1)(2)", "a.f(1)", ""])
+@pytest.mark.parametrize("call", ["g(1)", "f(*x)", "f(**x)", "f", "f(", "f(1)(2)", "a.f(1)", " "])
 def test_a_call_that_is_none_of_the_function_is_a_mistake_of_the_rule(call: str) -> None:
     with pytest.raises(RuleError, match="not a call of f with plain arguments, as f"):
         validate({"kind": "signature", "name": "h", "call": call})
@@ -111,8 +111,10 @@ def test_a_call_that_is_none_of_the_function_is_a_mistake_of_the_rule(call: str)
 
 def test_a_signature_that_asks_for_nothing_is_a_mistake_of_the_rule() -> None:
     with pytest.raises(RuleError, match="needs `call`, or names in `accepts`"):
-        validate({"kind": "signature", "name": "f", "accepts": []})
-    validate({"kind": "signature", "name": "f", "accepts": [], "call": "f()"})
+        validate({"kind": "signature", "name": "f"})
+    for field, nothing in (("accepts", []), ("call", "")):
+        with pytest.raises(RuleError, match=f"signature.{field} is empty"):
+            validate({"kind": "signature", "name": "f", field: nothing})
 
 
 def test_an_async_function_is_no_plain_one() -> None:

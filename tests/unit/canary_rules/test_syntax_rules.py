@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -333,18 +334,23 @@ def test_what_a_branch_does_is_said_by_name(does: str) -> None:
         ({"kind": "symbol"}, "a symbol rule needs the field 'name'"),
         ({"kind": "symbol", "name": "a", "pattern": "b"}, "a symbol rule has no field 'pattern'"),
         ({"kind": "returns", "function": "f", "values": []}, "returns.values is empty"),
+        ({"kind": "symbol", "name": "a", "keys": []}, "symbol.keys is empty"),
+        ({"kind": "symbol", "name": "a", "contains": [["b"]]}, "symbol.contains holds ['b']"),
+        ({"kind": "calls", "function": "f", "callee": "g", "before": ""}, "calls.before is empty"),
+        ({"kind": "calls", "function": "f", "callee": "g", "lets_out": [1]}, "calls.lets_out holds 1"),
+        ({"kind": "tests", "names": ["a"], "uses": [""]}, "tests.uses holds '', expected a text"),
         ({"kind": "calls", "function": 1, "callee": "f"}, "calls.function is 1"),
         ({"kind": "probe", "extract": ["f"], "cases": [{"call": "f()"}]}, "a probe's case is"),
         ({"kind": "all", "rules": [{"kind": "grep"}]}, "rule.kind is 'grep'"),
         ({"kind": "raises", "function": "f", "exception": "OSError"}, "any other OSError would do"),
         (
-            {"kind": "raises", "function": "f", "exception": "OSError", "mentions": [], "always": False},
+            {"kind": "raises", "function": "f", "exception": "OSError", "always": False},
             "a raises rule needs `mentions`, `given`, `otherwise`, `handles` or `always`",
         ),
     ],
 )
 def test_a_rule_that_says_nothing_is_refused(rule: dict[str, object], says: str) -> None:
-    with pytest.raises(RuleError, match=says.replace("(", r"\(")):
+    with pytest.raises(RuleError, match=re.escape(says)):
         validate(rule)
 
 

@@ -76,6 +76,14 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, bool]]] = {
     "all": {"rules": (list, True)},
     "any": {"rules": (list, True)},
 }
+TEXTS = frozenset(
+    {
+        *("decorators", "args", "lets_out", "managers", "mentions", "does", "accepts", "members"),
+        *("names", "uses", "known", "focus", "extract", "libraries"),
+    }
+)
+"""The lists that hold texts."""
+PLAIN = frozenset({"keys", "contains", "values"})
 CASES = ({"call", "equals"}, {"call", "raises"}, {"call", "none"})
 TYPES = frozenset({"function", "class", "variable", "method"})
 
@@ -94,11 +102,11 @@ def validate(rule: Mapping[str, Any]) -> None:
             if required:
                 raise RuleError(f"a {kind} rule needs the field {name!r}")
             continue
-        _field(kind, name, rule[name], wanted, required=required)
+        _field(kind, name, rule[name], wanted)
     _inside(kind, rule)
 
 
-def _field(kind: str, name: str, value: Any, wanted: type, *, required: bool) -> None:
+def _field(kind: str, name: str, value: Any, wanted: type) -> None:
     fits = (
         isinstance(value, Sequence) and not isinstance(value, str)
         if wanted is list
@@ -108,8 +116,13 @@ def _field(kind: str, name: str, value: Any, wanted: type, *, required: bool) ->
         fits = isinstance(value, Mapping)
     if not fits or (wanted is int and isinstance(value, bool)):
         raise RuleError(f"{kind}.{name} is {value!r}, which is not a {wanted.__name__}")
-    if required and not value:
+    if not value and wanted in {str, list}:
         raise RuleError(f"{kind}.{name} is empty")
+    for one in value if name in TEXTS | PLAIN else ():
+        if name in TEXTS and not (isinstance(one, str) and one):
+            raise RuleError(f"{kind}.{name} holds {one!r}, expected a text that is not empty")
+        if isinstance(one, (Mapping, list)):
+            raise RuleError(f"{kind}.{name} holds {one!r}, expected a text, a number or a truth value")
 
 
 def _inside(kind: str, rule: Mapping[str, Any]) -> None:
@@ -135,7 +148,7 @@ def _inside(kind: str, rule: Mapping[str, Any]) -> None:
 
 
 def _signature(rule: Mapping[str, Any]) -> None:
-    if not rule.get("accepts") and "call" not in rule:
+    if "accepts" not in rule and "call" not in rule:
         raise RuleError("a signature rule needs `call`, or names in `accepts`")
     try:
         call = parsed(str(rule.get("call", "f()")), "eval").body

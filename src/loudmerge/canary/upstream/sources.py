@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
+from loudmerge.canary.guards import CHANGE
 from loudmerge.canary.upstream import archives
 from loudmerge.canary.upstream.archives import SourceError
 from loudmerge.canary.upstream.fetch import HttpOptions, NotThere, Unreachable, write
@@ -184,7 +185,7 @@ class Change:
     @classmethod
     def parse(cls, text: str) -> Change | None:
         """The change, or None when `text` names none that a repository could be asked for."""
-        found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:#(\d+)|@([0-9a-f]{7,40}))", text)
+        found = CHANGE.fullmatch(text)
         return cls(found[1], int(found[2]) if found[2] else None, found[3]) if found else None
 
     def of(self, upstream: str) -> bool:
