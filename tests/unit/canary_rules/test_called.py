@@ -149,3 +149,36 @@ def test_what_leaves_it_is_not(before: str) -> None:
     helper = "def cleaned(model):\n    return {'bias': True}\n"
     finding = found(merge(f"{before}\n{BIASED}", helper), **FACTS)
     assert finding.holds, finding.detail
+
+
+@pytest.mark.parametrize(
+    ("ended", "gets_out"),
+    [("return 0", False), ("if not model:\n        return 0", False), ("close()", True)],
+)
+def test_a_finally_that_returns_drops_what_a_handler_raises(ended: str, *, gets_out: bool) -> None:
+    rule = {"kind": "raises", "function": "merge", "exception": "RuntimeError", "handles": "work"}
+    body = (
+        f"try:\n    work(model)\nexcept Exception as e:\n    raise RuntimeError from e\nfinally:\n    {ended}"
+    )
+    finding = found(merge(body), **rule)
+    assert finding.holds is gets_out
+    assert gets_out or "returns, which drops the exception" in finding.detail
+    loop = f"for one in model:\n    try:\n        pass\n    finally:\n        continue\n{CHECK}"
+    assert holds(merge(loop), **RAISES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        ("L = namedtuple('L', 'name rank')", True),
+        ("class L(typing.NamedTuple):\n    name: str\n    rank: int", True),
+        ("class L:\n    pass", False),
+        ("L = list", False),
+    ],
+)
+def test_a_named_tuple_has_its_places(kind: str, *, known: bool) -> None:
+    rule = {"kind": "returns", "function": "f", "values": ["a", "b"], "position": 0}
+    body = "def f(x):\n    if x:\n        return L('a', 1)\n    return L('b', x)"
+    assert holds(f"{kind}\n{body}", **rule) is known
+    assert not holds(f"{kind}\n{body.replace(repr('b'), 'x')}", **rule)
+    assert not holds(f"{kind}\n{body}", **{**rule, "position": 2})

@@ -11,7 +11,7 @@ from typing import Any
 from loudmerge.canary.code.constants import UNKNOWN, compare
 from loudmerge.canary.code.flow import Condition, Place, Scope, alias, callee, places, within
 from loudmerge.canary.code.pieces import parsed
-from loudmerge.canary.code.syntax import dotted, local_assignments, local_bindings, parameters
+from loudmerge.canary.code.syntax import Module, dotted, local_assignments, local_bindings, parameters
 
 DEPTH = 12
 """How many names, calls and operators deep an expression is followed."""
@@ -360,10 +360,22 @@ def _possible_name(node: ast.Name, scope: Scope, position: int | None, depth: in
     return found
 
 
+def _is_tuple(name: str, module: Module) -> bool:
+    """Whether a name is a tuple type of the file: `namedtuple(...)`, or a class that is a `NamedTuple`."""
+    made, kind = module.value(name), module.define(name)
+    called = dotted(made.func) if isinstance(made, ast.Call) else ""
+    bases = kind.bases if isinstance(kind, ast.ClassDef) else []
+    return any(
+        one.rpartition(".")[2] in {"namedtuple", "NamedTuple"} for one in (called, *map(dotted, bases))
+    )
+
+
 def _possible_call(node: ast.Call, scope: Scope, position: int | None, depth: int) -> set[Any]:
     if isinstance(node.func, ast.Attribute) and node.func.attr == "get":
         return possible(node.func.value, scope, position, depth)
     function, owner, _ = callee(node, scope, {})
+    if function is None and position is not None and _is_tuple(dotted(node.func), scope.module):
+        return possible(node.args[position], scope, None, depth) if position < len(node.args) else set()
     if function is None or function is scope.function:
         return set()
     return returned_values(Scope(scope.module, function, owner), position, depth)[0]

@@ -24,7 +24,10 @@ from loudmerge.canary.code.exits import (
     swallowing,
 )
 from loudmerge.canary.code.nodes import For, Try, With
-from loudmerge.canary.code.syntax import FUNCTIONS, Function, dotted
+from loudmerge.canary.code.syntax import FUNCTIONS, Function, dotted, own_statements
+
+ENDING = (ast.Return, ast.Break, ast.Continue)
+"""What in a `finally` drops an error."""
 
 
 class Walk(NamedTuple):
@@ -141,10 +144,14 @@ class Flow:
     def _try(self, node: Try, at: Frame) -> bool:
         self.steps.append((node, at))
         ended = self.block(node.body, at._replace(tries=(*at.tries, node)))
+        outside = at
+        if any(isinstance(one, ENDING) for one in own_statements(node.finalbody)):
+            # What the handlers raise goes through the `finally` as well.
+            at = at._replace(tries=(*at.tries, ast.Try([], [], [], node.finalbody)))
         ended = ended and self.block(node.orelse, at)
         failed = at._replace(handles=(*at.handles, node))
         handled = [self.block(one.body, failed.under(one.type or BARE, True)) for one in node.handlers]
-        return self.block(node.finalbody, at) and (ended or any(handled))
+        return self.block(node.finalbody, outside) and (ended or any(handled))
 
     def _with(self, node: With, at: Frame) -> bool:
         for item in node.items:
