@@ -182,3 +182,12 @@ def test_a_named_tuple_has_its_places(kind: str, *, known: bool) -> None:
     assert holds(f"{kind}\n{body}", **rule) is known
     assert not holds(f"{kind}\n{body.replace(repr('b'), 'x')}", **rule)
     assert not holds(f"{kind}\n{body}", **{**rule, "position": 2})
+
+
+@pytest.mark.parametrize(
+    ("over", "runs"),
+    [("(a, model)", True), ("[work(model), *a]", True), ("(*a,)", False), ("()", False), ("a", False)],
+)
+def test_a_loop_over_what_is_written_down_runs(over: str, *, runs: bool) -> None:
+    finding = found(merge(f"for one in {over}:\n{indent(CHECK, '    ')}"), **RAISES)
+    assert finding.holds is runs, finding.detail

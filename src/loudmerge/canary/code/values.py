@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from loudmerge.canary.code.constants import UNKNOWN, compare
+from loudmerge.canary.code.exits import LOOPS
 from loudmerge.canary.code.flow import Condition, Place, Scope, alias, callee, places, within
 from loudmerge.canary.code.pieces import parsed
 from loudmerge.canary.code.syntax import Module, dotted, local_assignments, local_bindings, parameters
@@ -282,7 +283,11 @@ _EVALUATORS: Mapping[type, Any] = {
 
 def outcome(condition: Condition, given: Mapping[str, Any]) -> bool | None:
     """Whether a condition is met under the given facts; None where they do not settle it."""
-    value = evaluate(condition.test, condition.scope, given)
+    test = condition.test
+    written = test.elts if condition.how == LOOPS and isinstance(test, (ast.Tuple, ast.List)) else []
+    if any(not isinstance(one, ast.Starred) for one in written):
+        return condition.wanted
+    value = evaluate(test, condition.scope, given)
     return None if value is UNKNOWN else bool(value) is condition.wanted
 
 
