@@ -42,6 +42,8 @@ DEVICE = "@pytest.fixture(name='device')\ndef _device():\n    pytest.skip('x')\n
         f"def off(g):\n    def h():\n        pytest.skip('x')\n        g()\n    return h\n@off\n{TEST}",
         f"def off(x):\n    def mark(fn):\n        return lambda: x\n    return mark\n@off(1)\n{TEST}",
         f"@pytest.mark.skipif('True')\n{TEST}",
+        f"@pytest.mark.parametrize('model', [pytest.param(1, marks=pytest.mark.skip)])\n{TAKES}",
+        f"@pytest.mark.parametrize('model', [pytest.param(1, marks=[a, pytest.mark.xfail])])\n{TAKES}",
     ],
 )
 def test_a_test_that_is_skipped_by_something_else_guards_nothing(source: str) -> None:
@@ -67,6 +69,8 @@ def test_a_test_that_is_skipped_by_something_else_guards_nothing(source: str) ->
         f"def on(x):\n    def mark(g):\n        return lambda: g(x)\n    return mark\n@on(1)\n{TEST}",
         f"@pytest.mark.skipif(\"sys.platform == 'win32'\")\n{TEST}",
         f"@pytest.mark.skipif('not code')\n{TEST}",
+        f"@pytest.mark.parametrize('model', [1, pytest.param(2, marks=pytest.mark.skip)])\n{TAKES}",
+        f"@pytest.mark.parametrize('model', [pytest.param(1, id='a')])\n{TAKES}",
     ],
 )
 def test_a_test_that_may_be_skipped_guards_all_the_same(source: str) -> None:

@@ -215,9 +215,23 @@ def kept_by(mark: ast.expr, module: Module) -> str:
         test = call.args[0] if call.args else words.get("condition")
         return "is always skipped" if test is not None and _certain(test, module) else ""
     if name == "parametrize" and call:
-        items = call.args[1] if len(call.args) > 1 else words.get("argvalues")
-        return "is parametrised over nothing" if items is not None and _empty(items, module) else ""
+        return _parametrised(call.args[1] if len(call.args) > 1 else words.get("argvalues"), module)
     return ""
+
+
+def _parametrised(items: ast.expr | None, module: Module) -> str:
+    """What keeps a test from being run with any of its parameters; empty for nothing."""
+    if items is not None and _empty(items, module):
+        return "is parametrised over nothing"
+    each = items.elts if isinstance(items, (ast.List, ast.Tuple)) else []
+    return "has each of its parameters skipped" if each and all(_off(one, module) for one in each) else ""
+
+
+def _off(one: ast.expr, module: Module) -> bool:
+    """Whether a `pytest.param(...)` is marked so that the test is not run with it, or may fail."""
+    words = one.keywords if isinstance(one, ast.Call) else []
+    marks = [mark for word in words if word.arg == "marks" for mark in _flat(word.value, module, DEPTH)]
+    return any(kept_by(mark, module) for mark in marks)
 
 
 def _certain(test: ast.expr, module: Module) -> bool:
