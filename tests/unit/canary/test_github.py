@@ -76,6 +76,15 @@ def test_an_answer_that_is_no_commit_is_unreachable(tmp_path: Path, upstream: Up
     assert "expected a commit's 40 digits" in found.detail
 
 
+def test_a_file_that_is_not_there_is_asked_for_once(tmp_path: Path, upstream: UpstreamServer) -> None:
+    upstream.repository(UPSTREAM).commit({PATH: KEPT})
+    (guard,) = guards(tmp_path)
+    with Opener(options(tmp_path, upstream)) as opener:
+        for _ in range(3):
+            assert not opener.open(guard, "main").exists("pytest.ini")
+    assert sum("pytest.ini" in path for path in upstream.paths()) == 1
+
+
 def test_a_file_of_garbage_is_a_failure(tmp_path: Path, upstream: UpstreamServer) -> None:
     upstream.repository(UPSTREAM).commit({PATH: KEPT})
     upstream.fail("/raw/", server.garbage)

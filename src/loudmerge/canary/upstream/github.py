@@ -30,6 +30,8 @@ class GithubSource:
     version: str
     client: Client
     options: SourceOptions
+    _absent: set[str] = field(default_factory=set)
+    """Files that the commit has not: guards of tests ask for the same few that most projects lack."""
 
     @classmethod
     def at(cls, upstream: str, ref: str, client: Client, options: SourceOptions) -> GithubSource:
@@ -51,7 +53,13 @@ class GithubSource:
         if place.is_file():
             return decoded(place.read_bytes(), f"{self.upstream} {self.version}: {path}")
         url = f"{self.options.github_raw}/{self.upstream}/{self.version}/{quote(path)}"
-        content = self.client.get(url, token=self.options.token)
+        if path in self._absent:
+            raise NotThere(f"{url}: there is no such thing")
+        try:
+            content = self.client.get(url, token=self.options.token)
+        except NotThere:
+            self._absent.add(path)
+            raise
         text = decoded(content, f"{self.upstream} {self.version}: {path}")
         write(place, content)
         return text
