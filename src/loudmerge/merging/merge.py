@@ -62,12 +62,20 @@ def plan(
     """
     options = Options(orientation, lora_b_layout, dtype, rounding)
     check_values(options, device, threads)
+    return _plan(base, adapter, None if out is None else Path(out), options, overwrite=overwrite)[0]
+
+
+def _plan(
+    base: Pathish, adapter: Pathish, out: Path | None, options: Options, *, overwrite: bool
+) -> tuple[MergePlan, Inputs]:
+    """The plan, and its inputs as they were before they were read."""
     if out is not None:
-        refuse_existing(Path(out), overwrite=overwrite)
-    found = [directory(base), directory(adapter)]
+        refuse_existing(out, overwrite=overwrite)
+    found = directory(base), directory(adapter)
     if out is not None:
-        refuse_inputs(Path(out), found)
-    return make_plan(open_checkpoint(found[0]), read_adapter(found[1]), options)
+        refuse_inputs(out, found)
+    inputs = Inputs(*found)
+    return make_plan(open_checkpoint(found[0]), read_adapter(found[1]), options), inputs
 
 
 def check_values(options: Options, device: str, threads: int | None) -> None:
@@ -150,8 +158,9 @@ def merge_named(
 ) -> MergeReport:
     """`merge`, with what its report calls base and adapter; their paths where `named` is None."""
     started = time.monotonic()
-    made = plan(base, adapter, out=out, device=device, threads=threads, overwrite=overwrite, **options)
-    inputs = Inputs(made)
+    asked = Options(**options)
+    check_values(asked, device, threads)
+    made, inputs = _plan(base, adapter, Path(out), asked, overwrite=overwrite)
     computing, verifying = _threads(made, threads)
     with Staging(Path(out), overwrite=overwrite, resume=resume) as staging:
         finished = Finished(staging.done, identity(made))
@@ -167,8 +176,7 @@ def merge_named(
                 finished=finished,
             )
         _check_applied(made, outcome)
-        inputs.refuse_changed()
-        _write_files(made, staging)
+        _write_files(made, staging, inputs)
         if verify:
             _verify(made, staging, verifying, progress, inputs)
         measured = _measured(made, outcome, verified=verify, started=started)
@@ -194,13 +202,15 @@ def _check_applied(made: MergePlan, outcome: Outcome) -> None:
         raise AssertionError(f"{len(missing)} planned updates were not applied, the first: {min(missing)}")
 
 
-def _write_files(made: MergePlan, staging: Staging) -> None:
+def _write_files(made: MergePlan, staging: Staging, inputs: Inputs) -> None:
+    inputs.refuse_changed(made)
     for name in made.side_files:
         staging.copy_file(made.base.path / name, name)
     if made.base.index is not None:
         staging.write_file(INDEX, index_json(made.base.index, made.outputs))
     content = (made.base.path / CONFIG).read_bytes()
     staging.write_file(CONFIG, edited_json(content, made.config_edits))
+    inputs.refuse_changed(made)
 
 
 def _verify(
@@ -209,7 +219,7 @@ def _verify(
     from loudmerge.verifying.verify import verify_plan
 
     result = verify_plan(made, staging.weights, files=staging.files, threads=threads, progress=progress)
-    inputs.refuse_changed()
+    inputs.refuse_changed(made)
     if not result.ok:
         raise Mismatch(f"the merge is not published: its verification failed.\n{result.summary()}")
 

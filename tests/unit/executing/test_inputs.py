@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loudmerge.errors import MergeRefused
+from loudmerge.executing.writer import Staging
+from loudmerge.planning.plan import MergePlan
+from loudmerge.planning.planner import make_plan
 from tests.unit.builders import Q_PROJ, lora, write_adapter
 from tests.unit.places import Place, content, nothing_left, same
 
@@ -32,7 +36,10 @@ def replace(file: Path) -> None:
 @pytest.mark.parametrize("change", [write_in_place, replace, Path.unlink])
 @pytest.mark.parametrize(
     "name",
-    [f"base/{BASE}", "base/config.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"],
+    [
+        *(f"base/{BASE}", "base/config.json", "base/tokenizer.json"),
+        *("adapter/adapter_model.safetensors", "adapter/adapter_config.json"),
+    ],
 )
 def test_an_input_that_changes_during_the_merge_is_refused(
     name: str, change: Callable[[Path], object], verify: bool, place: Place
@@ -50,6 +57,52 @@ def test_an_input_that_changes_during_the_merge_is_refused(
         "changed it: merge again once that has ended."
     )
     assert nothing_left(place)
+
+
+@pytest.mark.parametrize("name", [f"base/{BASE}", "base/config.json", "base/chat/template.jinja"])
+def test_an_input_that_is_replaced_as_soon_as_it_is_planned_with_is_refused(
+    name: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors may lie elsewhere in the new file, which has another config, or another tokenizer."""
+
+    def replacing(*given: Any) -> MergePlan:
+        found = make_plan(*given)
+        replace(place.root / name)
+        return found
+
+    monkeypatch.setattr("loudmerge.merging.merge.make_plan", replacing)
+    with pytest.raises(MergeRefused, match="corrupt-file") as refusal:
+        place.merge(verify=False)
+    assert refusal.value.where == str(place.root / name)
+    assert nothing_left(place)
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
+def test_a_file_that_changes_while_it_is_copied_is_refused(
+    verify: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Staging.copy_file
+
+    def copying(self: Staging, source: Path, name: str) -> None:
+        copied(self, source, name)
+        if name == "LICENSE":
+            source.write_text("the rest of it")
+
+    monkeypatch.setattr(Staging, "copy_file", copying)
+    with pytest.raises(MergeRefused, match=r"^corrupt-file: .*/LICENSE: found another file"):
+        place.merge(verify=verify)
+    assert nothing_left(place)
+
+
+def test_what_is_left_out_may_change(place: Place, reference: dict[str, bytes]) -> None:
+    (place.base / "pytorch_model.bin").write_bytes(b"1")
+    (place.base / "consolidated.pth").symlink_to("nothing")
+
+    def changing(*_: object) -> None:
+        write_in_place(place.base / "pytorch_model.bin")
+
+    place.merge(progress=changing, verify=True)
+    assert same(content(place.out), reference)
 
 
 def test_an_adapter_that_is_trained_on_during_the_verification_is_refused(place: Place) -> None:
