@@ -100,6 +100,7 @@ def identity(plan: MergePlan) -> str:
         "files": dict(sorted(stats.items())),
         "base": plan.base.config,
         "adapter": plan.adapter.config.raw,
+        "written as": plan.adapter.config.written_as,
         "options": dataclasses.asdict(plan.options),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

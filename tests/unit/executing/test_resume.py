@@ -13,6 +13,7 @@ import torch
 import loudmerge
 from loudmerge.errors import EnvironmentFailed, MergeRefused
 from loudmerge.executing.writer import ShardFile, Staging
+from loudmerge.reading.adapter_config import AUTOMODEL
 from tests.unit.builders import Q_PROJ, lora, write_adapter
 from tests.unit.conftest import Killed
 from tests.unit.places import Place, content, nothing_left, same
@@ -111,7 +112,7 @@ def test_with_nothing_to_go_on_with_a_merge_starts(place: Place, reference: dict
     assert same(content(place.out), reference)
 
 
-@pytest.mark.parametrize("change", ["adapter", "adapter of the same age", "base", "option"])
+@pytest.mark.parametrize("change", ["adapter", "adapter of the same age", "stamp", "base", "option"])
 def test_the_shards_of_another_merge_are_refused(change: str, place: Place) -> None:
     interrupt(place, KeyboardInterrupt())
     options: dict[str, Any] = {}
@@ -123,6 +124,8 @@ def test_the_shards_of_another_merge_are_refused(change: str, place: Place) -> N
         write_adapter(place.adapter, {key: -value for key, value in lora(Q_PROJ, 8, 6).items()})
         os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    elif change == "stamp":
+        (place.adapter / AUTOMODEL).write_text('{"paramwrapper_layout": "peft-0.18"}')
     elif change == "base":
         os.utime(place.base / FIRST, ns=(1, 1))
     else:
