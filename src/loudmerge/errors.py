@@ -107,14 +107,16 @@ class EnvironmentFailed(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python or torch ran out of memory. On the CPU torch says so only in a RuntimeError's text.
+    """Whether Python or torch ran out of memory, or of threads: their stacks take some, and most is limited
+    together. On the CPU torch says so only in a RuntimeError's text, and so does Python of threads.
 
     The canary runs where there is no torch, and then it was not torch.
     """
     torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (
-        torch is not None
-        and (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error))
+    if isinstance(error, MemoryError) or str(error) == "can't start new thread":
+        return True
+    return torch is not None and (
+        isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
     )
 
 

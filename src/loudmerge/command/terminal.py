@@ -142,4 +142,9 @@ def _environment(error: Exception) -> str | None:
 
 
 _FULL = "Make room, or give an OUT on another disk."
-_HINTS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EMFILE: "Allow more open files: ulimit -n."}
+_HINTS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "Allow larger files (ulimit -f), or give an OUT on a file system that does.",
+    errno.EMFILE: "Allow more open files: ulimit -n.",
+}

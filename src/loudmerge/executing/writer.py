@@ -122,7 +122,13 @@ class Staging:
         """Puts back, or removes, an older OUT that a killed merge had moved aside."""
         self._settle()
         if os.path.lexists(self._discarded):
-            _remove(self._discarded)
+            try:
+                _remove(self._discarded)
+            except OSError as error:
+                raise EnvironmentFailed(
+                    f"{self._discarded}: what is left of an OUT that was replaced cannot be removed "
+                    f"({error}). Remove it by hand."
+                ) from error
 
     def _settle(self) -> None:
         """Puts back an older OUT that was moved aside and not yet replaced; one that was, is to be removed.

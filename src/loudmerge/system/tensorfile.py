@@ -46,6 +46,9 @@ MERGEABLE_CODES = frozenset({"F32", "F16", "BF16"})
 COMPARED_BYTES = 16 << 20
 """Bytes of a tensor that are compared at a time."""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file of a clone without git-lfs begins with: its address, in place of its content."""
+
 State = tuple[int, int, int, int]
 """Of a file: its device, inode, size in bytes, and time of change."""
 
@@ -88,14 +91,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             with safe_open(file, framework="pt", backend="pread"):
                 pass
         except SafetensorError as error:
+            found, hint = f"a file that safetensors cannot open ({error})", "Download or save it again."
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                found, hint = "a Git LFS pointer in place of the file", "Get the file itself: git lfs pull."
             raise MergeRefused(
-                Problem(
-                    "corrupt-file",
-                    str(file),
-                    f"a file that safetensors cannot open ({error})",
-                    "a complete safetensors file",
-                    "Download or save it again.",
-                )
+                Problem("corrupt-file", str(file), found, "a complete safetensors file", hint)
             ) from error
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))

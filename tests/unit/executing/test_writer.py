@@ -6,9 +6,11 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -429,6 +431,22 @@ def test_an_old_out_of_any_kind_that_was_moved_aside_is_removed_and_no_link_is_f
     assert not place.staging.exists()
     if kind != "file":
         assert content(place.root / "elsewhere") == old
+
+
+@pytest.mark.usefixtures("old")
+def test_what_cannot_be_removed_of_an_old_out_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in it is read-only, say. Python's own error has the last name only."""
+    (place.staging / "discarded").mkdir(parents=True)
+    rmtree = shutil.rmtree
+
+    def refuse(path: Path, **options: Any) -> None:
+        if path.name == "discarded":
+            raise PermissionError(errno.EACCES, "Permission denied", "x")
+        rmtree(path, **options)
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with pytest.raises(EnvironmentFailed, match=r"/discarded: what is left .*'x'\)\. Remove it by hand"):
+        place.merge(overwrite=True)
 
 
 # --- shards and JSON -----------------------------------------------------------------------------

@@ -419,6 +419,13 @@ def test_a_shard_cut_short_is_corrupt(size: int, single: Path) -> None:
     assert str(error).startswith(f"corrupt-file: {file}: found a file that safetensors cannot open")
 
 
+def test_a_git_lfs_pointer_in_a_shards_place_is_called_so(single: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 67\n"
+    (single / "model.safetensors").write_text(pointer)
+    assert "found a Git LFS pointer in place of the file" in str(refused(single))
+    assert refused(single).hint == "Get the file itself: git lfs pull."
+
+
 @pytest.mark.parametrize("where", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_config_that_says_quantised_is_refused(where: str, nested: bool, single: Path) -> None:
