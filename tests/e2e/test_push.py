@@ -21,6 +21,7 @@ import loudmerge
 from loudmerge import cli
 from loudmerge.hub import client, upload
 from loudmerge.verifying.verify import verify
+from tests.support.command import run_apart
 from tests.support.hub_server import connected_hub
 from tests.support.hub_state import Files, HubServer
 
@@ -135,6 +136,12 @@ def test_a_merge_of_hub_ids_is_pushed_as_one_commit(server: HubServer, models: P
     got_back = client.resolve("me/model")
     assert (got_back / "model.safetensors").read_bytes() == commit.files["model.safetensors"]
     assert verify(got_back, models / "base", models / "adapter").ok
+
+
+@pytest.mark.usefixtures("server")
+def test_quiet_shows_no_bar_of_a_download() -> None:
+    ended = run_apart("inspect", "owner/adapter", "--quiet")
+    assert (ended.code, ended.stderr) == (0, "")
 
 
 def test_a_refused_merge_uploads_nothing_and_deletes_nothing(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -85,6 +86,10 @@ class Terminal:
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:
         """A progress bar for each stage, where somebody sees it."""
+        if self.quiet:
+            # Bars and warnings of huggingface_hub, which reads these as it is imported.
+            for name, value in {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}.items():
+                os.environ.setdefault(name, value)
         if self.quiet or not sys.stderr.isatty():
             yield None
             return

@@ -196,12 +196,12 @@ def api() -> HfApi:
 
 
 @contextmanager
-def asking(what: str, *also: type[Exception], hint: str = TRY_AGAIN) -> Iterator[None]:
+def asking(what: str, *also: type[Exception], hint: str = TRY_AGAIN, then: str = "") -> Iterator[None]:
     """Turns what huggingface_hub raises inside into EnvironmentFailed: what was asked, what came back.
 
     Its own errors, and those of requests (before 1.0), are OSErrors. Those of httpx and httpx2 (from 1.0
     and 2.0 on) are not, and are found as a base of its error class. JSONDecodeError: an answer that is not
-    the Hub's. hint: what helps where the status says nothing.
+    the Hub's. hint: what helps where the status says nothing. then: what is said in any case.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -213,7 +213,7 @@ def asking(what: str, *also: type[Exception], hint: str = TRY_AGAIN) -> Iterator
         where = endpoint() or constants.ENDPOINT
         chain = _chain(error)
         raise EnvironmentFailed(
-            f"could not {what} at {where}: {_told(chain)}. {_hint(chain) or hint}"
+            f"could not {what} at {where}: {_told(chain)}. {_hint(chain) or hint}{then}"
         ) from error
 
 

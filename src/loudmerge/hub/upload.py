@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LOADED = ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG)
 """Names at the top of a repository that make a loader read them as weights, or put an adapter on top."""
 
-PUSH_AGAIN = "OUT is complete; push it again with loudmerge.hub.upload.push."
+PUSH_AGAIN = " OUT is complete; push it again with loudmerge.hub.upload.push."
 
 
 def push_target(repo: str) -> HubId:
@@ -64,7 +64,7 @@ def push(out: Path, repo: str, *, base: str, adapter: str) -> str:
     additions.append(CommitOperationAdd(REPORT, _public(report, base, adapter, target)))
     additions.append(CommitOperationAdd(CARD, card.encode()))
     # For failed uploads and answers it cannot use huggingface_hub raises plain RuntimeError and ValueError.
-    with asking(f"upload {out} to {repo}", RuntimeError, ValueError, hint=PUSH_AGAIN):
+    with asking(f"upload {out} to {repo}", RuntimeError, ValueError, then=PUSH_AGAIN):
         commit = api().create_commit(
             target.repo,
             additions,
@@ -135,11 +135,11 @@ def _head_of_target(target: HubId) -> ModelInfo:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT
-    with asking(f"look up or create {target}"):
+    with asking(f"look up or create {target}", then=PUSH_AGAIN):
         try:
             return api().model_info(target.repo, timeout=timeout)
         except RepositoryNotFoundError:
-            api().create_repo(target.repo, exist_ok=True)
+            api().create_repo(target.repo)
             return api().model_info(target.repo, timeout=timeout)
 
 

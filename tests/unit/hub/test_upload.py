@@ -169,6 +169,7 @@ def test_what_is_no_repository_is_a_wrong_argument(repo: str, server: HubServer,
         ("GET", "/api/models/me/model", 500),
         ("POST", "/api/repos/create", 401),
         ("POST", "/api/repos/create", 403),
+        ("POST", "/api/repos/create", 409),
         ("POST", "/api/repos/create", 429),
         ("POST", "/preupload/", 500),
         ("POST", "objects/batch", 403),
@@ -185,6 +186,7 @@ def test_a_push_that_fails_makes_no_commit(
     with pytest.raises(EnvironmentFailed, match=r"could not (look up or create|upload) .*me/model") as caught:
         push(merged(tmp_path / "out"))
     assert str(status) in str(caught.value)
+    assert str(caught.value).endswith(". OUT is complete; push it again with loudmerge.hub.upload.push.")
     assert len(server.repos.get("me/model", [None])) == 1
     assert not [request for request in server.requests if request.method == "DELETE"]
 
