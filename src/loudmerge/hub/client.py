@@ -6,6 +6,7 @@ huggingface_hub is imported when it is needed. HF_ENDPOINT is read at each call,
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -44,6 +45,7 @@ _REVISION = re.compile(r"[^\s@]+")
 
 TRY_AGAIN = "Check the network and try again."
 USE_CACHE = "Check the network and try again, or set HF_HUB_OFFLINE=1 to take what is in the cache."
+FULL = "Make room for the Hub's cache, or set HF_HUB_CACHE to a folder on another disk."
 UNSET_OFFLINE = "HF_HUB_OFFLINE is set; unset it to download."
 
 HINTS: Mapping[int, str] = MappingProxyType(
@@ -233,6 +235,9 @@ def _told(chain: Sequence[BaseException]) -> str:
 
 
 def _hint(chain: Sequence[BaseException]) -> str | None:
+    # By its words, as hf_xet has no error of its own for it.
+    if any(os.strerror(errno.ENOSPC) in str(link) for link in chain):
+        return FULL
     responses = (getattr(link, "response", None) for link in chain)
     return next((HINTS[r.status_code] for r in responses if r is not None and r.status_code in HINTS), None)
 

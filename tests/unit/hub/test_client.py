@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from pathlib import Path
@@ -241,6 +242,27 @@ def test_after_a_failed_download_the_next_one_is_whole(server: HubServer) -> Non
 def test_an_answer_that_is_not_the_hubs_is_no_defect_of_loudmerge(server: HubServer) -> None:
     server.fail("GET", "/api/models", "html")
     with pytest.raises(EnvironmentFailed, match=r"could not look up owner/base .*JSON"):
+        client.resolve("owner/base")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Data processing error: No space left on device (os error 28)"),
+    ],
+    ids=["huggingface_hub", "hf_xet"],
+)
+def test_a_full_cache_is_no_matter_of_the_network(
+    error: Exception, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add_repo("owner/base", BASE)
+
+    def fail(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(EnvironmentFailed, match=r"No space left on device.*\. Make room for .*HF_HUB_CACHE"):
         client.resolve("owner/base")
 
 
