@@ -15,21 +15,20 @@ from loudmerge.reading.sidefiles import walk
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """Raises MergeRefused `out-exists` when OUT exists, and may not be replaced.
 
-    The directory one stands in, the home directory and what holds them are never meant by `overwrite`.
+    The directory one stands in, the home directory and what holds them are never meant by `overwrite`, and a
+    mount point, a container's volume say, cannot be replaced: no rename moves it.
     """
     if not os.path.lexists(out):
         return
     if overwrite:
         _refuse_ground(out)
+    found, hint = "something of that name", "--overwrite to replace it once the new one is complete"
+    if os.path.ismount(out):
+        found, hint = "a mount point, which cannot be replaced", f"a folder in it: {out / 'merged'}"
+    elif overwrite:
         return
     raise MergeRefused(
-        Problem(
-            "out-exists",
-            str(out),
-            "something of that name",
-            "a name that is free",
-            "Give another OUT, or --overwrite to replace it once the new one is complete.",
-        )
+        Problem("out-exists", str(out), found, "a name that is free", f"Give another OUT, or {hint}.")
     )
 
 

@@ -336,6 +336,19 @@ def test_the_directory_one_stands_in_the_home_and_what_holds_them_are_not_replac
     assert content(place.root) == before
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_mount_point_is_refused_before_anything_is_merged(
+    overwrite: bool, place: Place, old: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's volume. It could not be renamed: that showed when all was merged."""
+    monkeypatch.setattr("os.path.ismount", lambda path: path == place.out)
+    with pytest.raises(
+        MergeRefused, match=rf"^out-exists: .*a mount point, which .*a folder in it: {place.out}/merged\.$"
+    ):
+        loudmerge.plan(place.base, place.adapter, out=place.out, overwrite=overwrite)
+    assert content(place.out) == old
+
+
 def test_overwriting_replaces_out_only_when_the_new_one_is_complete(
     place: Place, old: dict[str, bytes], reference: dict[str, bytes]
 ) -> None:
