@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loudmerge.errors import Mismatch
+from loudmerge.errors import MergeRefused, Mismatch
 from loudmerge.executing.report import SCHEMA
 from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan, OutputTensor
@@ -73,6 +73,12 @@ def recorded_options(report: Mapping[str, Any] | None, file: Path) -> Options:
     except ValueError as error:
         raise Mismatch(f"{file} is no report of a merge: {error}") from error
     return options
+
+
+def unreadable_so(options: Options, file: Path, refusal: MergeRefused) -> Mismatch:
+    """Of a report whose orientation is none that the adapter can have been merged in."""
+    said = _text(options.orientation)
+    return Mismatch(f"{file}: options.orientation: found {said}, expected another: {refusal}")
 
 
 def check_layout(plan: MergePlan, report: Mapping[str, Any], file: Path, asked: Iterable[str]) -> None:

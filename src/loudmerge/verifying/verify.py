@@ -8,6 +8,7 @@ and which is a head or of the last layer: a mistake there is the merge's, too. A
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from loudmerge import __version__
+from loudmerge.errors import MergeRefused
 from loudmerge.executing.report import TensorKept, one_rounding
 from loudmerge.hub.client import directory
 from loudmerge.planning.options import Progress, check_options
@@ -43,6 +45,7 @@ from loudmerge.verifying.outreport import (
     check_status,
     read_report,
     recorded_options,
+    unreadable_so,
 )
 from loudmerge.verifying.recompute import Buffers, FactorCache, Matrix, RawFiles, matrices
 
@@ -143,7 +146,15 @@ def plan_again(
     asked = {name: value for name, value in laid.items() if value != "auto"}
     options = replace(recorded_options(report, out / REPORT), **asked)
     check_options(options)
-    made = make_plan(open_checkpoint(directory(base)), read_adapter(directory(adapter)), options)
+    inputs = open_checkpoint(directory(base)), read_adapter(directory(adapter))
+    try:
+        made = make_plan(*inputs, options)
+    except MergeRefused as refusal:
+        unsaid = replace(options, **laid)
+        if unsaid != options:
+            make_plan(*inputs, unsaid)  # raises where it is not the report's word that is wrong
+            raise unreadable_so(options, out / REPORT, refusal) from refusal
+        raise
     if report is not None:
         check_layout(made, report, out / REPORT, asked)
     return made, report
@@ -317,10 +328,7 @@ def _copy_mismatch(
     output: OutputTensor, position: int, expected: bytearray, found: bytearray
 ) -> TensorMismatch:
     byte = position + next(at for at, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
-    elements = 1
-    for axis in output.shape:
-        elements *= axis
-    index = _unravel(byte * elements // output.source.nbytes, output.shape)
+    index = _unravel(byte * math.prod(output.shape) // output.source.nbytes, output.shape)
     source = "adapter's" if output.replaced else "base's"
     detail = f"a copy that differs from the {source} from byte {byte}, element {list(index)}, on"
     return TensorMismatch(
@@ -335,11 +343,7 @@ def _copy_mismatch(
 
 
 def _unravel(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
-    index: list[int] = []
-    for axis in reversed(shape):
-        flat, at = divmod(flat, axis)
-        index.insert(0, at)
-    return tuple(index)
+    return tuple(int(at) for at in torch.unravel_index(torch.tensor(flat), tuple(shape)))
 
 
 def _value_mismatch(

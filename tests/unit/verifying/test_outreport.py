@@ -475,6 +475,26 @@ def test_what_was_found_by_itself_may_be_said_too(tmp_path: Path, rank: int, pac
     assert found.ok, found.summary()
 
 
+def test_an_orientation_of_the_report_that_the_adapter_cannot_have_is_a_mismatch(tmp_path: Path) -> None:
+    """Not a refusal: base and adapter can be merged, and the report is not that of their merge."""
+    held = {f"{EXPERTS}.gate_up_proj": values(4, 12, 8), f"{EXPERTS}.down_proj": values(4, 8, 6)}
+    fields = {"target_parameters": ["experts.gate_up_proj"], "peft_version": "0.19.1"}
+    adapter = write_adapter(tmp_path / "adapter", fused_lora(EXPERTS, [(12, 8)], experts=4), **fields)
+    made = Place(tmp_path, write_base(tmp_path / "base", held, num_experts=4), adapter)
+    report = made.report()
+    report["options"]["orientation"] = "swapped"
+    made.say(report)
+    for call in (verify, compare):
+        with pytest.raises(
+            Mismatch, match=f'{REPORT}: options.orientation: found "swapped", expected'
+        ) as caught:
+            call(made.out, made.base, made.adapter)
+        assert "model.layers.0.mlp.experts: found --orientation swapped" in str(caught.value)
+    write_adapter(made.adapter, fused_lora(EXPERTS, [(12, 8)], experts=3), **fields)
+    with pytest.raises(MergeRefused):  # as it is of an adapter that cannot be merged at all
+        made.verify()
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
