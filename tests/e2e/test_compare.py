@@ -277,6 +277,23 @@ def test_out_without_a_tensor_is_a_mismatch(family: str, tmp_path: Path) -> None
         run(made)
 
 
+def test_a_base_whose_names_the_installed_transformers_does_not_have_is_no_fault_of_out(
+    tmp_path: Path,
+) -> None:
+    """As nemotron_h's `backbone.embedding` has none in some releases: OUT lacks no more than the base."""
+    made = make_inputs(tmp_path, FUSED[0])
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        tensors["model.final_norm.weight"] = tensors.pop("model.norm.weight")
+
+    rewrite(made.base / MODEL_FILE, rename)
+    merge(made.base, made.adapter, made.out)
+    with pytest.raises(
+        EnvironmentFailed, match=r"base: transformers .* finds no tensor for model\.norm\.weight"
+    ):
+        run(made)
+
+
 @pytest.mark.parametrize("family", FUSED[:1])
 def test_numbers_that_are_not_finite_are_a_mismatch(family: str, tmp_path: Path) -> None:
     made = make_inputs(tmp_path, family)

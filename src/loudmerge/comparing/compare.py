@@ -257,7 +257,7 @@ def _compare(
     tuple(read_sites(merge_plan.sites, bare))  # what PEFT cannot load is told before any weight is read
     vocabulary = models.vocabulary(bare, base.path)
     passages = behaviour.make_passages(merged.path, merged.config, vocabulary, prompts, tokens)
-    out = _run_out(cls, merged, passages, device)
+    out = _run_out(cls, merged, base, passages, device)
     base_logits, trained, unrounded, rounded = _run_trained(cls, merge_plan, out, passages, device)
     return Comparison(
         out=merged.path,
@@ -290,9 +290,14 @@ class _Out:
     kl_bfloat16: float | None
 
 
-def _run_out(cls: type[PreTrainedModel], file: Checkpoint, passages: Passages, device: str) -> _Out:
+def _run_out(
+    cls: type[PreTrainedModel], file: Checkpoint, base: Checkpoint, passages: Passages, device: str
+) -> _Out:
     dtype = DTYPES[models.stored_dtype(file)]
     loaded = models.load(cls, file.path, torch.float32, device)
+    if loaded.missing:
+        # Where this transformers has other names than the base, it is not OUT that lacks a tensor.
+        models.load_base(cls, base.path, device)
     models.check_complete(file.path, loaded)
     run = behaviour.run(loaded.model, passages, models.ends(loaded.model))
     behaviour.check_finite(run.logits, file.path, Mismatch)
