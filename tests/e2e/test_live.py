@@ -338,7 +338,9 @@ def test_what_was_taken_out_of_the_model_does_not_come_back_from_disk(gone: str,
         base.lm_head = nn.Identity()
     else:
         base.model.layers = base.model.layers[:1]
-    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    report = loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert report.notes[0].startswith(f"the live model has no {gone}")
+    assert report.notes[0].endswith("what loads OUT makes them up")
     assert not any(key.startswith(gone) for keys in shards(tmp_path / "out").values() for key in keys)
     assert inputs_named(tmp_path)[0].startswith("the live model's base")
 

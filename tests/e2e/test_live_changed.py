@@ -250,6 +250,35 @@ def test_tensors_that_only_the_class_has_are_refused(
     assert "found none, expected as in every LlamaForCausalLM of this config" in message
 
 
+def test_a_weight_of_another_size_than_the_config_says_is_refused(tmp_path: Path) -> None:
+    """What loads OUT would refuse it."""
+
+    def replaced(base: Any) -> None:
+        base.model.embed_tokens = nn.Embedding(120, 32)
+
+    message = unchanged(tmp_path, changed(replaced, QUERY), "unsupported-base")
+    assert message.startswith(
+        "unsupported-base: model.embed_tokens.weight of the live model: found shape [120"
+    )
+    assert "as in every LlamaForCausalLM of this config: what loads OUT refuses it" in message
+
+
+def test_what_no_checkpoint_holds_is_told_in_the_report(tmp_path: Path) -> None:
+    """With a hook that changes what it gets, OUT computes otherwise: nobody else would say so."""
+    model = changed(lambda base: base.config.update({"rms_norm_eps": 0.1}), QUERY)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    inner = model.get_base_model().model
+    inner.layers[0].mlp.register_forward_hook(lambda *arguments: 2 * arguments[-1])
+    inner.layers[1].self_attn.q_proj.forward = lambda *_: torch.zeros(1)
+    report = loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    hooks, forward, numbers = report.notes
+    assert hooks == "the live model has forward hooks, which OUT has not: model.layers.0.mlp"
+    assert forward.endswith("than its class, which OUT has not: model.layers.1.self_attn.q_proj")
+    assert "model.layers.0.input_layernorm.variance_epsilon (1e-06 for 0.1)" in numbers
+    assert hooks in report.summary()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_layers_in_torchs_checkpoint_wrapper_are_refused(when: str, tmp_path: Path) -> None:
     """PEFT would save the adapter under names with the wrapper's in them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from loudmerge.errors import MergeRefused, Problem, some
 from loudmerge.reading.checkpoint import Checkpoint, config_parts
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Tied = Callable[[str], str]
 """A tensor's name -> what is the same for all names that the class ties, and for no other."""
@@ -27,11 +27,15 @@ Tied = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """names: of all tensors. parameters: those without buffers. first: of each name, the first tied to it."""
+    """names: of all tensors. parameters: the shapes of those that are no buffers.
+
+    first: of each name, the first tied to it. model: its parameters are on the meta device.
+    """
 
     names: frozenset[str]
-    parameters: frozenset[str]
+    parameters: Mapping[str, torch.Size]
     first: Mapping[str, str]
+    model: nn.Module
 
 
 def blueprint_of(base: Any) -> Blueprint | None:
@@ -49,11 +53,13 @@ def blueprint_of(base: Any) -> Blueprint | None:
         model = type(base)(copy.deepcopy(base.config))
     model.tie_weights()  # init_empty_weights parts what the class ties as it is made
     held = model.state_dict(keep_vars=True)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     first: dict[int, str] = {}
     return Blueprint(
         frozenset(held),
-        frozenset(held) - {name for name, _ in model.named_buffers(remove_duplicate=False)},
+        {name: tensor.shape for name, tensor in held.items() if name not in buffers},
         {name: first.setdefault(id(tensor), name) for name, tensor in held.items()},
+        model,
     )
 
 
@@ -117,10 +123,10 @@ def refuse_left_out(base: Any, written: Mapping[str, Tensor], saved: Checkpoint)
 def unlike_its_class(
     base: Any, tensors: Mapping[str, Tensor], blueprint: Blueprint | None
 ) -> Iterator[Problem]:
-    """Tensors of the live model that its class has not, and those of its class that the live model has not.
+    """Tensors of the live model that its class has not, or in another shape, and those that it lacks.
 
-    A head that is gone, or the last layers, are left to whoever took them out. Without a blueprint only what
-    torch makes a weight of is known to be none of the class's.
+    A head that is gone, or the last layers, are left to whoever took them out (`taken_out`). Without a
+    blueprint only what torch makes a weight of is known to be none of the class's.
     """
     cls = type(base).__name__
     more = {name for name in tensors if _makes_a_weight(name, tensors)}
@@ -135,14 +141,26 @@ def unlike_its_class(
             "Make them part of its weights first (torch.nn.utils.prune.remove, or"
             " parametrize.remove_parametrizations), or put the modules back that were there.",
         )
-    fewer = frozenset() if blueprint is None else blueprint.parameters - tensors.keys()
-    if not more and (fewer := fewer - _taken_out(base, fewer, tensors)):
+    if more or blueprint is None:
+        return
+    if fewer := blueprint.parameters.keys() - tensors.keys() - taken_out(base, tensors, blueprint):
         yield Problem(
             "unsupported-base",
             f"{some(fewer)} of the live model",
             "none",
             f"as in every {cls} of this config: what loads OUT would make them up",
             "Put the modules back that were there, or say in the model's config that it has none.",
+        )
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name in blueprint.parameters}
+    other = [name for name, shape in shapes.items() if shape != blueprint.parameters[name]]
+    if other:
+        wanted = list(blueprint.parameters[other[0]])
+        yield Problem(
+            "unsupported-base",
+            f"{some(other)} of the live model",
+            f"shape {list(shapes[other[0]])}",
+            f"{wanted}, as in every {cls} of this config: what loads OUT refuses it",
+            "Say the size in the model's config (resize_token_embeddings does), or put the modules back.",
         )
 
 
@@ -157,8 +175,9 @@ def _makes_a_weight(name: str, tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _taken_out(base: Any, names: Collection[str], tensors: Mapping[str, Tensor]) -> set[str]:
-    """Those of the names whose whole head is gone, or the whole layer, from the end of its list."""
+def taken_out(base: Any, tensors: Mapping[str, Tensor], blueprint: Blueprint) -> set[str]:
+    """The class's parameters whose whole head is gone, or the whole layer, from the end of its list."""
+    names = blueprint.parameters.keys() - tensors.keys()
     there = {key for key, _ in base.named_modules(remove_duplicate=False)} if names else set()
     tops = {base.base_model_prefix, *(name.partition(".")[0] for name in tensors)}
     gone = {name for name in names if name.partition(".")[0] not in tops}

@@ -17,19 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import MergeRefused, Problem, some
 from loudmerge.executing.outpath import make_parents, refuse_existing, remove_parents
 from loudmerge.executing.report import MergeReport
 from loudmerge.merging.blueprint import (
+    Blueprint,
     Tied,
     blueprint_of,
     refuse_left_out,
     saved_apart,
+    taken_out,
     ties_of,
     unlike_its_class,
 )
 from loudmerge.merging.merge import Pathish, check_values, merge, merge_named
 from loudmerge.merging.origin import keep_disk_layout
+from loudmerge.merging.unsaved import unsaved
 from loudmerge.merging.unused import unused_rows
 from loudmerge.merging.wrappers import (
     Wrapper,
@@ -62,11 +65,11 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
     """Merges a live PeftModel's active adapter into its base and publishes the result as `out`.
 
     model: a peft.PeftModel with one active LoRA adapter; it is not changed. tokenizer: saved beside the
-    weights when given. options: those of `loudmerge.merge`, but for `resume`: what is merged is written anew
-    each time, so that nothing finished would ever be found to be of the same inputs. The base is taken from
-    memory, so what was changed since it was loaded is in the file; so are the LoRA's scalings, as set_scale
-    left them. Where the base was loaded from a local checkpoint and is still the same, byte for byte, OUT
-    keeps that checkpoint's shards, side files, and tensors that the model's class does not have.
+    weights when given. options: those of `loudmerge.merge`, but for `resume`: all is written anew each time.
+    The base is taken from memory, so what was changed since it was loaded is in the file; so are the LoRA's
+    scalings, as set_scale left them. Where the base was loaded from a local checkpoint and is still the same,
+    byte for byte, OUT keeps that checkpoint's shards, side files, and tensors that the model's class does not
+    have. The report's notes name what OUT cannot hold: hooks, forwards and numbers that its class has not.
 
     Raises MergeRefused like `merge`, and for a base that is quantised, offloaded, has merged adapters, or not
     the tensors of its class, for modules whose active adapter is not the model's, and for what was trained
@@ -106,7 +109,15 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
                 tokenizer.save_pretrained(weights)
             source = keep_disk_layout(weights, base, tensors, blueprint, with_tokenizer=tokenizer is None)
             shown = _shown(base, memory[weights]) if source is None else str(source)
-            return merge_named(weights, adapter, target, (shown, memory[adapter]), **options)
+            notes = _notes(model, bare, tensors, blueprint)
+            return merge_named(weights, adapter, target, (shown, memory[adapter]), notes, **options)
+
+
+def _notes(model: Any, bare: Any, tensors: Mapping[str, Tensor], blueprint: Blueprint | None) -> list[str]:
+    """What the live model computes with, and OUT has not."""
+    gone = set() if blueprint is None else taken_out(bare, tensors, blueprint)
+    made_up = [f"the live model has no {some(gone)}: what loads OUT makes them up"] if gone else []
+    return [*made_up, *unsaved(model, bare, None if blueprint is None else blueprint.model)]
 
 
 def base_state_dict(base: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def merge_named(
     adapter: Pathish,
     out: Pathish,
     named: tuple[str, str] | None,
+    notes: Sequence[str] = (),
     *,
     device: str = "cpu",
     threads: int | None = None,
@@ -156,7 +158,10 @@ def merge_named(
     resume: bool = False,
     **options: Any,
 ) -> MergeReport:
-    """`merge`, with what its report calls base and adapter; their paths where `named` is None."""
+    """`merge`, with what its report calls base and adapter; their paths where `named` is None.
+
+    notes: more of them for the report.
+    """
     started = time.monotonic()
     asked = Options(**options)
     check_values(asked, device, threads)
@@ -180,6 +185,7 @@ def merge_named(
         if verify:
             _verify(made, staging, verifying, progress, inputs)
         measured = _measured(made, outcome, verified=verify, started=started)
+        measured["notes"] += notes
         report = merged_report(made, Path(out), measured, _details(made, outcome), named)
         staging.write_file(REPORT, dump(report))
         staging.publish(sizes)
