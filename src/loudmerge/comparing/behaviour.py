@@ -201,7 +201,11 @@ def logits(model: nn.Module, sequences: Sequence[Tensor], *, together: int = 1) 
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(sequences, tokens) -> (sequences, tokens, vocabulary); of whole sequences (sequences, 1, labels)."""
+    """(sequences, tokens) -> (sequences, tokens, vocabulary); of whole sequences (sequences, 1, labels).
+
+    One label alone, a reward, becomes two: a softmax over it is 1, whatever it is. Against 0 it is the chance
+    of being preferred, by Bradley and Terry (trl/trainer/reward_trainer.py).
+    """
     device = next(model.parameters()).device
     with blamed(f"{type(model).__name__}, as its {CONFIG} makes it, cannot be run"):
         output = model(input_ids=ids.to(device), use_cache=False)
@@ -210,7 +214,8 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
         raise EnvironmentFailed(
             f"{type(model).__name__} gives no logits, expected a model with a language head."
         )
-    return found.to("cpu", torch.float32).reshape(len(ids), -1, found.shape[-1])
+    rows = found.to("cpu", torch.float32).reshape(len(ids), -1, found.shape[-1])
+    return nn.functional.pad(rows, (1, 0)) if rows.shape[-1] == 1 else rows
 
 
 def check_finite(found: Sequence[Tensor], where: Path, error: type[RuntimeError]) -> None:

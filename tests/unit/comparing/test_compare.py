@@ -191,6 +191,21 @@ def test_what_classifies_sequences_has_a_row_for_each() -> None:
     assert [each.tolist() for each in found] == [[[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]]
 
 
+class Reward(Counter):
+    """A number for each sequence, as `…ForSequenceClassification` has it with one label."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        assert not use_cache
+        return type("Output", (), {"logits": input_ids[:, -1:].float()})
+
+
+def test_two_reward_models_that_differ_diverge() -> None:
+    """A softmax over one number is 1, whatever it is: a wrong merge of a reward model would pass."""
+    high, low = (behaviour.logits(Reward(), [torch.tensor([4, last])]) for last in (3, 1))
+    assert high[0].tolist() == [[0.0, 3.0]]
+    assert divergence(high, low) > 0.1
+
+
 def test_a_greedy_sample_ends_with_the_end_of_the_text() -> None:
     found = behaviour.continue_greedily(Counter(), torch.tensor([1, 2]), frozenset({5}))
     assert found.ids == (3, 4, 5)
