@@ -149,6 +149,16 @@ def test_a_cell_that_was_not_asked_for_is_not_compared(
     assert "one: " not in capsys.readouterr().err
 
 
+def test_a_row_of_the_gpu_is_not_compared_where_there_is_none_now(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another command makes it: this one's run without it has lost nothing."""
+    older(root, result(cell="gpu-a", lane="gpu"))
+    assert main(["--parts", "tests", "--against", "older"]) == 1
+    said = capsys.readouterr()
+    assert "gpu-a" not in said.out + said.err + (root / ".compat" / "COMPAT.md").read_text("utf-8")
+
+
 def test_a_new_cell_that_is_not_ok_fails_as_in_the_table(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

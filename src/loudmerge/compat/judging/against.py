@@ -19,7 +19,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from loudmerge.compat.judging.cells import PACKAGES, RELEASED
+from loudmerge.compat.judging.cells import LANES, PACKAGES, RELEASED
 from loudmerge.compat.judging.result import (
     FAILED,
     NOT_INSTALLED,
@@ -179,10 +179,13 @@ def _fewer(head: Tests | None, base: Tests | None) -> list[str]:
 def rows_and_changes(
     head: Sequence[CellResult], base: Sequence[CellResult]
 ) -> tuple[tuple[CellResult, ...], dict[str, Change]]:
-    """The head's rows, and a not-run row for each cell that only the base has; changes by cell."""
+    """The head's rows, and a not-run row for each cell that only the base has; changes by cell.
+
+    But for the GPU's, of no lane of the matrix: another command makes it, where there is a GPU.
+    """
     older = {row.cell: row for row in base}
     present = {row.cell for row in head}
-    gone = [_gone(row) for row in base if row.cell not in present]
+    gone = [_gone(row) for row in base if row.cell not in present and row.lane in LANES]
     rows = (*head, *gone)
     without = adapterless(rows)
     return rows, {row.cell: compare(row, older.get(row.cell), without) for row in rows}
