@@ -48,7 +48,7 @@ class Difference:
 def section(overview: Overview) -> str:
     """What stands between the markers."""
     said = (
-        f"Generated from a run of `nox -s matrix` on {overview.generated:%Y-%m-%d}, with"
+        f"Generated on {overview.generated:%Y-%m-%d} from what `nox -s matrix` left, with"
         f" torch {overview.shared('torch')}. KL in nats a token, in float32 arithmetic but for `in bfloat16`."
     )
     return "\n".join((said, "", *_table(overview)))
