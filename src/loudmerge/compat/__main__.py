@@ -2,7 +2,7 @@
 
 0  every cell asked for shows what matrix.toml expects, or is optional and was not reached
 1  a cell asked for falls short, or compares badly with the older results: against.fails
-2  usage: the arguments, or matrix.toml, are wrong
+2  usage: the arguments, or matrix.toml, are wrong; or another run is in this checkout
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 
 from loudmerge.compat import table
 from loudmerge.compat.arguments import at_least_one
+from loudmerge.compat.environments.alone import alone
 from loudmerge.compat.environments.children import exit_on_signals
 from loudmerge.compat.environments.environment import Installer
 from loudmerge.compat.inside.cell import PARTS, source
 from loudmerge.compat.judging.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.judging.result import CellResult
 from loudmerge.compat.running.runner import Options, failures, run
+from loudmerge.errors import EnvironmentFailed
 
 HOME = ".compat"
 DONE, SHORT, USAGE = 0, 1, 2
@@ -43,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         older = None if given.against is None else table.read_older(given.against)
     except (MatrixError, table.ResultError) as error:
         parser.error(str(error))
-    return _run(matrix, given, older)
+    try:
+        with alone(Path.cwd() / HOME):
+            return _run(matrix, given, older)
+    except EnvironmentFailed as error:
+        _tell(str(error))
+        return USAGE
 
 
 def _run(matrix: Matrix, given: argparse.Namespace, older: tuple[CellResult, ...] | None) -> int:

@@ -4,8 +4,8 @@ The released versions between the two ends are tried in environments of their ow
 other packages pinned as in a cell. The two ends are tried first. A version that cannot be installed, or that
 crashes, is skipped and named; where the change lies among such versions the answer is a range.
 
-Exit codes: 0 answered, 2 usage, 3 the two ends do not differ, 5 the index was not reached or an end cannot be
-tried.
+Exit codes: 0 answered, 2 usage, 3 the two ends do not differ, 5 the index was not reached, an end cannot be
+tried, or another run is in this checkout.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from packaging.version import Version
 
 from loudmerge.compat.environments import environment
+from loudmerge.compat.environments.alone import alone
 from loudmerge.compat.environments.children import Children, exit_on_signals
 from loudmerge.compat.environments.commands import NotInstalled, Unreachable
 from loudmerge.compat.environments.environment import Environment, Installer
@@ -347,7 +348,8 @@ def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> 
         return 5
     laboratory = Laboratory(root, root / HOME, Installer.of(root, os.environ, uv=asked.uv), _say)
     try:
-        found = bisect(asked.package, versions, chosen, ask, laboratory)
+        with alone(laboratory.home):
+            found = bisect(asked.package, versions, chosen, ask, laboratory)
     except EnvironmentFailed as error:
         _say(f"error: {error}")
         return 5

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from loudmerge.compat.bisect import Finding, Search, bases, between, main, search
+from loudmerge.compat.environments.alone import alone
 from loudmerge.compat.environments.commands import NotInstalled, Unreachable
 from loudmerge.compat.environments.environment import STAMP, Environment, Installer, Stamp, requirements
 from loudmerge.compat.inside import observe
@@ -432,6 +433,16 @@ def test_ends_that_do_not_differ_end_with_3_and_say_so(bed: Bed, capsys: pytest.
         f"  {version}  orientation standard [transformers 5.5.0, peft {version}, trl 0.25.1]"
         for version in ("0.18.1", "0.19.1")
     ]
+
+
+def test_beside_another_run_in_the_checkout_nothing_is_tried(
+    bed: Bed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone(bed.root / ".compat"):
+        assert main(ASKED, Shelf()) == 5
+    said = capsys.readouterr().err
+    assert "Wait for its end, or use another one." in said
+    assert "…" not in said
 
 
 def test_an_environment_that_was_changed_since_it_was_made_is_not_tried(

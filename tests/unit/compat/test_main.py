@@ -12,6 +12,7 @@ import pytest
 from loudmerge.compat import __main__ as command
 from loudmerge.compat import table
 from loudmerge.compat.__main__ import main
+from loudmerge.compat.environments.alone import alone
 from loudmerge.compat.judging.cells import load
 from loudmerge.compat.judging.result import CellResult
 from tests.unit.compat import checkout
@@ -118,6 +119,19 @@ def test_a_run_that_is_interrupted_leaves_no_table_of_an_earlier_one(
     with pytest.raises(KeyboardInterrupt):
         main(["one"])
     assert not [*(root / ".compat").glob("[Cc]*.*")]
+
+
+def test_a_second_run_in_the_checkout_is_refused_and_changes_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would make the first one's environments anew while their tests run."""
+    table_of_the_first = root / ".compat" / "COMPAT.md"
+    table_of_the_first.write_text("", "utf-8")
+    with alone(root / ".compat"):
+        assert main(["one"]) == 2
+    assert "a run of the matrix, or a bisection, is in this checkout" in capsys.readouterr().err
+    assert table_of_the_first.exists()
+    assert not (root / ".compat" / "results").exists()
 
 
 def test_a_cell_that_was_ok_and_is_not_has_regressed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
