@@ -432,7 +432,9 @@ def test_ci_runs_what_the_script_runs_but_for_the_matrix_which_has_a_workflow() 
     assert ".ci/run" not in commands
     sessions = set(re.findall(r"-s ([a-z ]+)", commands))
     text = (ROOT / ".ci" / "run").read_text("utf-8")
-    assert sessions - {"tests"} == set(re.findall(r'nox" .*-s ([a-z ]+)', text)) - {"matrix"}
+    said = {*re.findall(r'nox" .*-s ([a-z ]+)', text), *re.findall(r"-m tests\.(drills )--quick", text)}
+    assert sessions - {"tests"} == said - {"matrix"}
+    assert "nox -s drills -- --quick" in commands
     rendered = [step.get("run", "") for step in matrix["jobs"]["table"]["steps"]]
     check = "-m loudmerge.compat.table .compat/results --readme README.md --check"
     assert check in text
