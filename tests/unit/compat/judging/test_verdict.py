@@ -57,6 +57,7 @@ def test_a_cell_that_shows_all_is_ok() -> None:
         ("top1_agreement", {"top1_agreement": 0.9}),
         ("unmoved", {"unmoved": 3}),
         ("tests", {"tests": Tests(9, 1, 0, {}, ("a::b",))}),
+        ("tests", {"tests": Tests(10, 0, 0, failures=("a::b",), suite=1)}),
         ("tests", {"tests": Tests(9, 0, 2999, {"why": 2999}, suite=1)}),
         ("tests", {"tests": Tests(10, 0, 0)}),
         ("tests", {"tests": Tests(0, 0, 3, {"why": 3})}),
@@ -148,6 +149,13 @@ def test_a_shortfall_says_what_was_found_and_what_was_expected() -> None:
 
 def test_some_samples_may_be_the_base_s_too() -> None:
     assert checks(result(unmoved=2)) == []
+
+
+def test_what_kept_the_families_from_running_is_what_was_found() -> None:
+    row = judged(EXPECTED, result(families={}, errors={"families": "failed: Killed (exit code -9)"}))
+    assert [(each.check, each.found) for each in row.shortfalls] == [
+        ("families", "failed: Killed (exit code -9)")
+    ]
 
 
 def test_too_few_families_fall_short_though_each_is_merged() -> None:
