@@ -279,6 +279,23 @@ def test_what_no_checkpoint_holds_is_told_in_the_report(tmp_path: Path) -> None:
     assert hooks in report.summary()
 
 
+@pytest.mark.skipif(
+    tiny.model_class("qwen3_moe") is None or transformers.__version__ < "5", reason="no fused experts"
+)
+def test_experts_that_say_another_number_than_their_weights_have_are_refused(tmp_path: Path) -> None:
+    """The live forward goes by the one, what loads OUT by the other."""
+    base = tiny.build("qwen3_moe")
+    parameters = tiny.expert_parameters(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[], target_parameters=parameters))
+    experts = next(one for one in base.modules() if type(one).__name__ == "Qwen3MoeExperts")
+    experts.num_experts = 3
+    message = unchanged(tmp_path, model, "num-experts-mismatch")
+    assert message.startswith(
+        "num-experts-mismatch: model.layers.0.mlp.experts of the live model: found the expert counts"
+    )
+    assert "[3, 4]" in message
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_layers_in_torchs_checkpoint_wrapper_are_refused(when: str, tmp_path: Path) -> None:
     """PEFT would save the adapter under names with the wrapper's in them."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loudmerge
-from loudmerge.merging.live import num_experts_of
+from loudmerge.merging.count import num_experts_of
 from tests.unit.reference import Built, build, from_memory, to_disk
 from tests.unit.strategies import NAMED
 from tests.unit.synthetic import FAMILIES, Case, Family, dense_names, memory_size, parameter_name, version_of

@@ -30,6 +30,7 @@ from loudmerge.merging.blueprint import (
     ties_of,
     unlike_its_class,
 )
+from loudmerge.merging.count import other_counts
 from loudmerge.merging.merge import Pathish, check_values, merge, merge_named
 from loudmerge.merging.origin import keep_disk_layout
 from loudmerge.merging.unsaved import unsaved
@@ -48,13 +49,9 @@ from loudmerge.reading.adapter import LEVELS, PREFIX, read_adapter
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.adapter_config import WEIGHTS
 from loudmerge.reading.checkpoint import open_checkpoint
-from loudmerge.reading.families import EXPERT_COUNT_FIELDS, FUSED_LEAVES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-MAX_HOPS = 16
-"""How many `base_layer` links are followed; PEFT nests one for each targeted parameter of a module."""
 
 CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How the names begin of initialisations that change the base's weights, and not what the adapter computes.
@@ -127,26 +124,6 @@ def base_state_dict(base: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def num_experts_of(module: object) -> int:
-    """The number of experts of a live experts module, wrapped or not.
-
-    Follows `base_layer` at most MAX_HOPS times, survives cycles, and runs no property of a foreign class.
-    Raises MergeRefused `num-experts-mismatch` when the count is not there, or two places disagree.
-    """
-    counts = {count for layer in _chain(module) for count in _counts(layer)}
-    if len(counts) == 1:
-        return counts.pop()
-    raise MergeRefused(
-        Problem(
-            "num-experts-mismatch",
-            type(module).__name__,
-            f"the expert counts {sorted(counts)}" if counts else "no expert count",
-            f"one, on the module or within {MAX_HOPS} base_layer links",
-            "Is this the experts module?",
-        )
-    )
-
-
 def _check_values(options: Mapping[str, Any]) -> None:
     """As `merge` does, which is only called once the model is written."""
     known = inspect.signature(merge).parameters.keys() - {"base", "adapter", "out"}
@@ -207,6 +184,7 @@ def _refuse_base(model: Any, base: Any, tensors: Mapping[str, Tensor]) -> None:
         found, expected = "weights that are not in memory (offloaded)", "all weights in memory"
         hint = "Save the adapter, and merge it into the checkpoint on disk with loudmerge.merge."
     else:
+        _refuse(list(other_counts(model)))
         return
     raise MergeRefused(Problem("unsupported-base", type(base).__name__, found, expected, hint))
 
@@ -345,25 +323,3 @@ def _plain_name(key: str) -> str | None:
     if "trainable_tokens_delta" in parts or "trainable_tokens_original" in parts:
         return None
     return ".".join(part for part in parts if part not in LEVELS)
-
-
-def _chain(module: object) -> Iterator[object]:
-    seen: set[int] = set()
-    for _ in range(MAX_HOPS + 1):
-        if module is None or id(module) in seen:
-            return
-        seen.add(id(module))
-        yield module
-        module = plain_attribute(module, "base_layer")
-
-
-def _counts(layer: object) -> Iterator[int]:
-    for name in EXPERT_COUNT_FIELDS:
-        value = plain_attribute(layer, name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            yield value
-    for leaf in FUSED_LEAVES:
-        parameter = plain_attribute(layer, leaf)
-        shape: Sequence[int] = getattr(parameter, "shape", ())
-        if len(shape) == 3:
-            yield int(shape[0])
