@@ -66,6 +66,14 @@ def weights(model: PeftModel) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def test_a_class_whose_initialisation_sets_the_data_of_its_weights_is_merged(tmp_path: Path) -> None:
+    """GraniteMoeHybrid's A_log in transformers 4."""
+    kind = Kind("mamba", "granitemoehybrid", {"target_modules": ["q_proj", "in_proj"]}, ())
+    model = live_model(kind)
+    loudmerge.save_pretrained_merged(model, tmp_path / "out")
+    assert_logits(tmp_path / "out", kinds.trained_logits(model))
+
+
 @pytest.mark.parametrize("name", LIVE)
 def test_out_computes_what_the_live_model_computes_and_the_model_is_unchanged(
     name: str, tmp_path: Path

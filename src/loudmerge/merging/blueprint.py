@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,15 @@ def blueprint_of(base: Any) -> Blueprint | None:
     None where the class wants more than a config.
     """
     from accelerate import init_empty_weights  # noqa: PLC0415 - PEFT has it; nothing else here needs it
+    from transformers import modeling_utils  # noqa: PLC0415
 
     try:
         inspect.signature(type(base)).bind(base.config)
     except TypeError:
         return None
-    with init_empty_weights(), torch.random.fork_rng(devices=[]):
+    # transformers 4 initialises some (GraniteMoeHybrid's A_log) in a way that no meta tensor takes.
+    uninitialised = getattr(modeling_utils, "no_init_weights", nullcontext)
+    with uninitialised(), init_empty_weights(), torch.random.fork_rng(devices=[]):
         model = type(base)(copy.deepcopy(base.config))
     model.tie_weights()  # init_empty_weights parts what the class ties as it is made
     held = model.state_dict(keep_vars=True)
