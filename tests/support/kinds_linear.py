@@ -116,6 +116,13 @@ LINEAR: tuple[Kind, ...] = (
         (_FUSED, r"q_proj\.lora_A"),
     ),
     Kind(
+        "gates targeted where experts have none",
+        "nemotron_h",
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        (_FUSED,),
+        in_memory="fused",
+    ),
+    Kind(
         "one expert",
         "mixtral",
         lambda model: {"target_parameters": tiny.expert_parameters(model)},

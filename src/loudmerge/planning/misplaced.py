@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from loudmerge.errors import WHICH_BASE, Problem
 from loudmerge.reading.adapter import LoraPair
@@ -129,6 +129,17 @@ def dora_on_a_part(pair: LoraPair, entry: TensorEntry) -> Problem:
         f"DoRA on {pair.module}, a part of {entry}",
         "plain LoRA, or DoRA on a weight of its own",
         PART,
+    )
+
+
+def several_counts(module: str, counts: Collection[int]) -> Problem:
+    """Parameters of one module with different numbers of experts."""
+    return Problem(
+        "num-experts-mismatch",
+        module,
+        f"expert counts {sorted(counts)}",
+        "one count in a module",
+        "Get the checkpoint again.",
     )
 
 

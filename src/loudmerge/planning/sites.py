@@ -27,6 +27,7 @@ from loudmerge.planning.misplaced import (
     no_target_parameters,
     not_fused,
     not_targeted,
+    several_counts,
     unknown_family,
 )
 from loudmerge.reading.adapter import Adapter, LoraPair
@@ -122,7 +123,7 @@ class _Placer:
 
     def place(self, module: str, pairs: Sequence[LoraPair]) -> None:
         """pairs: all pairs of this module, outermost wrapper first."""
-        leaves = self._leaves(module)
+        leaves = self._leaves(module, len(pairs))
         fused = [leaf for leaf in leaves if self._is_fused(f"{module}.{leaf}")]
         lacking = [leaf for leaf in leaves if leaf not in fused and not self._names.place(f"{module}.{leaf}")]
         if lacking:
@@ -139,15 +140,24 @@ class _Placer:
         else:
             self._place_dense(pairs[0], f"{module}.weight", module)
 
-    def _leaves(self, module: str) -> list[str]:
-        """The parameters of the module that are targeted.
+    def _leaves(self, module: str, count: int) -> list[str]:
+        """The parameters of the module that are targeted. count: of its pairs.
 
         A short target such as "down_proj" means existing parameters, and a Linear has no such one.
         """
         leaves = self._config.targeted_parameters(module)
         if self._names.place(f"{module}.weight") is None:
-            return list(leaves)
+            # target_parameters may name what other experts have: gate_up_proj, where these have no gates.
+            there = [leaf for leaf in leaves if not self._absent(f"{module}.{leaf}")]
+            return there if len(there) == count else list(leaves)
         return [leaf for leaf in leaves if leaf == "weight" or self._names.place(f"{module}.{leaf}")]
+
+    def _absent(self, name: str) -> list[str]:
+        """The projections that a fused parameter of this name has, and the base's experts lack."""
+        group, expert, leaf = split_expert_name(self._family.canonical(name)) or ("", None, "")
+        if expert is not None or group not in self._experts:
+            return []
+        return [one for one in FUSED_LEAVES[leaf] if one not in self._experts.projections(group)]
 
     def _is_fused(self, name: str) -> bool:
         parts = split_expert_name(self._family.canonical(name))
@@ -172,15 +182,7 @@ class _Placer:
             counts.add(count)
             self.targets[module, leaf] = target
         if len(counts) != 1:
-            raise MergeRefused(
-                Problem(
-                    "num-experts-mismatch",
-                    module,
-                    f"expert counts {sorted(counts)}",
-                    "one count in a module",
-                    "Get the checkpoint again.",
-                )
-            )
+            raise MergeRefused(several_counts(module, counts))
         self.counts |= counts
         count = counts.pop()
         orientations = frozenset(Orientation) if count > 1 else self._family.single_expert_orientations()
@@ -196,9 +198,8 @@ class _Placer:
         group = self._experts.group(group_name)
         rank = self._rank_of(name, pairs, group.num_experts)
         projections = FUSED_LEAVES[canonical_leaf]
-        missing = [projection for projection in projections if projection not in group.dims]
-        if missing:
-            raise MergeRefused(no_projection(name, missing[0], group))
+        if absent := self._absent(name):
+            raise MergeRefused(no_projection(name, absent[0], group))
         outs = [group.dims[projection][0] for projection in projections]
         into = group.dims[projections[0]][1]
         spans = self._memory_spans(outs)
