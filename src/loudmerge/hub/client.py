@@ -21,9 +21,10 @@ from urllib.parse import urlsplit
 
 from loudmerge import __version__
 from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem, require, some
+from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.adapter_config import WEIGHTS as ADAPTER_WEIGHTS
 from loudmerge.reading.beside import weights_beside
-from loudmerge.reading.sidefiles import MODULES, WEIGHT_SUFFIXES, is_other_weights, module_folders
+from loudmerge.reading.sidefiles import CONFIG, MODULES, WEIGHT_SUFFIXES, is_other_weights, module_folders
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -148,6 +149,7 @@ def _files_to_get(hub_id: HubId) -> list[str]:
     with asking(what, hint=USE_CACHE):
         info = api().model_info(hub_id.repo, revision=hub_id.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     names = names_of(info)
+    _refuse_within(hub_id, names)
     _refuse_pickles(hub_id, names)
     _refuse_beside(hub_id, names)
     folders = _module_folders(hub_id) if MODULES in names else frozenset()
@@ -158,6 +160,22 @@ def _module_folders(hub_id: HubId) -> frozenset[PurePosixPath]:
     with asking(f"download {MODULES} of {hub_id}", hint=USE_CACHE):
         file = api().hf_hub_download(hub_id.repo, MODULES, revision=hub_id.revision)
     return module_folders(Path(file))
+
+
+def _refuse_within(hub_id: HubId, names: Sequence[str]) -> None:
+    """Adapters in folders of the repository: their weights would not be downloaded."""
+    within = sorted(str(PurePosixPath(name).parent) for name in names if name.endswith(f"/{ADAPTER_CONFIG}"))
+    if within and not {ADAPTER_CONFIG, CONFIG}.intersection(names):
+        get = f"hf download {hub_id.repo} --include '{within[0]}/*' --local-dir DIR"
+        raise MergeRefused(
+            Problem(
+                "unsupported-adapter",
+                f"{hub_id} on the Hub",
+                f"adapters in its folders {some(within)}",
+                "one adapter, or a model, at its top",
+                f"Get the one that is meant (`{get}`), and give DIR/{within[0]}.",
+            )
+        )
 
 
 def _refuse_pickles(hub_id: HubId, names: Sequence[str]) -> None:

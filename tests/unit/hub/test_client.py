@@ -120,6 +120,21 @@ def test_a_repository_with_pickled_weights_only_is_refused_before_any_download(s
     assert not [request for request in server.requests if "resolve" in request.path]
 
 
+def test_adapters_in_folders_of_a_repository_are_refused_before_any_download(server: HubServer) -> None:
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS}
+    inside = {f"{folder}/{name}": content for folder in ("b", "a") for name, content in adapter.items()}
+    server.add_repo("owner/adapters", {**inside, "README.md": b""})
+    with pytest.raises(MergeRefused) as caught:
+        client.resolve("owner/adapters")
+    assert "owner/adapters on the Hub: found adapters in its folders a, b" in str(caught.value)
+    assert "hf download owner/adapters --include 'a/*' --local-dir DIR`), and give DIR/a." in str(
+        caught.value
+    )
+    assert not [request for request in server.requests if "resolve" in request.path]
+    server.add_repo("owner/adapter", {**adapter, **inside})
+    assert sorted(path.name for path in client.resolve("owner/adapter").glob("*.safetensors"))
+
+
 def test_weights_beside_an_adapter_are_refused_though_they_are_not_downloaded(server: HubServer) -> None:
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS, "training_args.bin": b""}
     server.add_repo("owner/adapter", adapter)
