@@ -42,6 +42,9 @@ REFUSAL_CODES = frozenset(
 WHICH_BASE = "Is this the base that the adapter was trained on?"
 """The hint where adapter and base do not fit together."""
 
+TRY_AGAIN = "Check the network and try again."
+"""The hint where a host did not answer."""
+
 SHOWN_PROBLEMS = 20
 """How many further problems the message of a refusal names before it only counts them."""
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from loudmerge import __version__
-from loudmerge.errors import EnvironmentFailed, MergeRefused, Problem, require, some
+from loudmerge.errors import TRY_AGAIN, EnvironmentFailed, MergeRefused, Problem, require, some
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.adapter_config import WEIGHTS as ADAPTER_WEIGHTS
 from loudmerge.reading.beside import weights_beside
@@ -44,7 +44,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[^\s@]+")
 
-TRY_AGAIN = "Check the network and try again."
 USE_CACHE = "Check the network and try again, or set HF_HUB_OFFLINE=1 to take what is in the cache."
 FULL = "Make room for the Hub's cache, or set HF_HUB_CACHE to a folder on another disk."
 UNSET_OFFLINE = "HF_HUB_OFFLINE is set; unset it to download."

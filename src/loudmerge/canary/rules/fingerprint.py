@@ -16,6 +16,9 @@ SPEAKING = frozenset(
 )
 """Calls whose arguments are words for people: their text does not count."""
 
+SHOWN = 40
+"""Lines of a difference."""
+
 
 class Normaliser(ast.NodeTransformer):
     """Drops docstrings, annotations and messages, and numbers local names as they are first bound."""
@@ -165,10 +168,10 @@ def digest(form: str) -> str:
     return hashlib.sha256(form.encode()).hexdigest()[:16]
 
 
-def difference(before: str, after: str, limit: int = 40) -> str:
-    """The unified diff of two normal forms, at most `limit` lines of it."""
+def difference(before: str, after: str) -> str:
+    """The unified diff of two normal forms, at most SHOWN lines of it."""
     lines = list(
         difflib.unified_diff(before.splitlines(), after.splitlines(), "known", "read", lineterm="", n=1)
     )
-    more = [f"… {len(lines) - limit} more lines"] if len(lines) > limit else []
-    return "\n".join(lines[:limit] + more)
+    more = [f"… {len(lines) - SHOWN} more lines"] if len(lines) > SHOWN else []
+    return "\n".join(lines[:SHOWN] + more)

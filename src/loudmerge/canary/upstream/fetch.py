@@ -19,13 +19,13 @@ from requests.auth import AuthBase
 
 from loudmerge import __version__
 from loudmerge.canary.upstream.archives import SourceError
+from loudmerge.errors import TRY_AGAIN
 
 CHUNK = 2**16
 MAX_TEXT_BYTES = 8 * 2**20
 GONE = frozenset({404, 410, 422, 451})
 """Answers that mean: there is no such thing. GitHub answers 422 to a commit that does not exist."""
 RETRIED = frozenset({408, 425, 500, 502, 503, 504})
-TRY_AGAIN = "Check the network and try again."
 
 
 class NotThere(FileNotFoundError):

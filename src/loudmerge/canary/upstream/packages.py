@@ -23,8 +23,9 @@ from loudmerge.canary.guards import LATEST, SDIST, is_version, specifiers
 from loudmerge.canary.probing.forks import shared
 from loudmerge.canary.upstream import archives
 from loudmerge.canary.upstream.archives import SourceError
-from loudmerge.canary.upstream.fetch import TRY_AGAIN, Unreachable, write
+from loudmerge.canary.upstream.fetch import Unreachable, write
 from loudmerge.canary.upstream.sources import SourceOptions, TreeSource, normalised, sha256
+from loudmerge.errors import TRY_AGAIN
 
 NOT_ASKED = re.compile(r"Could not fetch URL (?!.*404 Client Error)[^\n]*")
 """What pip logs about an index that did not answer. It goes on with the other places it knows, so that an
