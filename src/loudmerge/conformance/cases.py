@@ -13,11 +13,12 @@ base's.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from loudmerge.system.jsonfile import parse
 
 MERGE, REFUSE, EITHER = "merge", "refuse", "either"
 MANIFEST = "manifest.json"
@@ -131,7 +132,7 @@ def load(directory: Path) -> Suite:
     if not file.is_file():
         raise DataError(f"{file}: found no manifest, expected the conformance suite's data")
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse(file.read_text(encoding="utf-8"))
     except ValueError as error:
         found = f"found no JSON ({error}), expected a manifest. Fetch the data again."
         raise DataError(f"{file}: {found}") from error

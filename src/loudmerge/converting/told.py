@@ -77,7 +77,7 @@ def _told_parameter(
     config: AdapterConfig, pair: LoraPair, name: str
 ) -> tuple[FusedModule, FusedParameter, LoraPair]:
     """See `placed`. Raises MergeRefused `rank-mismatch` where the rank of the config does not fit."""
-    rank, *others = dict.fromkeys(ranks(config.raw, name))
+    rank, *others = ranks(config.raw, name)
     if others:
         found = f"a rank of {' or '.join(map(str, (rank, *others)))} for {name}, by the key of rank_pattern"
         hint = "Give --base, whose number of experts tells."

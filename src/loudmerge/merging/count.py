@@ -25,7 +25,15 @@ def num_experts_of(module: object, name: str = "") -> int:
     counts = set(_counts(module))
     if len(counts) == 1:
         return counts.pop()
-    raise MergeRefused(_problem(name or type(module).__name__, sorted(counts)))
+    raise MergeRefused(
+        Problem(
+            "num-experts-mismatch",
+            name or type(module).__name__,
+            f"the expert counts {sorted(counts)}" if counts else "no expert count",
+            f"one, on the module or within {MAX_HOPS} base_layer links",
+            "Have the module's number, its weights and the model's config agree.",
+        )
+    )
 
 
 def other_counts(model: nn.Module) -> Iterator[Problem]:
@@ -33,23 +41,17 @@ def other_counts(model: nn.Module) -> Iterator[Problem]:
 
     The live forward goes by the one, what loads OUT by the other.
     """
+    # Of PEFT's ParamWrappers, which say 1 of the router's weight; the last under a name is the innermost.
     found = {
-        plain_name(key): sorted(set(_counts(module)))
+        plain_name(key): module
         for key, module in model.named_modules()
-        # Of PEFT's ParamWrappers, which say 1 of the router's weight.
         if plain_attribute(module, "parameter_name") is not None and any(map(_held, _chain(module)))
     }
-    return (_problem(f"{name} of the live model", counts) for name, counts in found.items() if counts[1:])
-
-
-def _problem(where: str, counts: list[int]) -> Problem:
-    return Problem(
-        "num-experts-mismatch",
-        where,
-        f"the expert counts {counts}" if counts else "no expert count",
-        f"one, on the module or within {MAX_HOPS} base_layer links",
-        "Have the module's number, its weights and the model's config agree.",
-    )
+    for name, module in found.items():
+        try:
+            num_experts_of(module, f"{name} of the live model")
+        except MergeRefused as refusal:
+            yield from refusal.problems
 
 
 def _counts(module: object) -> Iterator[int]:

@@ -35,7 +35,7 @@ def ranks(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
     keys = _matching(pattern, name)
     if not _is_sorted(config, pattern):
         del keys[1:]
-    return tuple(pattern[key] for key in keys) or (config["r"],)
+    return tuple(dict.fromkeys(pattern[key] for key in keys)) or (config["r"],)
 
 
 def alphas(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, ...]:
