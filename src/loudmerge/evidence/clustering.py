@@ -196,6 +196,9 @@ def site_traces(
     lora_B. lower: (rows,) bool, which of these are of its lower half. experts, rank: two or more each.
     """
     b = b.to(torch.float32)
+    if not b.any():
+        untrained = Traces(0.0, 0.0, 0.0, 0.0)
+        return SiteTraces(untrained, untrained)  # every order of such columns is the same
     orders = {packing: order_of(experts, rank, packing).view(experts, rank) for packing in LoraBLayout}
     chances = random_orders(experts * rank).view(-1, experts, rank)
     columns = _columns(b, torch.stack([*orders.values(), *chances]))

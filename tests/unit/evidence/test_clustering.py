@@ -117,6 +117,12 @@ def test_an_adapter_that_nobody_trained_is_no_evidence(
     assert verdict(sites).says is None
 
 
+def test_of_a_lora_b_of_zeros_nothing_more_is_read() -> None:
+    lower = torch.arange(8) >= 4
+    found = site_traces(lambda each: pytest.fail(f"lora_A of {each}"), torch.zeros(8, 16), lower, 4, 4)
+    assert (found.columns, found.pairs, found.blocks) == (0, 0, None)
+
+
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (8, 0)])
 def test_factors_without_numbers_are_no_evidence(rows: int, width: int) -> None:
     lower = torch.zeros(rows, dtype=torch.bool)
