@@ -48,7 +48,7 @@ class Finished:
                 # Whose merge they are of was removed before them, by one that was killed then.
                 left_over.unlink()
             _write_durably(named, identity)
-        elif named.read_text("ascii") != identity:
+        elif named.read_bytes() != identity.encode("ascii"):
             raise MergeRefused(
                 Problem(
                     "out-exists",
@@ -60,11 +60,14 @@ class Finished:
             )
 
     def get(self, shard: str) -> ShardRecord | None:
-        """What was merged in a finished shard; None for one that is not."""
+        """What was merged in a finished shard; None for one that is not, or whose record is damaged."""
         path = self._path(shard)
         if not path.exists():
             return None
-        record = json.loads(path.read_text("utf-8"))
+        try:
+            record = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            return None
         kept = {key: (along, total) for key, (along, total) in record["kept"].items()}
         rounded = {how: _terms(found) for how, found in record["rounded"].items()}
         return ShardRecord(kept, rounded)
@@ -77,10 +80,11 @@ class Finished:
         """The finished shards that lie in `weights` in full, by `sizes` in bytes. Removes others' records.
 
         A merge that was killed once it had published its shards, or while it removed them, left such records.
+        So may a disk leave a record that no longer says anything: its shard is written again.
         """
         found = {path.name: path.stat().st_size for path in weights.iterdir() if path.is_file()}
         for shard in sizes:
-            if found.get(shard) != sizes[shard]:
+            if found.get(shard) != sizes[shard] or self.get(shard) is None:
                 self._path(shard).unlink(missing_ok=True)
         return [shard for shard in sizes if self._path(shard).exists()]
 

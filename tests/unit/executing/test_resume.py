@@ -187,6 +187,24 @@ def test_a_record_without_its_shard_is_none(
     assert same(content(place.out), reference)
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe"])
+def test_a_record_that_is_damaged_is_none(
+    damage: bytes, place: Place, reference: dict[str, bytes], opened: list[str]
+) -> None:
+    interrupt(place, KeyboardInterrupt())
+    (place.staging / "done" / f"{FIRST}.json").write_bytes(damage)
+    place.merge(resume=True)
+    assert opened == [FIRST, SECOND, FIRST, SECOND]
+    assert same(content(place.out), reference)
+
+
+def test_damage_to_what_says_of_which_merge_it_is_makes_it_another(place: Place) -> None:
+    interrupt(place, KeyboardInterrupt())
+    (place.staging / "done" / "identity").write_bytes(b"\xff\xfe")
+    with pytest.raises(MergeRefused, match=r"out-exists: .*an interrupted merge of other inputs"):
+        place.merge(resume=True)
+
+
 def test_the_records_of_a_merge_that_was_killed_once_it_had_published_are_none(
     place: Place, reference: dict[str, bytes], killed: Killed
 ) -> None:
