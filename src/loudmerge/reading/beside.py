@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from loudmerge.errors import Problem
 from loudmerge.reading.adapter_config import WEIGHTS
 from loudmerge.reading.sidefiles import is_weights
+from loudmerge.system.links import link_to_nothing
 
 TENSORS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 """The formats that trainers write tensors in; others hold the adapter, or a model, for other engines."""
@@ -65,6 +66,8 @@ def no_weights(path: Path) -> Problem:
 
     transformers' save_pretrained writes those of a model with an adapter, above max_shard_size.
     """
+    if (problem := link_to_nothing(path / WEIGHTS)) is not None:
+        return problem
     if shards := sorted(path.glob("adapter_model-*.safetensors")):
         return Problem(
             "unsupported-adapter",

@@ -12,6 +12,7 @@ from typing import Any
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.reading.sidefiles import CONFIG, find_side_files
 from loudmerge.system.jsonfile import read_json
+from loudmerge.system.links import link_to_nothing
 from loudmerge.system.tensorfile import TensorEntry, read_header
 
 SINGLE = "model.safetensors"
@@ -203,6 +204,9 @@ def _other_weights_named(
 
 
 def _no_weights(path: Path) -> Problem:
+    for name in (SINGLE, INDEX):
+        if (problem := link_to_nothing(path / name)) is not None:
+            return problem
     pickled = sorted(file.name for file in path.glob("*") if file.suffix in (".bin", ".pt", ".pth"))
     if pickled:
         return Problem(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.system.jsonfile import parse
+from loudmerge.system.links import link_to_nothing
 
 WEIGHT_SUFFIXES = frozenset(
     {
@@ -143,16 +143,10 @@ def is_card_of(card: bytes, readme: bytes) -> bool:
 def _no_file(file: Path) -> Problem | None:
     try:
         mode = file.stat().st_mode
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+    except OSError:
+        if (problem := link_to_nothing(file)) is None:
             raise
-        return Problem(
-            "corrupt-file",
-            str(file),
-            f"a link to {file.readlink()}, where nothing is",
-            "a file",
-            "Get the checkpoint again, or remove the link.",
-        )
+        return problem
     if stat.S_ISDIR(mode):
         return Problem(
             "unsafe-file",

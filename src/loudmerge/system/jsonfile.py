@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
+from loudmerge.system.links import link_to_nothing
 
 DEEPEST = 100
 """Levels of lists and objects in a file, far from where walking them would exhaust Python's stack."""
@@ -33,11 +34,12 @@ def read_json(file: Path, missing: str, wanted: str) -> dict[str, Any]:
     """The object in the file.
 
     Raises MergeRefused: the code `missing` when there is no such file, where `wanted` was expected;
-    `corrupt-file` when it holds something else.
+    `corrupt-file` when it holds something else, or is a link to nothing.
     """
     if not file.is_file():
         hint = f"Give the directory that holds {file.name}."
-        raise MergeRefused(Problem(missing, str(file.parent), f"no {file.name}", wanted, hint))
+        absent = Problem(missing, str(file.parent), f"no {file.name}", wanted, hint)
+        raise MergeRefused(link_to_nothing(file) or absent)
     try:
         value = parse(file.read_text("utf-8"))
     except ValueError as error:

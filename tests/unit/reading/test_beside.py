@@ -81,6 +81,17 @@ def test_an_adapter_in_shards_is_refused_with_how_to_join_them(place: Place) -> 
     assert "Join them" in refused.value.hint
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("target", ["../../blobs/gone", None])
+def test_a_link_to_nothing_is_corrupt(target: str | None, name: str, place: Place) -> None:
+    """A cache of the Hub that lost a blob: the name is there, so that none is missing would not help."""
+    (place.adapter / name).unlink()
+    (place.adapter / name).symlink_to(target or name)
+    with pytest.raises(MergeRefused, match=rf"{name}: found a link to .*, where nothing is") as refused:
+        read_adapter(place.adapter)
+    assert refused.value.code == "corrupt-file"
+
+
 def test_a_directory_of_adapters_is_refused_with_their_names(place: Place) -> None:
     """PEFT saves each adapter that is not called "default" in a folder of its name."""
     for name in ("second", "first"):

@@ -235,6 +235,20 @@ def test_a_link_to_nothing_is_refused_with_its_target(single: Path) -> None:
     assert f"{single / 'tokenizer.json'}: found a link to ../../blobs/gone, where nothing is" in str(error)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_loading_begins_with_is_corrupt_as_a_link_to_nothing(name: str, single: Path) -> None:
+    (single / name).unlink()
+    (single / name).symlink_to("../../blobs/gone")
+    assert str(refused(single)).startswith(f"corrupt-file: {single / name}: found a link to ../../blobs/gone")
+
+
+def test_an_index_that_is_a_link_to_nothing_is_corrupt(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    index.unlink()
+    index.symlink_to("../../blobs/gone")
+    assert str(refused(sharded)).startswith(f"corrupt-file: {index}: found a link to ../../blobs/gone")
+
+
 def test_a_link_to_a_folder_is_refused(single: Path, tmp_path: Path) -> None:
     """It may lead anywhere: what it holds is neither copied nor lost in silence."""
     (tmp_path / "templates").mkdir()
