@@ -107,18 +107,57 @@ def test_rows_of_a_tied_embedding_are_in_all_its_copies(
 
 def test_rows_of_t5_that_stores_its_head_apart_are_refused(tmp_path: Path) -> None:
     """As T5 1.1 and FLAN-T5 do: whether PEFT gave the head the rows, the release of transformers decided."""
-    torch.manual_seed(0)
-    t5().save_pretrained(tmp_path / "base")
-    file, config = (tmp_path / "base" / name for name in ("model.safetensors", "config.json"))
-    head = {"lm_head.weight": torch.randn(99, 32)}
-    save_file({**load_file(file), **head}, file, {"format": "pt"})
-    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+    t5_with_a_head_of_its_own(tmp_path / "base")
+    head = load_file(tmp_path / "base" / "model.safetensors")["lm_head.weight"]
     live = with_rows(T5ForConditionalGeneration, tmp_path / "base", "q", "shared")
     live.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(loudmerge.MergeRefused, match="the same rows under transformers 5, not under 4"):
         loudmerge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = live.merge_and_unload().lm_head.weight
-    assert torch.equal(merged[6:8], head["lm_head.weight"][6:8]) is kinds.TRANSFORMERS_4
+    assert torch.equal(merged[6:8], head[6:8]) is kinds.TRANSFORMERS_4
+
+
+def t5_with_a_head_of_its_own(base: Path) -> None:
+    torch.manual_seed(0)
+    t5().save_pretrained(base)
+    file, config = (base / name for name in ("model.safetensors", "config.json"))
+    save_file({**load_file(file), "lm_head.weight": torch.randn(99, 32)}, file, {"format": "pt"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+
+
+ON_SHARED: list[dict[str, Any]] = [
+    {"target_modules": ["q", "shared"]},
+    {"target_modules": ["q"], "modules_to_save": ["shared"]},
+]
+
+
+@pytest.mark.parametrize("lora", ON_SHARED, ids=["LoRA", "copy"])
+def test_what_no_forward_of_t5_calls_is_refused_once_it_changes_the_base(
+    lora: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT's live model computes the same whatever stands on `shared`; training never moves it."""
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    t5_with_a_head_of_its_own(base)
+    live = get_peft_model(T5ForConditionalGeneration.from_pretrained(base).eval(), LoraConfig(r=3, **lora))
+    trained = [(name, value) for name, value in live.named_parameters() if value.requires_grad]
+    with torch.no_grad():
+        for name, value in trained:
+            if ".q." in name:
+                value.add_(torch.randn_like(value))
+    live.save_pretrained(adapter, save_embedding_layers=False)
+    wanted = logits(live)
+    loudmerge.merge(base, adapter, out)
+    merged = T5ForConditionalGeneration.from_pretrained(out).eval()
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        for name, value in trained:
+            if "shared" in name:
+                value.add_(torch.randn_like(value))
+    assert torch.equal(logits(live), wanted)
+    live.save_pretrained(adapter, save_embedding_layers=False)
+    with pytest.raises(loudmerge.MergeRefused, match="a change of shared, which no forward calls") as refused:
+        loudmerge.merge(base, adapter, tmp_path / "second")
+    assert refused.value.code == "unsupported-adapter"
 
 
 def with_a_bias(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Trained token rows of an embedding that a head is tied to: which heads have the same rows, by PEFT."""
+"""What is trained on a tied embedding: which heads have the same rows by PEFT, and what no forward calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loudmerge.planning.draft import HEAD, Draft
 from loudmerge.reading.adapter import PREFIX
 from loudmerge.reading.checkpoint import Checkpoint
 from loudmerge.reading.names import Names
-from loudmerge.system.tensorfile import TensorEntry
+from loudmerge.system.tensorfile import TensorEntry, TensorReader
 
 HEAD_BESIDE: Mapping[str, str] = {
     "model.embed_tokens.weight": "lm_head.weight",
@@ -111,7 +111,7 @@ def rows_on_shared(draft: Draft) -> Iterator[Problem]:
     name = _TASKS.get(str(draft.adapter.config.raw.get("task_type")))
     name = name or (str(named[0]) if isinstance(named, list) and named else "")
     for rows in draft.adapter.rows if _TIES_NOTHING.search(name) else ():
-        if rows.module.rpartition(".")[2] == "shared":
+        if _is_shared(rows.module):
             yield Problem(
                 "unsupported-adapter",
                 str(rows.entry),
@@ -120,6 +120,47 @@ def rows_on_shared(draft: Draft) -> Iterator[Problem]:
                 "rows of a model that PEFT ties to its encoder and decoder, such as one for generation",
                 "Train without trainable_token_indices, or with embed_tokens in modules_to_save.",
             )
+
+
+def changed_shared(draft: Draft) -> Iterator[Problem]:
+    """A problem for a LoRA on an encoder-decoder's `shared`, or a whole copy of it, that changes it.
+
+    Encoder and decoder call embeddings of their own, which are that same matrix: no forward calls `shared`
+    itself (transformers 4.57.6 and 5.24.0, all classes that have one). PEFT wraps the module that is named,
+    and only with ensure_weight_tying those tied to it. So training leaves such a LoRA at zero and such a copy
+    as it was. One that is not, merged, would give a function that was never trained.
+    """
+    base, adapter = draft.base, draft.adapter
+    apart = any(name.endswith("encoder.embed_tokens.weight") for name in base.entries)
+    if apart or not base.config.get("is_encoder_decoder") or is_tied(base, draft.names):
+        return
+    if adapter.config.raw.get("ensure_weight_tying"):
+        return
+    with TensorReader() as reader:
+        for pair in adapter.pairs:
+            if _is_shared(pair.module) and all(reader.read(half).any() for half in (pair.a, pair.b)):
+                yield _uncalled(pair.module, pair.a)
+        for full in adapter.full:
+            module, held = full.name.removesuffix(".weight"), draft.names.find(full.name)
+            if not full.saved_module or not _is_shared(module) or held is None:
+                continue
+            if held.is_like(full.entry) and not reader.same_bytes(held, full.entry):
+                yield _uncalled(module, full.entry)
+
+
+def _is_shared(module: str) -> bool:
+    return module.rpartition(".")[2] == "shared"
+
+
+def _uncalled(module: str, trained: TensorEntry) -> Problem:
+    return Problem(
+        "unsupported-adapter",
+        str(trained),
+        f"a change of {module}, which no forward calls: encoder and decoder have embeddings with that matrix,"
+        " and PEFT trains neither",
+        "a LoRA that is zero, or a copy that is the base's",
+        "It has no effect in the model that was trained: leave it out of target_modules and modules_to_save.",
+    )
 
 
 def rows_apart(draft: Draft, head: TensorEntry | None) -> Iterator[Problem]:

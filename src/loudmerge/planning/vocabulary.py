@@ -14,6 +14,7 @@ from loudmerge.planning.sites import Placed, dense_problem
 from loudmerge.planning.tiedrows import (
     HEAD_BESIDE,
     carry_rows,
+    changed_shared,
     is_tied,
     rows_apart,
     rows_on_shared,
@@ -46,7 +47,7 @@ def settle(draft: Draft, pairs: Sequence[LoraPair]) -> None:
     """
     embedding, head = draft.names.find(EMBEDDING), draft.names.find(HEAD)
     _require_bias(draft, head or embedding)
-    draft.problems += [*rows_on_shared(draft), *rows_apart(draft, head)]
+    draft.problems += [*rows_on_shared(draft), *changed_shared(draft), *rows_apart(draft, head)]
     if embedding is None and head is None:
         _take_second_copy(draft)
     wanted = [pair.a for pair in pairs] + ([draft.full_head] if draft.full_head else [])
