@@ -159,13 +159,23 @@ def any_(
     share = ((weight - near) + delta).div_(unit).clamp_(0.0, 1.0)
     ends = ~(near.abs().maximum((near + unit).abs()) <= torch.finfo(dtype).max)
     plain = ends.logical_or_(delta == 0).logical_or_(values == 0)
-    share.masked_fill_(plain, 0.0)
-    gain = (unit * delta).masked_fill_(share == 0, 0.0)
+    none = share.masked_fill_(plain, 0.0) == 0
+    gain = _in_cells(unit, none, axis).mul_(_in_cells(delta, none, axis))
     level = levels(share)
     least, chance = _solved(gain, share, level, axis)
-    moved = ((level > least) | ((level == least) & (drawn < chance))) & (gain > 0)
+    moved = ((level > least) | ((level == least) & (drawn < chance))).masked_fill_(none, value=False)
     stayed = torch.where(plain, _nearest(values, dtype), near)
     return torch.where(moved, near + unit, stayed, out=values)
+
+
+def _in_cells(numbers: Tensor, none: Tensor, axis: int) -> Tensor:
+    """Their sizes, 0 where `none`, by a power of two of each cell's own: the largest is 1 … 4.
+
+    float32 has the product of such: of a weight of 0 and its update, 1e-20 each, it has not.
+    """
+    size = numbers.abs().masked_fill_(none, 0.0)
+    power = size.amax(axis, keepdim=True).view(torch.int32).bitwise_and_(_EXPONENT)
+    return size.mul_(((254 << 23) - power).clamp_(min=1 << 23).view(torch.float32))
 
 
 def _solved(gain: Tensor, share: Tensor, level: Tensor, axis: int) -> tuple[Tensor, Tensor]:

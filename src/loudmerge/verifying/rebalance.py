@@ -157,8 +157,10 @@ def _places(cells: Cells, error: Tensor, dtype: torch.dtype) -> _Places:
     none = (near.abs().maximum(far.abs()) > last) | (size == 0)
     near = torch.where(none, value.clamp(-last, last), near)
     far = torch.where(none, near, far)
-    share = torch.where(none, 0.0, (value - near).abs() / unit)
-    held = bounds.UNIT * 4 * (cells.delta.abs() + (cells.weight - near).abs())
+    # The value may not hold the delta: 0.02 + 1e-20 is 0.02.
+    beyond = cells.weight - near
+    share = torch.where(none, 0.0, (beyond + cells.delta).abs() / unit)
+    held = bounds.UNIT * 4 * (cells.delta.abs() + beyond.abs())
     return _Places(near, far, share, (error + held) / unit)
 
 
