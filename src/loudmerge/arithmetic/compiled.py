@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -28,12 +27,11 @@ def kernel_for(source: Tensor, target: Tensor) -> Kernel | None:
 @cache
 def kernel() -> Kernel | None:
     """None without a numba that fits the numpy there is."""
-    found: Kernel | None = None
-    with suppress(ImportError):
+    try:
         from loudmerge.arithmetic import kernel as module  # noqa: PLC0415 - numba takes its time
-
-        found = Kernel(module)
-    return found
+    except ImportError:
+        return None
+    return Kernel(module)
 
 
 @dataclass(frozen=True)

@@ -149,27 +149,22 @@ def _shuffled(places: Tensor) -> Tensor:
 def stochastic_(values: Tensor, drawn: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds `values`, float32, in place to numbers of `dtype`, and returns them, still as float32.
 
-    drawn: int32 in 0 … 65535, in the shape of `values`; changed too. A float32 dtype, or a wider one, leaves
-    all as it is. What lies between the largest number and where the next would be becomes the largest;
-    beyond, an infinity. An infinity and a NaN stay.
+    drawn: int32 in 0 … 65535, in the shape of `values`; changed too. What lies between the largest number
+    and where the next would be becomes the largest; beyond, an infinity. An infinity and a NaN stay.
     float16 below its least normal 2**-14: the probability is exact to 2**-17.
     """
-    if dtype is torch.bfloat16:
-        return _drop(values, drawn, 16, dtype)
-    if dtype is torch.float16:
-        return _to_float16(values, drawn)
-    return values
+    return _to_float16(values, drawn) if dtype is torch.float16 else _drop(values, drawn, dtype)
 
 
-def _drop(values: Tensor, drawn: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Rounds to a multiple of the lowest bit but the `count` dropped. drawn: in 0 … 2**count - 1."""
+def _drop(values: Tensor, drawn: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds by the bits that the dtype drops. drawn: that many random ones."""
     largest = torch.finfo(dtype).max
     low, high = torch.aminmax(values)
     if not (-largest <= low.item() and high.item() <= largest):  # also where one is a NaN
         _guard_the_ends(values, drawn, dtype)
     bits = values.view(torch.int32)
     bits += drawn
-    bits &= -(1 << count)
+    bits &= -(1 << DROPPED[dtype])
     return values
 
 
@@ -197,6 +192,6 @@ def _to_float16(values: Tensor, drawn: Tensor) -> Tensor:
     steps = (fixed + drawn[small]) >> 16
     rounded = (steps.to(torch.float32) * 2.0**-24).copysign(values[small])
     drawn >>= 3
-    _drop(values, drawn, 13, torch.float16)
+    _drop(values, drawn, torch.float16)
     values[small] = rounded
     return values

@@ -182,11 +182,6 @@ def test_zeros_keep_their_sign(dtype: torch.dtype) -> None:
     assert rounded.signbit().tolist() == [[False, True, False, True]]
 
 
-def test_a_wider_dtype_needs_no_rounding() -> None:
-    value = normal(3, 4)
-    assert torch.equal(stochastic_(value.clone(), torch.ones(3, 4, dtype=torch.int32), torch.float32), value)
-
-
 # --- a merge's update ----------------------------------------------------------------------------
 
 
