@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from loudmerge.layout import Orientation, PairShape
 from loudmerge.reading.adapter import LoraPair
-
-Assignment = tuple[str, ...]
-"""The parameter of each pair of a module, outermost wrapper first."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +21,7 @@ class Evidence:
     detail: str
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "site": self.site,
-            "says": self.says,
-            "confidence": self.confidence,
-            "detail": self.detail,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -64,9 +55,9 @@ class FusedModule:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One reading of a module: which parameter each pair is for, and the orientation of all of them."""
+    """One reading of a module: the parameter of each pair, outermost first, and the orientation of all."""
 
-    assignment: Assignment
+    assignment: tuple[str, ...]
     orientation: Orientation
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -101,18 +100,7 @@ class Prediction:
             "option": self.option,
             "delta_kept": {"overall": self.kept, "nearest": self.nearest},
             "rounding": self.rounding,
-            "kinds": [
-                {
-                    "kind": kind.kind,
-                    "matrices": kind.matrices,
-                    "sampled": kind.sampled,
-                    "kept": kind.kept,
-                    "nearest": kind.nearest,
-                    "rounding": dict(kind.rounding),
-                    "zero": kind.zero,
-                }
-                for kind in self.kinds
-            ],
+            "kinds": [asdict(kind) for kind in self.kinds],
             "warning": self.warning,
         }
 
@@ -172,7 +160,8 @@ def predict(plan: MergePlan) -> Prediction | None:
     if not by_kind:
         return None
     overall, nearest, kinds = Kept(), Kept(), []
-    with Trial(plan) as trial:
+    with TensorReader() as reader, ThreadPoolExecutor(1, "loudmerge-factors") as pool:
+        trial = _Trial(plan, reader, pool)
         for kind, members in sorted(by_kind.items()):
             found = _Measured()
             for matrix in _chosen(members):
@@ -192,7 +181,7 @@ class _Measured:
         self.elements = self._matrices = 0
         self._rounding: Counter[str] = Counter()
 
-    def take(self, trial: Trial, matrix: _Matrix) -> None:
+    def take(self, trial: _Trial, matrix: _Matrix) -> None:
         roundings = set()
         for piece in matrix.sample():
             kept, rounding = trial.measure(piece)
@@ -237,21 +226,12 @@ def _spread(items: Sequence[T], count: int) -> Iterator[T]:
     return (items[(2 * number + 1) * len(items) // (2 * held)] for number in range(held))
 
 
-class Trial:
+class _Trial:
     """Computes pieces as `execute` would."""
 
-    def __init__(self, plan: MergePlan) -> None:
-        self._plan = plan
-        self._stack = ExitStack()
+    def __init__(self, plan: MergePlan, reader: TensorReader, pool: Executor) -> None:
+        self._plan, self._reader, self._pool = plan, reader, pool
         self._workers: dict[str, Worker] = {}
-
-    def __enter__(self) -> Trial:
-        self._reader = self._stack.enter_context(TensorReader())
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(1, "loudmerge-factors"))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
 
     def measure(self, piece: Piece, rounding: str | None = None) -> tuple[Kept, str]:
         """What a piece would keep of its update, and how it would be rounded: by the plan, or as said.

@@ -103,7 +103,7 @@ def planned_report(
 ) -> MergeReport:
     """The report of a plan that was not executed. seconds, peak_rss_bytes: of making it, where measured."""
     measured = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes}
-    return MergeReport({**_document(plan, out, "planned", applied=False), **measured})
+    return MergeReport({**_document(plan, out, "planned"), **measured})
 
 
 def merged_report(
@@ -118,7 +118,7 @@ def merged_report(
     measured: delta_kept, rounding, files, verified, seconds, peak_rss_bytes. named: what base and adapter
     are, where their paths do not say it.
     """
-    document = _document(plan, out, "merged", applied=True, named=named)
+    document = _document(plan, out, "merged", named)
     return MergeReport({**document, **measured}, tuple(details))
 
 
@@ -177,13 +177,13 @@ def dump(report: MergeReport) -> bytes:
 
 
 def _document(
-    plan: MergePlan, out: Path | None, status: str, *, applied: bool, named: tuple[str, str] | None = None
+    plan: MergePlan, out: Path | None, status: str, named: tuple[str, str] | None = None
 ) -> dict[str, Any]:
     counts = plan.counts
     base, adapter = named or (str(plan.base.path), str(plan.adapter.path))
 
     def done(attempted: int) -> dict[str, int]:
-        return {"attempted": attempted, "applied": attempted if applied else 0}
+        return {"attempted": attempted, "applied": attempted if status == "merged" else 0}
 
     return {
         "schema": SCHEMA,
