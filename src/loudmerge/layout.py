@@ -6,7 +6,7 @@ stores its LoRA as
     lora_A.weight  (rank * experts, a)      rows grouped by expert:   A_e = A[e*r:(e+1)*r]
     lora_B.weight  (b, rank * experts)      columns packed in one of two ways:
         rank_major          B_e = B[:, e::E]            PEFT (all versions), vLLM, SkyRL, NeMo
-        grouped_by_expert   B_e = B[:, e*r:(e+1)*r]     Unsloth until September 2026
+        grouped_by_expert   B_e = B[:, e*r:(e+1)*r]     unsloth_zoo until 2026.9.5
 
 and a and b are the axes (d1, d2) of the parameter in memory, in one of two orders:
 

@@ -46,10 +46,10 @@ class Packing:
         if marked is not None:
             self._compare(parameter, marked, "the marker in adapter_config.json", weighed)
             return marked
-        if _auto_mapping(self._config).get("unsloth_fixed"):
+        if made_by_unsloth(self._config):
             if weighed is not None and weighed.says is not None:
                 return weighed.says
-            self.problems.append(_unmarked(site, pair))
+            self.problems.append(_unmarked(site, pair, weighed))
             return LoraBLayout.RANK_MAJOR
         self._assume(parameter, weighed)
         return LoraBLayout.RANK_MAJOR
@@ -120,6 +120,11 @@ class Packing:
         self._evidence.append(Evidence(source, site, says.value, confidence, detail))
 
 
+def made_by_unsloth(config: AdapterConfig) -> bool:
+    """Whether its config says so (unsloth_zoo/hf_utils.py, `fix_lora_auto_mapping`)."""
+    return bool(_auto_mapping(config).get("unsloth_fixed"))
+
+
 def _auto_mapping(config: AdapterConfig) -> Mapping[str, Any]:
     value = config.raw.get("auto_mapping")
     return value if isinstance(value, dict) else {}
@@ -144,13 +149,23 @@ def _contradiction(parameter: FusedParameter, said: LoraBLayout, by: str, weighe
     )
 
 
-def _unmarked(site: str, pair: LoraPair) -> Problem:
+def _unmarked(site: str, pair: LoraPair, weighed: Verdict | None) -> Problem:
+    hint = (
+        "Give --lora-b-layout grouped_by_expert for unsloth_zoo 2026.9.5 or older, else rank_major; it is"
+        " rank_major also where Unsloth has no experts forward for the model, or under"
+        " UNSLOTH_MOE_LORA_MERGED=1."
+    )
+    if weighed is not None and weighed.columns == weighed.pairs == 0:
+        hint += (
+            f" {weighed.sites} sites were looked at and lean to no side at all: where lora_B is zero, its"
+            " experts were not trained, and either is right."
+        )
     return Problem(
         "ambiguous-layout",
         f"{pair.b} of {site}",
         "an adapter made by Unsloth without the lora_B_layout marker: rank_major or grouped_by_expert",
         "a marker, weights that show it, or the option",
-        "Give --lora-b-layout grouped_by_expert for Unsloth before September 2026, else rank_major.",
+        hint,
     )
 
 

@@ -23,6 +23,7 @@ NEWEST = {"peft_version": "0.21.2"}
 BOTH = made(gated(6, 4), ("down_proj", "gate_up_proj"))
 GROUPED_MARK: dict[str, Any] = {"lora_B_layout": "grouped_by_expert"}
 MAJOR_MARK: dict[str, Any] = {"lora_B_layout": "rank_major"}
+UNMARKED: dict[str, Any] = {"auto_mapping": {"unsloth_fixed": True}}
 
 
 def packed(module: FusedModule = BOTH, **fields: Any) -> dict[str, str]:
@@ -153,7 +154,11 @@ def test_an_adapter_of_unsloth_without_a_marker_is_refused() -> None:
     error = unpacked(auto_mapping={"unsloth_fixed": True})
     assert error.code == "ambiguous-layout"
     assert "found an adapter made by Unsloth without the lora_B_layout marker" in str(error)
-    assert "--lora-b-layout grouped_by_expert for Unsloth before September 2026" in error.hint
+    assert error.hint == (
+        "Give --lora-b-layout grouped_by_expert for unsloth_zoo 2026.9.5 or older, else rank_major; it is"
+        " rank_major also where Unsloth has no experts forward for the model, or under"
+        " UNSLOTH_MOE_LORA_MERGED=1."
+    )
     assert len(error.problems) == 2
 
 
@@ -287,6 +292,17 @@ def test_an_unmarked_adapter_of_unsloth_is_refused_where_its_weights_say_nothing
     error = contradicted(MAJOR, "down_proj", auto_mapping={"unsloth_fixed": True})
     assert [problem.where.partition(" of ")[2] for problem in error.problems] == [f"{EXPERTS}.gate_up_proj"]
     assert "expected a marker, weights that show it, or the option" in str(error)
+
+
+@pytest.mark.parametrize(("columns", "said"), [(0.0, True), (0.1, False)])
+def test_an_unmarked_adapter_whose_experts_were_not_trained_may_be_read_either_way(
+    columns: float, said: bool
+) -> None:
+    """Unsloth's loop forward of 2026.4 left the experts' LoRA out, its Qwen3-MoE of 2026.3.7 always."""
+    weights = Weighed(dict.fromkeys(LEAVES, Verdict(None, 0.0, columns, 0.0, 2)), ())
+    with pytest.raises(MergeRefused) as caught:
+        decide([BOTH], config(**NEWEST, **UNMARKED), QWEN, weigh=lambda _: weights)
+    assert caught.value.hint.endswith("were not trained, and either is right.") is said
 
 
 @pytest.mark.parametrize("option", ["rank_major", "grouped_by_expert"])
