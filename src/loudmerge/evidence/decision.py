@@ -14,10 +14,10 @@ from itertools import permutations
 
 from loudmerge.errors import WHICH_BASE, MergeRefused, Problem
 from loudmerge.evidence.hypotheses import Evidence, FusedModule, Hypothesis, admits, hypotheses
-from loudmerge.evidence.packing import Packing
+from loudmerge.evidence.packing import Packing, made_by_unsloth, turned
 from loudmerge.evidence.provenance import config_evidence
 from loudmerge.evidence.weighing import UNREAD, FusedSite, Weighed, fused_site
-from loudmerge.layout import LoraBLayout, Orientation, PairShape
+from loudmerge.layout import Axes, LoraBLayout, Orientation, PairShape
 from loudmerge.reading.adapter_config import OWN_RANK, AdapterConfig
 from loudmerge.reading.families import REGISTRATION_ORDER, Family
 
@@ -93,8 +93,12 @@ def decide(
     weighed = weigh(fused_site(*place) for place in placed) if weigh else UNREAD
     packing = Packing(config, lora_b_layout, evidence, weighed.verdicts)
     packed = {(place[0].name, place[1].leaf): packing.decide(*place) for place in placed}
-    if packing.problems:
-        raise MergeRefused(packing.problems)
+    problems = packing.problems
+    if orientation == "auto" and made_by_unsloth(config) and family.axes is Axes.OUT_IN:
+        read = [(module, parameter, packed[module.name, parameter.leaf]) for module, parameter, _ in placed]
+        problems = [*problems, *turned(read, evidence)]
+    if problems:
+        raise MergeRefused(problems)
     return Layout(chosen, packed, tuple(evidence), weighed)
 
 

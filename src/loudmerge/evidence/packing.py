@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loudmerge.errors import WHICH_BASE, Problem
@@ -125,6 +125,23 @@ def made_by_unsloth(config: AdapterConfig) -> bool:
     return bool(_auto_mapping(config).get("unsloth_fixed"))
 
 
+def turned(
+    packed: Iterable[tuple[FusedModule, FusedParameter, LoraBLayout]], evidence: Iterable[Evidence]
+) -> Iterator[Problem]:
+    """The square parameters of an adapter by Unsloth, which its own experts forward may have read transposed.
+
+    Until 2026.9.7 that forward took what PEFT lays out as a square parameter's update for its transpose, and
+    a parameter that is not square as PEFT does (unsloth_zoo/temporary_patches/moe_utils.py,
+    `extract_moe_lora_weights_for_grouped_mm`). What is grouped_by_expert without a marker was trained by it;
+    what PEFT's own forward trained is rank_major.
+    """
+    marked = {one.site for one in evidence if one.source == "marker"}
+    for module, parameter, packing in packed:
+        square = parameter.d1 == parameter.d2 and module.num_experts > 1
+        if square and packing is LoraBLayout.GROUPED_BY_EXPERT and parameter.name not in marked:
+            yield _turned(parameter)
+
+
 def _auto_mapping(config: AdapterConfig) -> Mapping[str, Any]:
     value = config.raw.get("auto_mapping")
     return value if isinstance(value, dict) else {}
@@ -166,6 +183,18 @@ def _unmarked(site: str, pair: LoraPair, weighed: Verdict | None) -> Problem:
         "an adapter made by Unsloth without the lora_B_layout marker: rank_major or grouped_by_expert",
         "a marker, weights that show it, or the option",
         hint,
+    )
+
+
+def _turned(parameter: FusedParameter) -> Problem:
+    return Problem(
+        "ambiguous-layout",
+        f"orientation of {parameter.name}",
+        f"a square parameter, {parameter.d1} x {parameter.d2}, in an adapter by Unsloth without a marker, and"
+        " unsloth_zoo 2026.9.7 and older trained square ones transposed",
+        "evidence of which",
+        "Where all fused parameters are square, give --orientation swapped, or standard where PEFT's own"
+        " forward trained it; else no option says it and Unsloth's own merge is wrong, too: train it again.",
     )
 
 

@@ -305,6 +305,42 @@ def test_an_unmarked_adapter_whose_experts_were_not_trained_may_be_read_either_w
     assert caught.value.hint.endswith("were not trained, and either is right.") is said
 
 
+SQUARE_AND_NOT = made({"gate_up_proj": (6, 6), "down_proj": (6, 3)}, ("down_proj", "gate_up_proj"))
+
+
+@pytest.mark.parametrize("module", [SQUARE_AND_NOT, square()])
+def test_a_square_parameter_that_unsloths_own_forward_trained_is_refused(module: FusedModule) -> None:
+    """unsloth_zoo 2026.9.5 with PEFT 0.19.1, 2I = H: its live model has gate_up's update transposed, its own
+    merge has not."""
+    fields = config(**NEWEST, **UNMARKED)
+    with pytest.raises(MergeRefused) as caught:
+        decide([module], fields, QWEN, weigh=saying(GROUPED))
+    (problem,) = caught.value.problems
+    leaf = "gate_up_proj" if module is SQUARE_AND_NOT else "down_proj"
+    assert (problem.code, problem.where) == ("ambiguous-layout", f"orientation of {EXPERTS}.{leaf}")
+    assert "found a square parameter, 6 x 6, in an adapter by Unsloth without a marker" in str(caught.value)
+    with pytest.raises(MergeRefused, match="square"):
+        decide([module], fields, QWEN, lora_b_layout="grouped_by_expert")
+    assert decide([module], fields, QWEN, "standard", weigh=saying(GROUPED)).orientation == "standard"
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "says"),
+    [
+        # gpt_oss: its class is_transposed, and Unsloth reads it as PEFT does.
+        ("gpt_oss", UNMARKED, GROUPED),
+        # Trained by PEFT's own forward.
+        ("qwen3_moe", UNMARKED, MAJOR),
+        ("qwen3_moe", {**UNMARKED, **GROUPED_MARK}, GROUPED),
+    ],
+)
+def test_other_square_parameters_of_unsloth_are_as_peft_lays_them_out(
+    family: str, fields: dict[str, Any], says: LoraBLayout
+) -> None:
+    layout = decide([SQUARE_AND_NOT], config(**NEWEST, **fields), family_of(family), weigh=saying(says))
+    assert layout.lora_b_layout == says.value
+
+
 @pytest.mark.parametrize("option", ["rank_major", "grouped_by_expert"])
 @pytest.mark.parametrize("says", [*LoraBLayout, None])
 def test_the_option_wins_over_weights_and_both_are_recorded(option: str, says: LoraBLayout | None) -> None:
