@@ -211,6 +211,7 @@ class Laboratory:
     root: Path
     home: Path
     installer: Installer
+    children: Children
     say: Callable[[str], None]
 
     def trial(self, package: str, base: Cell, question: Question) -> Trial:
@@ -233,7 +234,8 @@ class Laboratory:
         wanted = environment.requirements(cell.versions)
         self.say(f"{cell.name} …")
         try:
-            made.make(self.root, wanted, self.installer, self.home / "logs" / f"{cell.name}.txt")
+            log = self.home / "logs" / f"{cell.name}.txt"
+            made.make(self.root, wanted, self.installer, self.children, log)
         except NotInstalled as error:
             return Finding(version, None, f"not installed: {error}")
         except Unreachable as error:
@@ -248,15 +250,14 @@ class Laboratory:
         line = [str(made.python), *question.command(scratch)]
         environ = environment.sealed(os.environ)
         try:
-            installed = made.running()
+            installed = made.running(self.children)
         except (NotInstalled, Unreachable) as error:
             return Finding(version, None, f"its environment does not say what it holds: {error}")
         others = environment.differing(installed, pins)
         if others:
             return Finding(version, None, f"its environment was changed since: {others}", installed)
         try:
-            with Children() as children:
-                done = children.run(line, seconds=SECONDS, cwd=self.root, env=environ)
+            done = self.children.run(line, seconds=SECONDS, cwd=self.root, env=environ)
         except subprocess.TimeoutExpired:
             return Finding(version, None, f"no answer after {SECONDS} s", installed)
         answer = question.read(scratch, done.returncode)
@@ -346,9 +347,10 @@ def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> 
     except EnvironmentFailed as error:
         _say(f"error: {error}")
         return 5
-    laboratory = Laboratory(root, root / HOME, Installer.of(root, os.environ, uv=asked.uv), _say)
+    home, installer = root / HOME, Installer.of(root, os.environ, uv=asked.uv)
     try:
-        with alone(laboratory.home):
+        with alone(home), Children() as children:
+            laboratory = Laboratory(root, home, installer, children, _say)
             found = bisect(asked.package, versions, chosen, ask, laboratory)
     except EnvironmentFailed as error:
         _say(f"error: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ LOCK = "lock"
 def alone(home: Path) -> Iterator[None]:
     """For the time of the block, nobody else runs in `home`: the system lets go of its lock however it ends.
 
+    The commands that Children runs have it, too: one that outlives a run that was killed goes on in `home`.
     Raises EnvironmentFailed where somebody does.
     """
     home.mkdir(parents=True, exist_ok=True)
@@ -24,5 +26,7 @@ def alone(home: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             said = f"{home}: a run of the matrix, or a bisection, is in this checkout"
-            raise EnvironmentFailed(f"{said}. Wait for its end, or use another one.") from error
+            left = "or what one that was killed had started"
+            raise EnvironmentFailed(f"{said}, {left}. Wait for its end, or use another one.") from error
+        os.set_inheritable(file.fileno(), True)
         yield

@@ -42,11 +42,12 @@ class Children:
         command: Sequence[str],
         *,
         seconds: float,
-        cwd: Path,
         env: Mapping[str, str],
+        cwd: Path | None = None,
+        asked: str = "",
         log: IO[str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command to its end; what it says goes into `log`, or is captured.
+        """Runs a command to its end; what it says goes into `log`, or is captured. asked: what it reads.
 
         Raises subprocess.TimeoutExpired after that many seconds, Interrupted, and OSError where the command
         cannot be started.
@@ -58,20 +59,22 @@ class Children:
                 command,
                 cwd=cwd,
                 env=env,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log or subprocess.PIPE,
                 stderr=log or subprocess.PIPE,
                 text=True,
                 start_new_session=True,
+                close_fds=False,  # of this run's own the lock of `alone` is the only one that they get
             )
             self._running.add(child)
         try:
-            out, err = child.communicate(timeout=seconds)
+            out, err = child.communicate(asked, timeout=seconds)
         finally:
             with self._lock:
                 self._running.remove(child)
             _kill(child)
-            child.wait()
+            with child:  # waits, and closes what was not read
+                pass
         if self._ended:
             raise Interrupted("the run was interrupted")
         return subprocess.CompletedProcess(command, child.returncode, out, err)

@@ -9,9 +9,11 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
+
+from loudmerge.compat.environments.children import Children
 
 INSTALL_SECONDS, ASK_SECONDS = 1800, 300
 """How long an installation, and a question to an index or a host, may take."""
@@ -44,13 +46,12 @@ class Unreachable(RuntimeError):
     """The package index or the host of the heads did not answer."""
 
 
-def answer(command: Sequence[str], asked: str = "") -> str:
+def answer(command: Sequence[str], children: Children, asked: str = "") -> str:
     """What a command says. Raises Unreachable or NotInstalled with the last line of what went wrong."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         details = Path(scratch, "pip.txt")
-        environ = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "PIP_LOG": str(details)}
         try:
-            done = _run(command, environ, ASK_SECONDS, input=asked, capture_output=True)
+            done = _run(command, children, details, ASK_SECONDS, asked=asked)
         except subprocess.TimeoutExpired as error:
             raise Unreachable(f"{command[0]} had no answer after {ASK_SECONDS} s") from error
         if done.returncode:
@@ -59,18 +60,17 @@ def answer(command: Sequence[str], asked: str = "") -> str:
         return done.stdout
 
 
-def logged(command: Sequence[str], log: Path) -> None:
+def logged(command: Sequence[str], children: Children, log: Path) -> None:
     """Runs a command, its words into `log`. Raises NotInstalled or Unreachable with the last of them."""
     heading = f"$ {' '.join(command)}\n"
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         details = Path(scratch, "pip.txt")
         with log.open("a", encoding="utf-8") as file:
             start = file.tell()
             file.write(heading)
             file.flush()
             try:
-                environ = {**os.environ, "PIP_LOG": str(details)}
-                code = _run(command, environ, INSTALL_SECONDS, stdout=file, stderr=file).returncode
+                code = _run(command, children, details, INSTALL_SECONDS, log=file).returncode
             except subprocess.TimeoutExpired as error:
                 raise NotInstalled(f"{command[0]} was not done after {INSTALL_SECONDS} s") from error
         if code:
@@ -80,13 +80,21 @@ def logged(command: Sequence[str], log: Path) -> None:
 
 
 def _run(
-    command: Sequence[str], environ: Mapping[str, str], seconds: float, **streams: Any
+    command: Sequence[str],
+    children: Children,
+    details: Path,
+    seconds: float,
+    *,
+    asked: str = "",
+    log: IO[str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Raises NotInstalled where there is no such command, subprocess.TimeoutExpired after that long."""
+    """Raises NotInstalled where there is no such command, and as Children.run does.
+
+    details: pip's own log; what it unpacks is put beside it, since one that is killed leaves it behind.
+    """
+    own = {"GIT_TERMINAL_PROMPT": "0", "PIP_LOG": str(details), "TMPDIR": str(details.parent)}
     try:
-        return subprocess.run(  # noqa: S603 - lines made by the caller
-            command, env=environ, timeout=seconds, text=True, check=False, **streams
-        )
+        return children.run(command, seconds=seconds, env={**os.environ, **own}, asked=asked, log=log)
     except FileNotFoundError as error:
         raise NotInstalled(f"{command[0]} is not installed") from error
 

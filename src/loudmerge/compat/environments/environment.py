@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.compat.environments import links
+from loudmerge.compat.environments.children import Children
 from loudmerge.compat.environments.commands import NotInstalled, answer, logged
 from loudmerge.compat.judging import document
 from loudmerge.compat.judging.cells import DEV, LATEST, PACKAGES, Cell
@@ -153,12 +154,14 @@ class Environment:
         """Of transformers, peft, trl, torch and python, as they were installed; none without a stamp."""
         return {str(name): str(version) for name, version in self.stamped().get("versions", {}).items()}
 
-    def running(self) -> dict[str, str]:
+    def running(self, children: Children) -> dict[str, str]:
         """Of the same, as they are there now: it may have been changed since. Raises NotInstalled."""
-        found: dict[str, str] = json.loads(answer([str(self.python), "-I", "-c", _VERSIONS]))
+        found: dict[str, str] = json.loads(answer([str(self.python), "-I", "-c", _VERSIONS], children))
         return found
 
-    def make(self, root: Path, requirements: Sequence[str], installer: Installer, log: Path) -> bool:
+    def make(
+        self, root: Path, requirements: Sequence[str], installer: Installer, children: Children, log: Path
+    ) -> bool:
         """Makes it, unless it is there with the same stamp; says whether it did.
 
         root: the checkout. log: what the installer says is kept there. Raises NotInstalled, Unreachable.
@@ -166,16 +169,17 @@ class Environment:
         stamp = Stamp.of(root, requirements, installer)
         if self.is_of(stamp):
             return False
+        (self.directory / STAMP).unlink(missing_ok=True)  # first: what is half removed is of no pins
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         wanted = ["-e", f"{root}[{EXTRA}]", *stamp.requirements]
         log.write_text("", "utf-8")
-        logged(installer.create(self.directory), log)
+        logged(installer.create(self.directory), children, log)
         seeded = self._seed(stamp)
-        logged(installer.install(self.python, wanted), log)
+        logged(installer.install(self.python, wanted), children, log)
         _share(self.directory, log)
-        versions = self.running()
+        versions = self.running(children)
         others = differing(versions, _pinned(stamp.requirements))
         if others:
             raise NotInstalled(f"the installer left {others}: see the log")
@@ -223,15 +227,15 @@ def sealed(environ: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **dict.fromkeys(THREADS, "1"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def pins(cell: Cell, installer: Installer, environ: Mapping[str, str]) -> dict[str, str]:
+def pins(cell: Cell, installer: Installer, environ: Mapping[str, str], children: Children) -> dict[str, str]:
     """Package -> version of a cell: pinned, newest on the index (latest), or a head on GitHub, a URL (dev).
 
     Raises Unreachable, NotInstalled.
     """
     if cell.lane == LATEST:
-        return newest(installer)
+        return newest(installer, children)
     if cell.lane == DEV:
-        return heads(cell.versions, environ.get(GITHUB) or "https://github.com")
+        return heads(cell.versions, environ.get(GITHUB) or "https://github.com", children)
     return dict(cell.versions)
 
 
@@ -265,29 +269,30 @@ def pins_of(wanted: Sequence[str]) -> dict[str, str]:
     return {pin[1]: pin[2] for pin in found if pin}
 
 
-def newest(installer: Installer) -> dict[str, str]:
+def newest(installer: Installer, children: Children) -> dict[str, str]:
     """transformers, peft and trl that this Python gets today where nothing but torch is pinned.
 
     Raises Unreachable, NotInstalled. https://pip.pypa.io/en/stable/reference/installation-report/
     """
     wanted = [*PACKAGES, installer.torch]
     if installer.uv:
-        return _newest_by_uv(wanted, installer)
+        return _newest_by_uv(wanted, installer, children)
     index = installer.beside()
     line = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--quiet"]
-    report = json.loads(answer([*line, "--dry-run", "--ignore-installed", "--report", "-", *index, *wanted]))
+    line += ["--dry-run", "--ignore-installed", "--report", "-"]
+    report = json.loads(answer([*line, *index, *wanted], children))
     found = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
     return {name: str(found[name]) for name in PACKAGES}
 
 
-def _newest_by_uv(wanted: Sequence[str], installer: Installer) -> dict[str, str]:
+def _newest_by_uv(wanted: Sequence[str], installer: Installer, children: Children) -> dict[str, str]:
     index = installer.beside()
     line = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", sys.executable]
-    found = answer([*line, *index, "-"], "\n".join(wanted)).split()
+    found = answer([*line, *index, "-"], children, "\n".join(wanted)).split()
     return {name: pin for name, _, pin in (line.partition("==") for line in found) if name in PACKAGES}
 
 
-def heads(repositories: Mapping[str, str], base: str) -> dict[str, str]:
+def heads(repositories: Mapping[str, str], base: str, children: Children) -> dict[str, str]:
     """Package -> URL of its repository's default branch at the commit it has now.
 
     Raises Unreachable, NotInstalled.
@@ -295,7 +300,7 @@ def heads(repositories: Mapping[str, str], base: str) -> dict[str, str]:
     found = {}
     for name, repository in repositories.items():
         url = f"{base.rstrip('/')}/{repository}"
-        commit = answer(["git", "ls-remote", url, "HEAD"]).split()[:1]
+        commit = answer(["git", "ls-remote", url, "HEAD"], children).split()[:1]
         if not commit:
             raise NotInstalled(f"git ls-remote: {repository} has no HEAD")
         found[name] = f"git+{url}@{commit[0]}"

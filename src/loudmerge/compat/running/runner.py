@@ -125,11 +125,11 @@ def run(matrix: Matrix, names: Sequence[str], options: Options, tell: Tell) -> t
     asked = matrix.chosen(names)
     for cell in asked:
         _keep(_begun(cell), options)
-    resolved = _resolve(matrix, asked, options, tell)
-    for one in resolved:  # twins were not asked for
-        _keep(_begun(one.cell), options)
-    with _workers(min(options.jobs, MOST_INSTALLATIONS)) as pool:
-        prepared = list(pool.map(lambda one: _prepare(one, options, tell), resolved))
+    with _workers(min(options.jobs, MOST_INSTALLATIONS)) as (pool, children):
+        resolved = _resolve(matrix, asked, options, children, tell)
+        for one in resolved:  # twins were not asked for
+            _keep(_begun(one.cell), options)
+        prepared = list(pool.map(lambda one: _prepare(one, options, children, tell), resolved))
     running = [one for one in prepared if one.runs]
     for one in prepared:
         if one.status is not None:
@@ -149,11 +149,15 @@ def _begun(cell: Cell) -> CellResult:
 
 
 @contextmanager
-def _workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads. What they have not come to when the block ends, by Ctrl-C say, is not begun."""
+def _workers(jobs: int) -> Iterator[tuple[ThreadPoolExecutor, Children]]:
+    """Threads, and what runs the commands that they wait for.
+
+    When the block ends, by Ctrl-C say, the commands are killed; what no thread has come to is not begun.
+    """
     pool = ThreadPoolExecutor(jobs)
     try:
-        yield pool
+        with Children() as children:
+            yield pool, children
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -168,7 +172,9 @@ def failures(asked: Sequence[Cell], rows: Sequence[CellResult]) -> tuple[CellRes
     )
 
 
-def _resolve(matrix: Matrix, asked: Sequence[Cell], options: Options, tell: Tell) -> list[Prepared]:
+def _resolve(
+    matrix: Matrix, asked: Sequence[Cell], options: Options, children: Children, tell: Tell
+) -> list[Prepared]:
     """What each cell asked for consists of: today, or where its own parts do not run now, when they did.
 
     One whose pins are a released cell's has it as its twin.
@@ -176,7 +182,7 @@ def _resolve(matrix: Matrix, asked: Sequence[Cell], options: Options, tell: Tell
     found: dict[str, Prepared] = {}
     for cell in asked:
         try:
-            wanted = _left_pins(cell, options) or pins(cell, options.installer, options.environ)
+            wanted = _left_pins(cell, options) or pins(cell, options.installer, options.environ, children)
         except (NotInstalled, Unreachable) as error:
             status = _status(error)
             tell(f"{cell.name}: {status}: {error}")
@@ -213,13 +219,13 @@ def _left_pins(cell: Cell, options: Options) -> dict[str, str]:
     return {}
 
 
-def _prepare(one: Prepared, options: Options, tell: Tell) -> Prepared:
+def _prepare(one: Prepared, options: Options, children: Children, tell: Tell) -> Prepared:
     if not one.runs:
         return one
     name, started = one.cell.name, time.monotonic()
     environment, wanted = options.environment(name), requirements(one.pins)
     try:
-        made = environment.make(options.root, wanted, options.installer, options.log(name))
+        made = environment.make(options.root, wanted, options.installer, children, options.log(name))
     except (NotInstalled, Unreachable) as error:
         status = _status(error)
         tell(f"{name}: {status}: {error}")
@@ -244,7 +250,7 @@ def _run_parts(
 ) -> None:
     """Runs these parts of the cells. trained: whose adapters are merged. last: no other parts come after."""
     left = Counter(one.cell.name for one in cells for _ in parts)
-    with _workers(options.jobs) as pool, Children() as children:
+    with _workers(options.jobs) as (pool, children):
         running = {
             pool.submit(_run_part, one, part, trained, options, children, tell): one
             for part in parts

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from loudmerge.compat.environments import commands
+from loudmerge.compat.environments.children import Children
 from loudmerge.compat.environments.commands import NotInstalled, Unreachable
+from tests.unit.compat.environments.test_children import command, ends
 from tests.unit.compat.local_index import LocalIndex, ask
 
 NEVER_HEARD_OF = "this-is-no-package-of-anyones"
@@ -66,11 +69,11 @@ def test_the_last_error_decides_whether_a_host_is_to_blame(
     tmp_path: Path, words: str, raised: type[Exception]
 ) -> None:
     with pytest.raises(raised):
-        commands.answer(runs(words))
+        commands.answer(runs(words), Children())
     log = tmp_path / "log.txt"
     log.write_text("ERROR: Read timed out.\n", "utf-8")
     with pytest.raises(raised):
-        commands.logged(runs(words), log)
+        commands.logged(runs(words), Children(), log)
 
 
 def test_a_package_that_the_index_has_not_is_no_fault_of_the_index(
@@ -84,23 +87,23 @@ def test_a_package_that_the_index_has_not_is_no_fault_of_the_index(
     monkeypatch.setenv("PIP_RETRIES", "0")
     for wanted in (NEVER_HEARD_OF, "peft==0.2"):
         with pytest.raises(NotInstalled, match=f"No matching distribution found for {wanted}"):
-            commands.answer([*PIP, wanted])
+            commands.answer([*PIP, wanted], Children())
         with pytest.raises(NotInstalled):
-            commands.logged([*PIP, wanted], tmp_path / "log.txt")
+            commands.logged([*PIP, wanted], Children(), tmp_path / "log.txt")
     ask(monkeypatch, "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(Unreachable, match=f"No matching distribution found for {NEVER_HEARD_OF}"):
-        commands.answer([*PIP, NEVER_HEARD_OF])
+        commands.answer([*PIP, NEVER_HEARD_OF], Children())
     with pytest.raises(Unreachable):
-        commands.logged([*PIP, NEVER_HEARD_OF], tmp_path / "log.txt")
+        commands.logged([*PIP, NEVER_HEARD_OF], Children(), tmp_path / "log.txt")
 
 
 def test_a_head_that_pip_s_git_cannot_fetch_is_unreachable_only_where_its_host_is(tmp_path: Path) -> None:
     commit = "0" * 40
     with pytest.raises(Unreachable):
-        commands.answer([*PIP, f"peft @ git+http://127.0.0.1:9/h/peft@{commit}"])
+        commands.answer([*PIP, f"peft @ git+http://127.0.0.1:9/h/peft@{commit}"], Children())
     with pytest.raises(NotInstalled):
-        commands.answer([*PIP, f"peft @ git+{tmp_path.as_uri()}/h/peft@{commit}"])
+        commands.answer([*PIP, f"peft @ git+{tmp_path.as_uri()}/h/peft@{commit}"], Children())
 
 
 @pytest.mark.parametrize(
@@ -119,9 +122,30 @@ def test_git_s_ssh_says_why_before_git_says_that_it_failed(
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")  # pip sets GIT_SSH_COMMAND
     monkeypatch.delenv("GIT_SSH_COMMAND", raising=False)
     with pytest.raises(raised, match=r"^fatal: Could not read from remote repository"):
-        commands.answer(["git", "ls-remote", "ssh://git@h/o/peft", "HEAD"])
+        commands.answer(["git", "ls-remote", "ssh://git@h/o/peft", "HEAD"], Children())
     with pytest.raises(raised):
-        commands.answer([*PIP, f"peft @ git+ssh://git@h/o/peft@{'0' * 40}"])
+        commands.answer([*PIP, f"peft @ git+ssh://git@h/o/peft@{'0' * 40}"], Children())
+
+
+def test_a_command_that_is_not_done_in_time_ends_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it was given to unpack into is removed."""
+    monkeypatch.chdir(tmp_path)
+    for seconds in ("ASK_SECONDS", "INSTALL_SECONDS"):
+        monkeypatch.setattr(commands, seconds, 2)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "scratch").mkdir()
+    python, option, code = command(60)
+    unpacking = [python, option, f"import tempfile\ntempfile.mkdtemp()\n{code}"]
+    with pytest.raises(Unreachable, match="had no answer after 2 s"):
+        commands.answer(unpacking, Children())
+    assert ends(tmp_path)
+    with pytest.raises(NotInstalled, match="was not done after 2 s"):
+        commands.logged(unpacking, Children(), tmp_path / "log.txt")
+    assert ends(tmp_path)
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import py_compile
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from loudmerge.compat.environments import commands, environment, links
+from loudmerge.compat.environments.children import Children
 from loudmerge.compat.environments.commands import NotInstalled, Unreachable
 from loudmerge.compat.environments.environment import STAMP, Environment, Installer, Stamp
 from tests.unit.compat import checkout
@@ -28,7 +30,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make(root: Path, pins: Mapping[str, str], name: str = "one") -> tuple[Environment, bool]:
     made = Environment(root / ".compat" / "env" / name)
     wanted = environment.requirements(pins)
-    return made, made.make(root, wanted, Installer.of(root, {}), root / ".compat" / "logs" / "one.txt")
+    log = root / ".compat" / "logs" / "one.txt"
+    return made, made.make(root, wanted, Installer.of(root, {}), Children(), log)
 
 
 def test_an_environment_is_made_reused_rebuilt_and_reported(root: Path) -> None:
@@ -66,7 +69,7 @@ def test_what_an_installer_left_is_compared_with_the_pins(root: Path) -> None:
     made, wanted = Environment(root / "env"), environment.requirements(VERSIONS)
     installer = Careless(Installer.of(root, {}).torch)
     with pytest.raises(NotInstalled, match=r"installer left peft 0\.18\.1, expected 0\.19\.1: see"):
-        made.make(root, wanted, installer, root / "log.txt")
+        made.make(root, wanted, installer, Children(), root / "log.txt")
     assert not made.is_of(Stamp.of(root, wanted, installer))
 
 
@@ -108,8 +111,8 @@ def test_an_environment_is_not_asked_what_the_caller_s_python_path_has(
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9\n", "utf-8")
 
-    def logged(command: Sequence[str], log: Path) -> None:
-        commands.logged(command, log)
+    def logged(command: Sequence[str], children: Children, log: Path) -> None:
+        commands.logged(command, children, log)
         if "install" in command:
             monkeypatch.setenv("PYTHONPATH", str(root / "outside"))
 
@@ -212,12 +215,27 @@ def test_an_installer_that_is_not_there_is_named(root: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(root))
     made = Environment(root / "env")
     with pytest.raises(NotInstalled, match="uv is not installed"):
-        made.make(root, (), Installer("torch==2.13.0", uv=True), root / "log.txt")
+        made.make(root, (), Installer("torch==2.13.0", uv=True), Children(), root / "log.txt")
 
 
 def test_the_newest_is_what_the_index_serves(root: Path) -> None:
-    found = environment.pins(cell(lane="latest", versions={}), Installer.of(root, {}), {})
+    found = environment.pins(cell(lane="latest", versions={}), Installer.of(root, {}), {}, Children())
     assert found == VERSIONS
+
+
+def test_an_environment_that_was_being_removed_when_the_run_ended_is_none(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of the new pins nor of those that it had."""
+    one, _ = make(root, VERSIONS)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(root, {**VERSIONS, "peft": "0.18.1"})
+    assert not one.is_of(Stamp.of(root, environment.requirements(VERSIONS), Installer.of(root, {})))
 
 
 def test_an_index_without_an_answer_is_unreachable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +244,7 @@ def test_an_index_without_an_answer_is_unreachable(root: Path, monkeypatch: pyte
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(Unreachable, match="transformers"):
-        environment.newest(Installer.of(root, {}))
+        environment.newest(Installer.of(root, {}), Children())
     with pytest.raises(Unreachable, match="torch"):
         make(root, VERSIONS)
 
@@ -236,7 +254,7 @@ def test_heads_are_pinned_to_their_commits(tmp_path: Path) -> None:
     commits = {name: _repository(tmp_path / "owner" / name) for name in repositories}
     base = tmp_path.as_uri()
     found = environment.pins(
-        cell(lane="dev", versions=repositories), Installer("torch"), {"LOUDMERGE_GITHUB": base}
+        cell(lane="dev", versions=repositories), Installer("torch"), {"LOUDMERGE_GITHUB": base}, Children()
     )
     assert found == {name: f"git+{base}/owner/{name}@{commits[name]}" for name in repositories}
     assert environment.requirements(found)[1] == f"peft @ git+{base}/owner/peft@{commits['peft']}"
@@ -253,13 +271,13 @@ def _repository(directory: Path) -> str:
 
 def test_heads_that_cannot_be_reached_say_so_without_the_address() -> None:
     with pytest.raises(Unreachable, match="fatal: ") as raised:
-        environment.heads({"peft": "huggingface/peft"}, "http://user:secret@127.0.0.1:9")
+        environment.heads({"peft": "huggingface/peft"}, "http://user:secret@127.0.0.1:9", Children())
     assert "://" not in str(raised.value)
 
 
 def test_a_repository_that_is_not_there_is_no_fault_of_the_host(tmp_path: Path) -> None:
     with pytest.raises(NotInstalled, match="fatal: ") as raised:
-        environment.heads({"peft": "huggingface/pfet"}, (tmp_path / "user:secret").as_uri())
+        environment.heads({"peft": "huggingface/pfet"}, (tmp_path / "user:secret").as_uri(), Children())
     assert "://" not in str(raised.value)
 
 
@@ -268,13 +286,13 @@ def test_a_git_that_is_not_there_is_no_fault_of_the_host(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NotInstalled, match="git is not installed"):
-        environment.heads({"peft": "huggingface/peft"}, "http://127.0.0.1:9")
+        environment.heads({"peft": "huggingface/peft"}, "http://127.0.0.1:9", Children())
 
 
 def test_a_repository_without_a_commit_is_no_fault_of_the_host(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path / "h" / "peft")], check=True)
     with pytest.raises(NotInstalled, match="h/peft has no HEAD"):
-        environment.heads({"peft": "h/peft"}, tmp_path.as_uri())
+        environment.heads({"peft": "h/peft"}, tmp_path.as_uri(), Children())
 
 
 def test_a_cell_runs_in_this_python(root: Path) -> None:

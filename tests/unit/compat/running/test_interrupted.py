@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from loudmerge.compat.judging.result import FAILED, NOT_RUN, CellResult, Tests
 from loudmerge.compat.running import runner
 from tests.unit.compat import checkout
 from tests.unit.compat.environments.test_children import is_alive
+from tests.unit.compat.local_index import ask
 from tests.unit.compat.made import EXPECT, VERSIONS, cell, result
 
 ONE, TWO = cell("one"), cell("two", versions={**VERSIONS, "peft": "0.18.1"})
@@ -29,6 +31,7 @@ released = [
     {{ name = "one", transformers = "5.5.0", peft = "0.19.1", trl = "0.25.1", path = "per-expert" }},
     {{ name = "two", transformers = "5.5.0", peft = "0.18.1", trl = "0.25.1", path = "per-expert" }},
 ]
+latest = [{{ name = "latest", path = "per-expert" }}]
 """
 
 
@@ -85,6 +88,39 @@ def test_a_row_is_written_when_its_last_part_has_run(root: Path, sent: signal.Si
         "asked for, and the run has not come to its end",
     )
     assert not (checkout.options(root, ()).directory("two") / "tests.json").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["one", "latest"])
+def test_an_installer_ends_with_the_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str, sent: signal.Signals
+) -> None:
+    """One that fills an environment, or says what is newest, of an index that does not answer.
+
+    The environment is none that counts, and nothing of what was unpacked is left.
+    """
+    (root / "matrix.toml").write_text(TOML, "utf-8")
+    scratch = root / "scratch"
+    scratch.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        index.settimeout(60)
+        ask(monkeypatch, f"http://127.0.0.1:{index.getsockname()[1]}/simple")
+        source = str(Path(loudmerge.__file__).parents[1])
+        environ = {**os.environ, "PYTHONPATH": source, "TMPDIR": str(scratch), "PIP_RETRIES": "0"}
+        environ["PIP_DEFAULT_TIMEOUT"] = "40"
+        command = [sys.executable, "-m", "loudmerge.compat", name, "--parts", "tests"]
+        with subprocess.Popen(command, cwd=root, env=environ, stderr=subprocess.DEVNULL) as running:
+            pip, _ = index.accept()
+            with pip:
+                running.send_signal(sent)
+                assert running.wait(20) != 0
+                pip.settimeout(20)
+                while pip.recv(1 << 16):
+                    """What it asked for; then it is gone."""
+    options = checkout.options(root, ())
+    assert list(scratch.iterdir()) == []
+    assert options.environment(name).stamped() == {}
+    assert rows_of(options.results)[name].status == NOT_RUN
 
 
 def rows_of(results: Path) -> dict[str, CellResult]:
