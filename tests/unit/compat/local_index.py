@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -16,8 +21,10 @@ class LocalIndex:
 
     directory: Path
 
-    def offer(self, package: str, version: str, *, yanked: bool = False, python: str = "") -> None:
-        """Publishes a release. python: its Requires-Python."""
+    def offer(
+        self, package: str, version: str, *, yanked: bool = False, python: str = "", padding: int = 0
+    ) -> None:
+        """Publishes a release. python: its Requires-Python. padding: bytes of nothing in its wheel."""
         page = self.directory / "simple" / package / "index.html"
         page.parent.mkdir(parents=True, exist_ok=True)
         wheel = page.with_name(f"{package}-{version}-py3-none-any.whl")
@@ -29,6 +36,7 @@ class LocalIndex:
                 f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
             )
             archive.writestr(f"{info}/RECORD", "")
+            archive.writestr(f"{package}.bin", bytes(padding))
         said = (' data-yanked="broken"' if yanked else "") + (
             f' data-requires-python="{python}"' if python else ""
         )
@@ -38,6 +46,24 @@ class LocalIndex:
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Makes pip ask this index and nothing else."""
         ask(monkeypatch, (self.directory / "simple").as_uri())
+
+    @contextmanager
+    def served(self) -> Iterator[str]:
+        """The index's address on this machine."""
+        handler = partial(_Quiet, directory=str(self.directory))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            thread = Thread(target=server.serve_forever, args=(0.01,))
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{server.server_port}/simple"
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, url: str) -> None:

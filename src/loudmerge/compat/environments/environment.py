@@ -279,7 +279,8 @@ def newest(installer: Installer, children: Children) -> dict[str, str]:
         return _newest_by_uv(wanted, installer, children)
     index = installer.beside()
     line = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--quiet"]
-    line += ["--dry-run", "--ignore-installed", "--report", "-"]
+    # With a log pip draws its bars into the report, however quiet it is to be.
+    line += ["--progress-bar=off", "--dry-run", "--ignore-installed", "--report", "-"]
     report = json.loads(answer([*line, *index, *wanted], children))
     found = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
     return {name: str(found[name]) for name in PACKAGES}

@@ -19,6 +19,7 @@ from loudmerge.compat.environments.children import Children
 from loudmerge.compat.environments.commands import NotInstalled, Unreachable
 from loudmerge.compat.environments.environment import STAMP, Environment, Installer, Stamp
 from tests.unit.compat import checkout
+from tests.unit.compat.local_index import LocalIndex, ask
 from tests.unit.compat.made import VERSIONS, cell
 
 
@@ -221,6 +222,18 @@ def test_an_installer_that_is_not_there_is_named(root: Path, monkeypatch: pytest
 def test_the_newest_is_what_the_index_serves(root: Path) -> None:
     found = environment.pins(cell(lane="latest", versions={}), Installer.of(root, {}), {}, Children())
     assert found == VERSIONS
+
+
+def test_the_newest_is_read_though_an_index_has_to_send_its_wheels(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip draws a bar for what takes time to send: it is none of its report."""
+    index = LocalIndex(tmp_path)
+    for name, version in {**VERSIONS, "torch": "2.13.0"}.items():
+        index.offer(name, version, padding=1 << 20)
+    with index.served() as url:
+        ask(monkeypatch, url)
+        assert environment.newest(Installer.of(root, {}), Children()) == VERSIONS
 
 
 def test_an_environment_that_was_being_removed_when_the_run_ended_is_none(
