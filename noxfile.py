@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ nox.options.sessions = ["lint", "tests"]
 # Environments have no bytecode but what is made as modules are first imported: torch's takes ten seconds,
 # and who forbids to write it pays them in each of the many processes that the tests start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# As at Ctrl-C nox ends what it runs: without, that goes on alone.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+# Seconds until nox kills what it has told to end: what an installer had unpacked is removed first.
+GRACE = 10
 
 PINS: dict[str, Any] = nox.project.load_toml("pyproject.toml")["tool"]["loudmerge"]["pins"]
 
@@ -114,7 +121,8 @@ def matrix(session: nox.Session) -> None:
     """Train, merge, reload, compare in every cell of matrix.toml; arguments after -- (see --help)."""
     # Nothing is installed here: each cell has an environment of its own.
     session.install("tomli>=2.0; python_version < '3.11'")
-    session.run("python", "-m", "loudmerge.compat", *session.posargs, env={"PYTHONPATH": "src"})
+    command = ["python", "-m", "loudmerge.compat", *session.posargs]
+    session.run(*command, env={"PYTHONPATH": "src"}, terminate_timeout=GRACE)
 
 
 @nox.session
@@ -122,7 +130,8 @@ def bisect(session: nox.Session) -> None:
     """Name the release that changed something: --package peft --good 0.18.1 --bad 0.19.1 after --."""
     # Nothing else is installed here: each version has an environment of its own.
     session.install("packaging>=24.0", "requests>=2.32", "tomli>=2.0; python_version < '3.11'")
-    session.run("python", "-m", "loudmerge.compat.bisect", *session.posargs, env={"PYTHONPATH": "src"})
+    command = ["python", "-m", "loudmerge.compat.bisect", *session.posargs]
+    session.run(*command, env={"PYTHONPATH": "src"}, terminate_timeout=GRACE)
 
 
 @nox.session

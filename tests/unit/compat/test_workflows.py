@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -470,7 +471,15 @@ def noxfile() -> Iterator[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # which noxfile.py takes away
+        before = signal.getsignal(signal.SIGTERM)
         yield runpy.run_path("noxfile.py")
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_nox_ends_what_it_runs_when_it_is_terminated(noxfile: dict[str, Any]) -> None:
+    """It does at Ctrl-C; of SIGTERM it would die alone."""
+    assert noxfile["nox"]
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("index", ["", "https://index.example/cpu"])
