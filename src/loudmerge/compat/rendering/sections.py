@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loudmerge.compat.judging.against import SAME
 from loudmerge.compat.judging.result import OK, CellResult
 from loudmerge.compat.rendering.overview import ABSENT, BAD, GOOD, WITHHELD, Overview, named, symbol, why
+
+Found = tuple[tuple[str, ...], str]
+"""The columns of one thing that was found, and its cell."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ def sections(overview: Overview) -> tuple[Section, ...]:
         _shortfalls(rows),
         _remarks(rows),
         _failures(rows),
-        _not_ok(rows),
-        _refused(rows),
+        _families_not_ok(rows),
+        _families_refused(rows),
         _grid(rows),
         _crossed(rows),
         _skips(rows),
@@ -73,51 +76,42 @@ def _remarks(rows: Sequence[CellResult]) -> Section:
 
 
 def _failures(rows: Sequence[CellResult]) -> Section:
-    failing = [(test, named(row)) for row in rows if row.tests for test in row.tests.failures]
-    ran = [named(row) for row in rows if row.tests]
-    return Section(
+    return _gathered(
         "Failed tests",
         "By node id.",
         ("test", "cells"),
-        tuple(
-            (test, cells) for (test,), cells in _by_cells((((test,), cell) for test, cell in failing), ran)
-        ),
-        "No test failed." if ran else "No test ran.",
+        (((test,), named(row)) for row in rows if row.tests for test in row.tests.failures),
+        [named(row) for row in rows if row.tests],
+        ("No test failed.", "No test ran."),
     )
 
 
-def _not_ok(rows: Sequence[CellResult]) -> Section:
-    return Section(
+def _families_not_ok(rows: Sequence[CellResult]) -> Section:
+    return _gathered(
         "Families that are not ok",
         "A random adapter of the family, merged and compared with the model in memory.",
         ("family", "why", "cells"),
         _outcomes(rows, BAD),
-        "Each family that ran is ok, or refused by design." if _ran_families(rows) else "No family ran.",
+        [named(row) for row in rows if row.families],
+        ("Each family that ran is ok, or refused by design.", "No family ran."),
     )
 
 
-def _refused(rows: Sequence[CellResult]) -> Section:
-    return Section(
+def _families_refused(rows: Sequence[CellResult]) -> Section:
+    return _gathered(
         "Families refused by design",
         "They are shown to be refused, with this code.",
         ("family", "why", "cells"),
         _outcomes(rows, WITHHELD),
-        "No family was refused." if _ran_families(rows) else "No family ran.",
+        [named(row) for row in rows if row.families],
+        ("No family was refused.", "No family ran."),
     )
 
 
-def _outcomes(rows: Sequence[CellResult], wanted: str) -> tuple[tuple[str, ...], ...]:
-    found = (
-        ((name, said), named(row))
-        for row in rows
-        for name, said in row.families.items()
-        if symbol(said) == wanted
-    )
-    return tuple((*key, cells) for key, cells in _by_cells(found, _ran_families(rows)))
-
-
-def _ran_families(rows: Sequence[CellResult]) -> list[str]:
-    return [named(row) for row in rows if row.families]
+def _outcomes(rows: Sequence[CellResult], wanted: str) -> Iterator[Found]:
+    for row in rows:
+        found = ((name, said) for name, said in row.families.items() if symbol(said) == wanted)
+        yield from ((key, named(row)) for key in found)
 
 
 def _grid(rows: Sequence[CellResult]) -> Section:
@@ -133,14 +127,13 @@ def _grid(rows: Sequence[CellResult]) -> Section:
 
 
 def _crossed(rows: Sequence[CellResult]) -> Section:
-    found = (((name, why), named(row)) for row in rows for name, why in row.crossed.items() if why != OK)
-    ran = [named(row) for row in rows if row.crossed]
-    return Section(
+    return _gathered(
         "Adapters of other cells that are not ok",
         "An adapter gives the same merged bytes, whatever is installed where it is merged.",
         ("adapter of", "why", "merged in"),
-        tuple((*key, cells) for key, cells in _by_cells(found, ran)),
-        "Each adapter gave the same bytes in each cell that merged it." if ran else "No adapter was crossed.",
+        (((name, why), named(row)) for row in rows for name, why in row.crossed.items() if why != OK),
+        [named(row) for row in rows if row.crossed],
+        ("Each adapter gave the same bytes in each cell that merged it.", "No adapter was crossed."),
     )
 
 
@@ -151,13 +144,13 @@ def _skips(rows: Sequence[CellResult]) -> Section:
         if row.tests
         for reason, times in row.tests.skips.items()
     )
-    ran = [named(row) for row in rows if row.tests]
-    return Section(
+    return _gathered(
         "Skipped tests",
         "By reason, and how many in each of the cells.",
         ("reason", "tests", "cells"),
-        tuple((*key, cells) for key, cells in sorted(_by_cells(found, ran), key=lambda each: each[0][0])),
-        "No test was skipped." if ran else "No test ran.",
+        sorted(found, key=lambda each: each[0][0]),
+        [named(row) for row in rows if row.tests],
+        ("No test was skipped.", "No test ran."),
     )
 
 
@@ -173,14 +166,23 @@ def _stages(rows: Sequence[CellResult]) -> Section:
     )
 
 
-def _by_cells(
-    found: Iterable[tuple[tuple[str, ...], str]], ran: Sequence[str]
-) -> list[tuple[tuple[str, ...], str]]:
-    """What was found, each once, with the names of its cells; `all that ran` where it is all of `ran`."""
+def _gathered(
+    title: str,
+    meaning: str,
+    header: tuple[str, ...],
+    found: Iterable[Found],
+    ran: Sequence[str],
+    nothing: tuple[str, str],
+) -> Section:
+    """What was found, each once, with the names of its cells; `all that ran` where it is all of `ran`.
+
+    nothing: what stands there where nothing was found, and where nothing ran.
+    """
     cells: dict[tuple[str, ...], list[str]] = {}
     for key, cell in found:
         cells.setdefault(key, []).append(cell)
-    return [(key, _cells(names, ran)) for key, names in cells.items()]
+    rows = tuple((*key, _cells(names, ran)) for key, names in cells.items())
+    return Section(title, meaning, header, rows, nothing[0] if ran else nothing[1])
 
 
 def _cells(names: Sequence[str], ran: Sequence[str]) -> str:
