@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loudmerge.compat import table
-from loudmerge.compat.arguments import at_least_one
+from loudmerge.compat.arguments import DONE, HOME, SHORT, USAGE, add_results, at_least_one
 from loudmerge.compat.environments.alone import alone
 from loudmerge.compat.environments.children import exit_on_signals
 from loudmerge.compat.environments.environment import Installer
@@ -24,9 +24,6 @@ from loudmerge.compat.judging.cells import FILE, Matrix, MatrixError, load
 from loudmerge.compat.judging.result import CellResult
 from loudmerge.compat.running.runner import Options, failures, run
 from loudmerge.errors import EnvironmentFailed
-
-HOME = ".compat"
-DONE, SHORT, USAGE = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "-j", "--jobs", type=at_least_one, default=os.cpu_count() or 1, metavar="N", help="parts at a time"
     )
     parser.add_argument("--against", type=Path, metavar="DIR", help="older results: same, regressed or fixed")
-    parser.add_argument("--results", type=Path, default=Path(HOME, "results"), metavar="DIR")
+    add_results(parser)
     parser.add_argument("--parts", type=_parts, default=PARTS, metavar="PART,…", help=f"of {','.join(PARTS)}")
     parser.add_argument("--uv", action="store_true", help="install with uv (LOUDMERGE_UV=1)")
     return parser

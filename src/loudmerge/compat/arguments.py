@@ -1,8 +1,20 @@
-"""Arguments that several commands of the matrix take. Standard library only."""
+"""What several commands of the matrix have: arguments, exit codes, their folder. Standard library only."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+HOME = ".compat"
+"""The folder of a checkout that they write into."""
+
+DONE, SHORT, USAGE, ALIKE, NEWER, ENVIRONMENT = 0, 1, 2, 3, 4, 5
+"""Exit codes. ALIKE: the ends of a bisection do not differ. NEWER: a release that no cell has is there."""
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """`--results DIR`"""
+    parser.add_argument("--results", type=Path, default=Path(HOME, "results"), metavar="DIR")
 
 
 def at_least_one(text: str) -> int:

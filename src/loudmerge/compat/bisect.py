@@ -23,6 +23,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from loudmerge.compat.arguments import ALIKE, DONE, ENVIRONMENT, HOME
 from loudmerge.compat.environments import environment
 from loudmerge.compat.environments.alone import alone
 from loudmerge.compat.environments.children import Children, exit_on_signals
@@ -36,8 +37,6 @@ from loudmerge.errors import EnvironmentFailed
 
 SECONDS = 1800
 """How long one version may take to answer."""
-
-HOME = Path(".compat")
 
 
 @dataclass(frozen=True)
@@ -346,7 +345,7 @@ def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> 
         parser.error(str(error))
     except EnvironmentFailed as error:
         _say(f"error: {error}")
-        return 5
+        return ENVIRONMENT
     home, installer = root / HOME, Installer.of(root, os.environ, uv=asked.uv)
     try:
         with alone(home), Children() as children:
@@ -354,9 +353,9 @@ def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> 
             found = bisect(asked.package, versions, chosen, ask, laboratory)
     except EnvironmentFailed as error:
         _say(f"error: {error}")
-        return 5
+        return ENVIRONMENT
     sys.stdout.write((json.dumps(found.to_json(), indent=2) if asked.json else found.summary()) + "\n")
-    return 3 if found.found.first is None else 0
+    return ALIKE if found.found.first is None else DONE
 
 
 if __name__ == "__main__":

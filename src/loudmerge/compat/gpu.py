@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from loudmerge.compat.arguments import at_least_one
+from loudmerge.compat.arguments import DONE, SHORT, add_results, at_least_one
 from loudmerge.compat.environments.children import exit_on_signals
 from loudmerge.compat.inside import journey, weights
 from loudmerge.compat.inside.cell import source
@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reason = why_not(given.device)
     row = not_run(options, reason) if reason else attempt(options, given.directory, given.results)
     sys.stdout.write(_leave(given.results, row))
-    return 1 if row.status == FAILED or (given.require and row.status == NOT_RUN) else 0
+    return SHORT if row.status == FAILED or (given.require and row.status == NOT_RUN) else DONE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--learning-rate", type=float, default=RECIPE.learning_rate, metavar="X")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="for 129 GB: base, adapter and OUT")
-    parser.add_argument("--results", type=Path, default=Path(".compat", "results"), metavar="DIR")
+    add_results(parser)
     parser.add_argument("--require", action="store_true", help="fail where torch finds no GPU")
     return parser
 

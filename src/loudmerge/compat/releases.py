@@ -24,6 +24,7 @@ from loudmerge.canary.guards import WHEEL
 from loudmerge.canary.upstream.fetch import Unreachable
 from loudmerge.canary.upstream.packages import Pip
 from loudmerge.canary.upstream.sources import SourceOptions
+from loudmerge.compat.arguments import DONE, ENVIRONMENT, NEWER
 from loudmerge.compat.judging.cells import FILE, PACKAGES, RELEASED, Matrix, MatrixError, load
 from loudmerge.errors import EnvironmentFailed
 
@@ -181,10 +182,10 @@ def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> 
         parser.error(str(error))
     except EnvironmentFailed as error:
         sys.stderr.write(f"error: {error}\n")
-        return 5
+        return ENVIRONMENT
     text = _text(asked, matrix, news)
     sys.stdout.write(f"{text}\n" if text else "")
-    return 4 if lag(news) else 0
+    return NEWER if lag(news) else DONE
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 from loudmerge import __version__
+from loudmerge.compat.arguments import DONE, SHORT, USAGE
 from loudmerge.compat.environments.environment import differing
 from loudmerge.compat.inside.cell import source
 from loudmerge.compat.judging import document
@@ -261,10 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = [*_broken(found), *_failing(overview, matrix), *_readme(given, overview)]
     except (MatrixError, OSError, ResultError, readme.ReadmeError) as error:
         sys.stderr.write(f"{error}\n")
-        return 2
+        return USAGE
     sys.stdout.write(f"{overview.counts}\n")
     sys.stderr.writelines(f"{problem}\n" for problem in problems)
-    return 1 if problems else 0
+    return SHORT if problems else DONE
 
 
 def _broken(rows: Sequence[CellResult]) -> list[str]:

@@ -180,7 +180,8 @@ class Environment:
         logged(installer.install(self.python, wanted), children, log)
         _share(self.directory, log)
         versions = self.running(children)
-        others = differing(versions, _pinned(stamp.requirements))
+        pinned = {name: pin for name, pin in pins_of(stamp.requirements).items() if "://" not in pin}
+        others = differing(versions, pinned)
         if others:
             raise NotInstalled(f"the installer left {others}: see the log")
         origins = {name: str(other) for name, other in seeded.items()}
@@ -252,21 +253,15 @@ def _plain(version: str) -> str:
     return re.sub(r"(\.0)+$", "", version.partition("+")[0])
 
 
-def _pinned(requirements: Sequence[str]) -> dict[str, str]:
-    """Package -> version, of the requirements that name just one."""
-    found = (re.fullmatch(r"([\w.-]+)==([\w.!+-]+)", one) for one in requirements)
-    return {pin[1]: pin[2] for pin in found if pin}
-
-
 def requirements(pinned: Mapping[str, str]) -> tuple[str, ...]:
     """What an installer takes for `pins`."""
     return tuple(f"{name} @ {pin}" if "://" in pin else f"{name}=={pin}" for name, pin in pinned.items())
 
 
 def pins_of(wanted: Sequence[str]) -> dict[str, str]:
-    """The pins that these `requirements` were made of."""
-    found = (re.fullmatch(r"([\w.-]+)(?:==| @ )(\S+)", one) for one in wanted)
-    return {pin[1]: pin[2] for pin in found if pin}
+    """Package -> version or URL, of the requirements that name just one: the way back of `requirements`."""
+    found = (re.fullmatch(r"([\w.-]+)(?:==([\w.!+-]+)| @ (\S+))", one) for one in wanted)
+    return {pin[1]: pin[2] or pin[3] for pin in found if pin}
 
 
 def newest(installer: Installer, children: Children) -> dict[str, str]:

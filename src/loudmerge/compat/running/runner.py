@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loudmerge.compat.arguments import HOME
 from loudmerge.compat.environments.children import Children
 from loudmerge.compat.environments.commands import NotInstalled, Unreachable
 from loudmerge.compat.environments.environment import (
@@ -81,7 +82,7 @@ class Options:
 
     @property
     def home(self) -> Path:
-        return self.root / ".compat"
+        return self.root / HOME
 
     def environment(self, cell: str) -> Environment:
         return Environment(self.home / "env" / cell)
