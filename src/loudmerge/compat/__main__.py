@@ -58,15 +58,21 @@ def _run(matrix: Matrix, given: argparse.Namespace, older: tuple[CellResult, ...
         (root / HOME / file).unlink(missing_ok=True)
     options = Options(root, given.results, given.jobs, installer, source(root), tuple(given.parts))
     rows = run(matrix, given.cells, options, _tell)
-    overview = table.write(rows, root / HOME, older)
+    gpu = table.of_the_gpu(given.results)
+    overview = table.write((*rows, *gpu), root / HOME, older)
     short = failures(matrix.chosen(given.cells), rows)
     for row in short:
         _tell(f"{row.cell}: {row.status}: {row.detail}" if row.detail else f"{row.cell}: {row.status}")
         for each in row.shortfalls:
             _tell(f"  {each.check}: found {each.found}, expected {each.expected}")
     failing = overview.failing(matrix.optional).items()
-    # Without names all count, also those that only the older results have.
-    worse = {cell: change for cell, change in failing if not given.cells or cell in given.cells}
+    # Without names all count, also those that only the older results have; but none that is not run here.
+    others = {row.cell for row in gpu}
+    worse = {
+        cell: change
+        for cell, change in failing
+        if (cell in given.cells if given.cells else cell not in others)
+    }
     for cell, change in worse.items():
         _tell(f"{cell}: {change.word}: {change.detail}")
     _say(overview.counts)

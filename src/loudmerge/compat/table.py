@@ -134,6 +134,11 @@ def _of_late(row: CellResult, today: date) -> CellResult:
     return CellResult(row.cell, row.lane, NOT_RUN, row.versions, detail=detail, date=row.date)
 
 
+def of_the_gpu(directory: Path) -> tuple[CellResult, ...]:
+    """The rows in a folder that are of no lane of the matrix: another command leaves them."""
+    return tuple(row for row in read(directory).values() if row.lane and row.lane not in LANES)
+
+
 def read_older(directory: Path) -> tuple[CellResult, ...]:
     """The results to compare with. Raises ResultError where there are none at all.
 

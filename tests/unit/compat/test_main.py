@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,24 @@ def test_a_row_of_the_gpu_is_not_compared_where_there_is_none_now(
     assert main(["--parts", "tests", "--against", "older"]) == 1
     said = capsys.readouterr()
     assert "gpu-a" not in said.out + said.err + (root / ".compat" / "COMPAT.md").read_text("utf-8")
+
+
+def test_the_table_has_the_row_that_the_gpu_s_run_left_and_the_exit_code_is_none_of_its(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, today = root / ".compat" / "results", datetime.now(timezone.utc).date()
+    results.mkdir()
+    for name, date in (("gpu-new", today), ("gpu-old", today - timedelta(days=90))):
+        row = result(cell=name, lane="gpu", status="failed", date=date.isoformat())
+        (results / f"{name}.json").write_text(json.dumps(row.to_json()), "utf-8")
+    older(root, result(cell="dev", lane="dev"), result(cell="gpu-new", lane="gpu"))
+    assert main(["dev", "--against", "older"]) == 0
+    assert "gpu" not in capsys.readouterr().err
+    assert main(["--parts", "tests", "--against", "older"]) == 1
+    assert "gpu" not in capsys.readouterr().err
+    page = (root / ".compat" / "COMPAT.md").read_text("utf-8")
+    assert "| gpu-new (gpu) | ✗ failed | ▼ regressed |" in page
+    assert "| gpu-old (gpu) | – not-run |" in page
 
 
 def test_a_new_cell_that_is_not_ok_fails_as_in_the_table(
