@@ -1,7 +1,7 @@
 """`python -m loudmerge.compat [CELL…]` in the project's root: runs cells and renders the table.
 
 0  every cell asked for shows what matrix.toml expects, or is optional and was not reached
-1  a cell asked for falls short, or compares badly with the older results: against.fails
+1  a cell asked for falls short, or compares badly with the older results: change.fails
 2  usage: the arguments, or matrix.toml, are wrong; or another run is in this checkout
 """
 

@@ -24,7 +24,6 @@ from loudmerge.compat.arguments import DONE, SHORT, USAGE
 from loudmerge.compat.environments.environment import differing
 from loudmerge.compat.inside.cell import source
 from loudmerge.compat.judging import document
-from loudmerge.compat.judging.against import rows_and_changes
 from loudmerge.compat.judging.cells import (
     FILE,
     LANES,
@@ -36,6 +35,7 @@ from loudmerge.compat.judging.cells import (
     MatrixError,
     load,
 )
+from loudmerge.compat.judging.change import rows_and_changes
 from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
 from loudmerge.compat.judging.verdict import RAN, VERSIONS, all_crossed, judged
 from loudmerge.compat.rendering import markdown, page, readme

@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 
 from loudmerge.canary.code.flow import Place, Scope, places
 from loudmerge.canary.code.syntax import Function, Module, dotted, local_assignments, targets
-from loudmerge.canary.rules.around import Around, Subject
 from loudmerge.canary.rules.skipping import at_top, kept_by, skips, turns
+from loudmerge.canary.rules.surroundings import Subject, Surroundings
 
 HOOKS = ("pytest_runtest_setup", "pytest_runtest_call", "pytest_pyfunc_call", "pytest_itemcollected")
 """The hooks that see each test by itself."""
@@ -20,7 +20,7 @@ IGNORED = frozenset({"collect_ignore", "collect_ignore_glob"})
 MARKING = ("add_marker", "own_markers.append")
 
 
-def left_out(test: Subject, around: Around) -> str:
+def left_out(test: Subject, around: Surroundings) -> str:
     """Why a conftest keeps a test from being run, or lets it fail; empty where none does.
 
     One that does so under a condition which is not about this test may let it run.

@@ -34,7 +34,6 @@ from loudmerge.canary.probing.doubts import Known
 from loudmerge.canary.probing.extract import Gone
 from loudmerge.canary.probing.probe import Probe, mismatches, probe
 from loudmerge.canary.rules import testing
-from loudmerge.canary.rules.around import NOWHERE, Around
 from loudmerge.canary.rules.fingerprint import difference, digest, normal_form
 from loudmerge.canary.rules.kinds import (
     calls,
@@ -48,6 +47,7 @@ from loudmerge.canary.rules.kinds import (
 )
 from loudmerge.canary.rules.schema import validate
 from loudmerge.canary.rules.signatures import signature_problem
+from loudmerge.canary.rules.surroundings import NOWHERE, Surroundings
 from loudmerge.canary.rules.walks import again, bound, walks
 from loudmerge.canary.rules.writes import late, overwritten
 
@@ -74,10 +74,10 @@ def check(rule: Rule, text: str, path: str, read: Callable[[str], str | None] = 
     read: the text of another file of the source, None where there is none: a test has its conftest.py.
     """
     validate(rule)
-    return _check(rule, parse(text, path), text, Around(path, read))
+    return _check(rule, parse(text, path), text, Surroundings(path, read))
 
 
-def _check(rule: Rule, module: Module, text: str, around: Around) -> Finding:
+def _check(rule: Rule, module: Module, text: str, around: Surroundings) -> Finding:
     kind = str(rule["kind"])
     if kind in {"all", "any"}:
         return _several(rule, module, text, around)
@@ -99,7 +99,7 @@ def _unseen(rule: Rule, module: Module) -> Finding | None:
     return Finding(False, f"{rule['function']} is not seen to run: {problem}", line) if problem else None
 
 
-def _several(rule: Rule, module: Module, text: str, around: Around) -> Finding:
+def _several(rule: Rule, module: Module, text: str, around: Surroundings) -> Finding:
     every = rule["kind"] == "all"
     found: list[Finding] = []
     for one in rule["rules"]:
@@ -305,7 +305,7 @@ def _signature(rule: Rule, module: Module) -> Finding:
     return Finding(not problem, problem or f"{rule['name']} admits the call", line)
 
 
-def _tests(rule: Rule, module: Module, around: Around) -> Finding:
+def _tests(rule: Rule, module: Module, around: Surroundings) -> Finding:
     line = 0
     for name in rule["names"]:
         problem, at = testing.problem(rule, module, name, around)

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from loudmerge.canary.code.pieces import parsed
-from loudmerge.canary.rules.around import Around, Subject
+from loudmerge.canary.rules.surroundings import Subject, Surroundings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,7 +26,7 @@ LEAVING = frozenset({"--ignore", "--ignore-glob", "--deselect", "-k", "-m"})
 LISTING = frozenset({"--collect-only", "--co"})
 
 
-def deselected(test: Subject, around: Around) -> str:
+def deselected(test: Subject, around: Surroundings) -> str:
     """Why pytest, run as its settings say, leaves a test out; empty where nothing is seen to."""
     place, settings = _settings(around)
     for option, value in _options(settings.get("addopts", "")):
@@ -43,7 +43,7 @@ def deselected(test: Subject, around: Around) -> str:
     return ""
 
 
-def _settings(around: Around) -> tuple[str, Mapping[str, Any]]:
+def _settings(around: Surroundings) -> tuple[str, Mapping[str, Any]]:
     """(file, settings) that pytest takes for the file: of the nearest folder that has any."""
     for folder in PurePosixPath(around.path).parents:
         for name, section in FILES.items():

@@ -24,7 +24,7 @@ from loudmerge.canary.code.syntax import (
 )
 from loudmerge.canary.code.values import evaluate, outcome
 from loudmerge.canary.code.walk import Flow
-from loudmerge.canary.rules.around import NOWHERE, Around
+from loudmerge.canary.rules.surroundings import NOWHERE, Surroundings
 
 STOPPED = frozenset({"skip", "xfail", "fixture", "expectedFailure"})
 SKIPS = frozenset({"pytest.skip", "pytest.xfail", "self.skipTest"})
@@ -48,7 +48,7 @@ def stopped(
     module: Module,
     function: Function,
     owner: str,
-    around: Around = NOWHERE,
+    around: Surroundings = NOWHERE,
     known: Collection[str] = (),
 ) -> str:
     """Why a test that pytest collects is not run, or may fail; empty where nothing keeps it.
@@ -78,13 +78,13 @@ def marks_of(module: Module, function: Function, owner: str) -> list[ast.expr]:
     return marks + _own_marks(module.tree.body, module)
 
 
-def skips_always(reached: Iterable[Place], around: Around = NOWHERE) -> int:
+def skips_always(reached: Iterable[Place], around: Surroundings = NOWHERE) -> int:
     """The line of the first of these places that skips under no condition; 0 where none does."""
     sure = (one for one in reached if not any(map(turns, one.conditions)))
     return next((one.line for one in sure if skips(one) or _wants(one, around)), 0)
 
 
-def _wants(place: Place, around: Around) -> bool:
+def _wants(place: Place, around: Surroundings) -> bool:
     """Whether a place skips where a module cannot be imported which the source no longer has."""
     node = place.node
     if not isinstance(node, ast.Call) or not _called(node.func, place.scope, WANTING) or not node.args:
@@ -128,7 +128,7 @@ def at_top(module: Module) -> list[Place]:
 
 
 def _before(
-    module: Module, function: Function, owner: str, marks: list[ast.expr], around: Around
+    module: Module, function: Function, owner: str, marks: list[ast.expr], around: Surroundings
 ) -> Iterator[tuple[Module, Function, str, str]]:
     """(file, function, its class, what it is) of all that runs before a test: setups, and its fixtures."""
     for name in (*SETUPS, *(() if owner else SETUPS_OF_FUNCTIONS)):

@@ -18,10 +18,10 @@ from loudmerge.canary.code.syntax import (
     mentions,
 )
 from loudmerge.canary.code.wrapping import yields
-from loudmerge.canary.rules.around import NOWHERE, Around, Subject
 from loudmerge.canary.rules.conftests import left_out
 from loudmerge.canary.rules.settings import deselected
 from loudmerge.canary.rules.skipping import marks_of, skips_always, stopped
+from loudmerge.canary.rules.surroundings import NOWHERE, Subject, Surroundings
 
 PATCHING = frozenset({"patch", "object", "setattr"})
 """`mock.patch(...)`, `patch.object(...)`, `monkeypatch.setattr(...)`, by the last name."""
@@ -45,7 +45,9 @@ def find_test(module: Module, name: str) -> tuple[Function | None, str]:
     return None, ""
 
 
-def problem(rule: Mapping[str, Any], module: Module, name: str, around: Around = NOWHERE) -> tuple[str, int]:
+def problem(
+    rule: Mapping[str, Any], module: Module, name: str, around: Surroundings = NOWHERE
+) -> tuple[str, int]:
     """(why a test of the rule does not guard anything, line), or ("", line of the test).
 
     around: what else its source has.
@@ -65,7 +67,9 @@ def problem(rule: Mapping[str, Any], module: Module, name: str, around: Around =
     return f"{name} {why}" if why else "", function.lineno
 
 
-def _untested(rule: Mapping[str, Any], module: Module, function: Function, owner: str, around: Around) -> str:
+def _untested(
+    rule: Mapping[str, Any], module: Module, function: Function, owner: str, around: Surroundings
+) -> str:
     """Why a test that is run guards nothing: it skips itself, cannot fail, or is of something else."""
     reached = places(Scope(module, function, owner), 2)
     if line := skips_always(reached, around):
@@ -107,7 +111,7 @@ def _acts(new: ast.expr, module: Module, function: Function) -> bool:
     return own or isinstance(new, ast.Lambda)
 
 
-def _left_out(module: Module, function: Function, owner: str, around: Around) -> str:
+def _left_out(module: Module, function: Function, owner: str, around: Surroundings) -> str:
     marks = (one.func if isinstance(one, ast.Call) else one for one in marks_of(module, function, owner))
     names = frozenset(dotted(one).rpartition(".")[2] for one in marks)
     test = Subject(function.name, owner, around.path, names)

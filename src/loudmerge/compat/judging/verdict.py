@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from loudmerge.compat.judging.against import adapterless, packages
 from loudmerge.compat.judging.cells import Expectation
+from loudmerge.compat.judging.change import adapterless, packages
 from loudmerge.compat.judging.result import (
     FAILED,
     NUMBERS,

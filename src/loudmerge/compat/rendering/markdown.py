@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from loudmerge.compat.judging.against import MEANINGS as CHANGED
-from loudmerge.compat.judging.against import SYMBOLS as CHANGES
+from loudmerge.compat.judging.change import MEANINGS as CHANGED
+from loudmerge.compat.judging.change import SYMBOLS as CHANGES
 from loudmerge.compat.judging.result import CellResult
 from loudmerge.compat.rendering.overview import BAD, MEANINGS, SYMBOLS, Column, Overview, marked
 from loudmerge.compat.rendering.sections import Section, sections

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from loudmerge.compat.judging.against import Change, fails
+from loudmerge.compat.judging.change import Change, fails
 from loudmerge.compat.judging.result import (
     FAILED,
     NOT_INSTALLED,

@@ -12,8 +12,8 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 
-from loudmerge.compat.judging.against import MEANINGS as CHANGED
-from loudmerge.compat.judging.against import SYMBOLS as CHANGES
+from loudmerge.compat.judging.change import MEANINGS as CHANGED
+from loudmerge.compat.judging.change import SYMBOLS as CHANGES
 from loudmerge.compat.judging.result import CellResult
 from loudmerge.compat.rendering.overview import (
     ABSENT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loudmerge.compat.judging.against import SAME
+from loudmerge.compat.judging.change import SAME
 from loudmerge.compat.judging.result import OK, CellResult
 from loudmerge.compat.rendering.overview import ABSENT, BAD, GOOD, WITHHELD, Overview, named, symbol, why
 

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from loudmerge.compat import table
-from loudmerge.compat.judging.against import MEANINGS as CHANGES
+from loudmerge.compat.judging.change import MEANINGS as CHANGES
 from loudmerge.compat.rendering import page
 from loudmerge.compat.rendering.overview import COLUMNS, MEANINGS, SYMBOLS, Overview
 from loudmerge.compat.rendering.sections import sections

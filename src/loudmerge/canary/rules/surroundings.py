@@ -16,7 +16,7 @@ SHORTEST = 3
 
 
 @dataclass(frozen=True)
-class Around:
+class Surroundings:
     """path: the file's own. read: the text of another file of its source; None where there is none."""
 
     path: str
@@ -67,5 +67,5 @@ def _nothing(_: str) -> None:
     return None
 
 
-NOWHERE = Around("", _nothing)
+NOWHERE = Surroundings("", _nothing)
 """Of a file that stands alone."""

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from loudmerge.compat.judging.against import (
+from loudmerge.compat.judging.change import (
     FIXED,
     MEANINGS,
     NEW,
