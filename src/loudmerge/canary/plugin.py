@@ -104,10 +104,6 @@ def _override(text: str) -> tuple[str, str]:
 RUN = pytest.StashKey[CanaryRun]()
 
 
-class CanaryFailure(Exception):
-    """A guard is gone, or its upstream could not be asked where that is a failure."""
-
-
 class CanaryItem(pytest.Item):
     """A case without a test function."""
 
@@ -120,11 +116,6 @@ class CanaryItem(pytest.Item):
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         return self.case.guard.file, max(self.case.guard.line - 1, 0), self.case.name
-
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        if isinstance(excinfo.value, CanaryFailure):
-            return str(excinfo.value)
-        return super().repr_failure(excinfo, style)
 
 
 def check(case: CanaryCase, item: pytest.Item) -> None:
@@ -141,7 +132,7 @@ def check(case: CanaryCase, item: pytest.Item) -> None:
     ]
     if failed:
         lines = [*(str(verdict) for verdict in failed), f"why: {case.guard.why}", f"guard: {case.guard.file}"]
-        raise CanaryFailure("\n".join(lines))
+        pytest.fail("\n".join(lines), pytrace=False)
     for verdict in verdicts:
         if verdict.verdict == UNREACHABLE:
             pytest.skip(str(verdict))

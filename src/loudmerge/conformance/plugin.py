@@ -24,10 +24,6 @@ NAME = "loudmerge.conformance.plugin"
 """Its name among pytest's plugins, and that of the entry point."""
 
 
-class ConformanceFailure(Exception):
-    """A merge command did not do with a case what it must."""
-
-
 class ConformanceItem(pytest.Item):
     """A case as a test."""
 
@@ -42,15 +38,10 @@ class ConformanceItem(pytest.Item):
         self.controls.known[self.case.id] = verdict
         verdict = self.controls.judged(self.case, verdict)
         if not verdict.passed:
-            raise ConformanceFailure(_message(self.case, verdict))
+            pytest.fail(_message(self.case, verdict), pytrace=False)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         return self.case.adapter, None, self.case.id
-
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        if isinstance(excinfo.value, ConformanceFailure):
-            return str(excinfo.value)
-        return super().repr_failure(excinfo, style)
 
 
 def _message(case: Case, verdict: Verdict) -> str:
