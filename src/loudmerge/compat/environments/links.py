@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -97,6 +98,7 @@ def _age(source: Path) -> tuple[int, int]:
     return status.st_size, int(status.st_mtime)
 
 
+@cache  # asked for each of ten thousand files
 def _site(environment: Path) -> Path:
     base = {"base": str(environment), "platbase": str(environment)}
     return Path(sysconfig.get_path("purelib", "posix_prefix", base))
