@@ -29,6 +29,7 @@ from loudmerge.compat.environments.alone import alone
 from loudmerge.compat.environments.children import Children, exit_on_signals
 from loudmerge.compat.environments.commands import NotInstalled, Unreachable
 from loudmerge.compat.environments.environment import Environment, Installer
+from loudmerge.compat.environments.places import Places
 from loudmerge.compat.judging import cells
 from loudmerge.compat.judging.cells import PACKAGES, Cell, Matrix
 from loudmerge.compat.releases import Index, PipIndex
@@ -201,14 +202,9 @@ def _representative(group: Sequence[Cell], package: str, end: str) -> Cell:
 
 
 @dataclass(frozen=True)
-class Laboratory:
-    """Makes environments and asks in them.
+class Laboratory(Places):
+    """Makes environments and asks in them. say: takes a line for a person."""
 
-    root: the checkout. home: where environments and logs are kept. say: takes a line for a person.
-    """
-
-    root: Path
-    home: Path
     installer: Installer
     children: Children
     say: Callable[[str], None]
@@ -229,12 +225,11 @@ class Laboratory:
         return remembered
 
     def _try(self, cell: Cell, version: str, question: Question) -> Finding:
-        made = Environment(self.home / "env" / cell.name)
+        made = self.environment(cell.name)
         wanted = environment.requirements(cell.versions)
         self.say(f"{cell.name} …")
         try:
-            log = self.home / "logs" / f"{cell.name}.txt"
-            made.make(self.root, wanted, self.installer, self.children, log)
+            made.make(self.root, wanted, self.installer, self.children, self.log(cell.name))
         except NotInstalled as error:
             return Finding(version, None, f"not installed: {error}")
         except Unreachable as error:
@@ -346,10 +341,10 @@ def main(arguments: Sequence[str] | None = None, index: Index | None = None) -> 
     except EnvironmentFailed as error:
         _say(f"error: {error}")
         return ENVIRONMENT
-    home, installer = root / HOME, Installer.of(root, os.environ, uv=asked.uv)
+    installer = Installer.of(root, os.environ, uv=asked.uv)
     try:
-        with alone(home), Children() as children:
-            laboratory = Laboratory(root, home, installer, children, _say)
+        with alone(root / HOME), Children() as children:
+            laboratory = Laboratory(root, installer, children, _say)
             found = bisect(asked.package, versions, chosen, ask, laboratory)
     except EnvironmentFailed as error:
         _say(f"error: {error}")

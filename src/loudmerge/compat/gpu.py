@@ -36,6 +36,7 @@ from loudmerge.compat.inside.cell import source
 from loudmerge.compat.inside.journey import Journey
 from loudmerge.compat.judging import document
 from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
+from loudmerge.compat.judging.verdict import no_figures
 from loudmerge.demo import training
 from loudmerge.demo.training import Recipe
 from loudmerge.errors import EnvironmentFailed
@@ -286,8 +287,7 @@ def not_run(options: Options, reason: str) -> CellResult:
 
 def did_not_end(options: Options, reason: str) -> CellResult:
     """The row of a run that shows nothing because it stopped."""
-    short = Shortfall("journey", reason, "figures of a trained and merged model")
-    return replace(not_run(options, reason), status=FAILED, shortfalls=(short,))
+    return replace(not_run(options, reason), status=FAILED, shortfalls=(no_figures(reason),))
 
 
 def _installed() -> dict[str, str]:

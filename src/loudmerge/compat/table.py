@@ -37,7 +37,7 @@ from loudmerge.compat.judging.cells import (
 )
 from loudmerge.compat.judging.change import rows_and_changes
 from loudmerge.compat.judging.result import FAILED, NOT_RUN, OK, CellResult, Shortfall
-from loudmerge.compat.judging.verdict import RAN, VERSIONS, all_crossed, judged
+from loudmerge.compat.judging.verdict import RAN, VERSIONS, all_crossed, judged, no_figures
 from loudmerge.compat.rendering import markdown, page, readme
 from loudmerge.compat.rendering.overview import Overview
 from loudmerge.compat.running import rows
@@ -215,7 +215,7 @@ def _by(cell: Cell | None, row: CellResult) -> CellResult:
     if row.status not in RAN or _unreadable(row):
         return row
     if cell is None:
-        none = () if row.figures else (Shortfall("journey", "no figures", "figures of a merged model"),)
+        none = () if row.figures else (no_figures("no figures"),)
         short = row.shortfalls or none
         return replace(row, status=FAILED, shortfalls=short) if row.status == OK and short else row
     others = differing(row.versions, cell.versions) if cell.is_pinned else ""

@@ -53,6 +53,11 @@ def judged(expected: Expectation, result: CellResult) -> CellResult:
     return replace(result, shortfalls=shortfalls, status=FAILED if shortfalls else OK)
 
 
+def no_figures(why: str) -> Shortfall:
+    """Of a run that shows none."""
+    return Shortfall("journey", why, "figures of a trained and merged model")
+
+
 def _shortfalls(expected: Expectation, result: CellResult) -> Iterator[Shortfall]:
     found = tuple(_of_what_was_shown(expected, result))
     yield from found
@@ -65,8 +70,7 @@ def _shortfalls(expected: Expectation, result: CellResult) -> Iterator[Shortfall
 def _of_what_was_shown(expected: Expectation, result: CellResult) -> Iterator[Shortfall]:
     errors = result.errors
     if result.figures is None:
-        found = errors.get("journey", "no figures")
-        yield Shortfall("journey", found, "figures of a trained and merged model")
+        yield no_figures(errors.get("journey", "no figures"))
     else:
         yield from _ways(expected, result)
         yield from _figures(expected, result.figures)

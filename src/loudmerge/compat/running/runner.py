@@ -1,11 +1,7 @@
 """Runs cells: environments, then each cell's parts, then every adapter in every other cell; a row for each.
 
-    .compat/env/CELL            its virtual environment
-    .compat/cells/CELL          what it trained (journey/), and what each part showed (PART.json)
-    .compat/logs/CELL.txt       what the installer said; CELL-PART.txt: what the part said
-    .compat/results/CELL.json   its row
-
-A cell's row is written when the last of its parts has run; until then it says that none has come to its end.
+A cell's row, .compat/results/CELL.json, is written when the last of its parts has run; until then it says
+that none has come to its end.
 Standard library only: torch and the rest are in the environments.
 """
 
@@ -23,17 +19,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loudmerge.compat.arguments import HOME
 from loudmerge.compat.environments.children import Children
 from loudmerge.compat.environments.commands import NotInstalled, Unreachable
 from loudmerge.compat.environments.environment import (
-    Environment,
     Installer,
     pins,
     pins_of,
     requirements,
     sealed,
 )
+from loudmerge.compat.environments.places import Places
 from loudmerge.compat.inside.cell import CROSS, FAMILIES, JOURNEY, PARTS, TESTS, Job
 from loudmerge.compat.judging import document
 from loudmerge.compat.judging.cells import Cell, Matrix
@@ -66,32 +61,18 @@ class PartFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Options:
-    """Where and how cells run. root: the checkout. jobs: how many parts at a time. parts: which, of PARTS.
+class Options(Places):
+    """Where and how cells run. jobs: how many parts at a time. parts: which, of PARTS.
 
     source: of the checkout, as cell.source names it when the run begins.
     """
 
-    root: Path
     results: Path
     jobs: int
     installer: Installer
     source: str
     parts: tuple[str, ...] = PARTS
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-
-    @property
-    def home(self) -> Path:
-        return self.root / HOME
-
-    def environment(self, cell: str) -> Environment:
-        return Environment(self.home / "env" / cell)
-
-    def directory(self, cell: str) -> Path:
-        return self.home / "cells" / cell
-
-    def log(self, cell: str, part: str = "") -> Path:
-        return self.home / "logs" / (f"{cell}-{part}.txt" if part else f"{cell}.txt")
 
 
 @dataclass(frozen=True)
