@@ -14,7 +14,7 @@ from itertools import permutations
 
 from loudmerge.errors import WHICH_BASE, MergeRefused, Problem
 from loudmerge.evidence.hypotheses import Evidence, FusedModule, Hypothesis, admits, hypotheses
-from loudmerge.evidence.packing import Packing, made_by_unsloth, turned
+from loudmerge.evidence.packing import Packing, made_by_unsloth, perhaps_turned
 from loudmerge.evidence.provenance import config_evidence
 from loudmerge.evidence.weighing import UNREAD, FusedSite, Weighed, fused_site
 from loudmerge.layout import Axes, LoraBLayout, Orientation, PairShape
@@ -30,12 +30,16 @@ _OTHER: dict[str, str] = dict([*permutations(Orientation, 2), *permutations(Lora
 
 @dataclass(frozen=True)
 class Layout:
-    """What was decided. `packing` is by (module, parameter leaf). weighed: what the weights say of it."""
+    """What was decided. `packing` is by (module, parameter leaf). weighed: what the weights say of it.
+
+    doubts: what the files do not tell, and a person may know.
+    """
 
     hypotheses: Mapping[str, Hypothesis]
     packing: Mapping[tuple[str, str], LoraBLayout]
     evidence: tuple[Evidence, ...]
     weighed: Weighed = UNREAD
+    doubts: tuple[str, ...] = ()
 
     @property
     def orientation(self) -> str:
@@ -93,13 +97,14 @@ def decide(
     weighed = weigh(fused_site(*place) for place in placed) if weigh else UNREAD
     packing = Packing(config, lora_b_layout, evidence, weighed.verdicts)
     packed = {(place[0].name, place[1].leaf): packing.decide(*place) for place in placed}
-    problems = packing.problems
+    problems, doubts = packing.problems, tuple[str, ...]()
     if orientation == "auto" and made_by_unsloth(config) and family.axes is Axes.OUT_IN:
         read = [(module, parameter, packed[module.name, parameter.leaf]) for module, parameter, _ in placed]
-        problems = [*problems, *turned(read, evidence)]
+        turned, doubts = perhaps_turned(read, evidence)
+        problems = [*problems, *turned]
     if problems:
         raise MergeRefused(problems)
-    return Layout(chosen, packed, tuple(evidence), weighed)
+    return Layout(chosen, packed, tuple(evidence), weighed, doubts)
 
 
 def _admitted(modules: Sequence[FusedModule]) -> dict[str, tuple[Hypothesis, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loudmerge.errors import WHICH_BASE, Problem
@@ -125,21 +125,34 @@ def made_by_unsloth(config: AdapterConfig) -> bool:
     return bool(_auto_mapping(config).get("unsloth_fixed"))
 
 
-def turned(
+def perhaps_turned(
     packed: Iterable[tuple[FusedModule, FusedParameter, LoraBLayout]], evidence: Iterable[Evidence]
-) -> Iterator[Problem]:
+) -> tuple[list[Problem], tuple[str, ...]]:
     """The square parameters of an adapter by Unsloth, which its own experts forward may have read transposed.
 
     Until 2026.9.7 that forward took what PEFT lays out as a square parameter's update for its transpose, and
     a parameter that is not square as PEFT does (unsloth_zoo/temporary_patches/moe_utils.py,
-    `extract_moe_lora_weights_for_grouped_mm`). What is grouped_by_expert without a marker was trained by it;
-    what PEFT's own forward trained is rank_major.
+    `extract_moe_lora_weights_for_grouped_mm`). What is grouped_by_expert without a marker was trained by it:
+    a problem. With a marker it was by 2026.9.6 and 2026.9.7, and by no later one: a note, of all together.
+    What PEFT's own forward trained is rank_major, without a marker: neither.
     """
     marked = {one.site for one in evidence if one.source == "marker"}
-    for module, parameter, packing in packed:
-        square = parameter.d1 == parameter.d2 and module.num_experts > 1
-        if square and packing is LoraBLayout.GROUPED_BY_EXPERT and parameter.name not in marked:
-            yield _turned(parameter)
+    square = [
+        (parameter, packing)
+        for module, parameter, packing in packed
+        if parameter.d1 == parameter.d2 and module.num_experts > 1
+    ]
+    unmarked = [
+        parameter
+        for parameter, packing in square
+        if parameter.name not in marked and packing is LoraBLayout.GROUPED_BY_EXPERT
+    ]
+    leaves = sorted({parameter.leaf for parameter, _ in square if parameter.name in marked})
+    note = (
+        f"{' and '.join(leaves)}: square, in an adapter by Unsloth. unsloth_zoo 2026.9.6 and 2026.9.7 trained"
+        " such ones transposed, with the marker of later releases: by one of these two, it is merged wrongly"
+    )
+    return [_turned(parameter) for parameter in unmarked], (note,) if leaves else ()
 
 
 def _auto_mapping(config: AdapterConfig) -> Mapping[str, Any]:

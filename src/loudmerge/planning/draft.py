@@ -281,7 +281,12 @@ class Draft:
             counts=Counts(self.expert, self.dense, self.replaced, len(outputs) - touched),
             num_experts=placement.num_experts,
             config_edits=self.edits,
-            notes=(*layout.overruled, *self.notes, *_unread(self.base.left_out, self.adapter.unread)),
+            notes=(
+                *layout.overruled,
+                *layout.doubts,
+                *self.notes,
+                *_unread(self.base.left_out, self.adapter.unread),
+            ),
         )
 
     def _output(self, entry: TensorEntry, *, closing: bool, head: bool) -> OutputTensor:

@@ -341,6 +341,26 @@ def test_other_square_parameters_of_unsloth_are_as_peft_lays_them_out(
     assert layout.lora_b_layout == says.value
 
 
+@pytest.mark.parametrize(
+    ("module", "family", "fields", "said"),
+    [
+        (SQUARE_AND_NOT, "qwen3_moe", {**UNMARKED, "lora_B_layout": "rank_major"}, True),
+        (SQUARE_AND_NOT, "gpt_oss", {**UNMARKED, "lora_B_layout": "rank_major"}, False),
+        (SQUARE_AND_NOT, "qwen3_moe", {"lora_B_layout": "rank_major"}, False),
+        (BOTH, "qwen3_moe", {**UNMARKED, "lora_B_layout": "rank_major"}, False),
+    ],
+    ids=["square", "is_transposed", "not by Unsloth", "not square"],
+)
+def test_a_marked_square_parameter_may_be_of_two_releases_that_trained_it_transposed(
+    module: FusedModule, family: str, fields: dict[str, Any], said: bool
+) -> None:
+    """2026.9.6 and 2026.9.7 write the marker that later ones, which read it as PEFT does, write, too."""
+    doubts = decide([module], config(**NEWEST, **fields), family_of(family), weigh=saying(MAJOR)).doubts
+    assert [doubt.partition(": square, in an adapter by Unsloth.")[0] for doubt in doubts] == [
+        "gate_up_proj"
+    ] * said
+
+
 @pytest.mark.parametrize("option", ["rank_major", "grouped_by_expert"])
 @pytest.mark.parametrize("says", [*LoraBLayout, None])
 def test_the_option_wins_over_weights_and_both_are_recorded(option: str, says: LoraBLayout | None) -> None:
