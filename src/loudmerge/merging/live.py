@@ -49,13 +49,10 @@ from loudmerge.reading.adapter import LEVELS, PREFIX, read_adapter
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.adapter_config import WEIGHTS
 from loudmerge.reading.checkpoint import open_checkpoint
+from loudmerge.reading.initialisations import CHANGING_INITS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""How the names begin of initialisations that change the base's weights, and not what the adapter computes.
-Source: peft/tuners/lora/layer.py, `LoraLayer.update_layer`."""
 
 
 def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **options: Any) -> MergeReport:

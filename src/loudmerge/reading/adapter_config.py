@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem, some
+from loudmerge.reading.initialisations import is_harmless, what_helps
 from loudmerge.reading.patterns import alphas, ranks
 from loudmerge.system.jsonfile import read_json
 
@@ -71,9 +72,6 @@ READ_FIELDS = frozenset(
         "use_rslora",
     }
 )
-
-HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
 
 _BY_TOKEN: Mapping[str, str] = {
     "alora_invocation_tokens": "has the LoRA act from these tokens on",
@@ -288,12 +286,11 @@ def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Prob
             " set this field to null, and merge into that.",
         )
     init = raw.get("init_lora_weights", True)
-    known = init.lower() if isinstance(init, str) else init  # PEFT takes "Gaussian", too, and saves it so
-    if _is_number(init) or known not in HARMLESS_INITS:  # 1 == True
+    if not is_harmless(init):
         yield refuse(
             "init_lora_weights",
             "an initialisation that leaves the base's weights alone",
-            "Save it with path_initial_model_for_weight_conversion, which turns it into an ordinary LoRA.",
+            what_helps(init),
         )
     for field in sorted(raw.keys() - INERT_FIELDS - READ_FIELDS):
         if raw[field] in (None, False, [], {}, ""):

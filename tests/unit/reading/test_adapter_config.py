@@ -227,12 +227,32 @@ def test_an_initialisation_that_leaves_the_base_alone_is_fine(init: object, tmp_
 
 
 @pytest.mark.parametrize(
-    "init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", None, 1, 0]
+    "init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "lora-ga", "new", None, 1, 0]
 )
 def test_an_initialisation_that_changes_the_base_is_refused(init: object, tmp_path: Path) -> None:
     error = refused(tmp_path, init_lora_weights=init)
     assert f"found {init!r}, expected an initialisation that leaves the base's weights alone." in str(error)
     assert "path_initial_model_for_weight_conversion" in error.hint
+    assert "pissa_converted of LLaMA-Factory, converted/default of ms-swift" in error.hint
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "OLoRA"])
+def test_what_peft_begins_anew_alike_may_be_merged_by_it(init: str, tmp_path: Path) -> None:
+    assert "merge_and_unload on this base is right" in refused(tmp_path, init_lora_weights=init).hint
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "lora_ga"])
+def test_what_peft_does_not_begin_alike_is_not_for_its_merge(init: str, tmp_path: Path) -> None:
+    hint = refused(tmp_path, init_lora_weights=init).hint
+    assert "only the live model can be merged" in hint
+    assert "merge_and_unload" not in hint
+
+
+def test_an_adapter_of_loftq_is_not_to_be_converted(tmp_path: Path) -> None:
+    """Its base is a quantised one: what it began with and the base are not together the weight."""
+    hint = refused(tmp_path, init_lora_weights="loftq").hint
+    assert "save_pretrained_merged" in hint
+    assert "path_initial_model_for_weight_conversion" not in hint
 
 
 def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
