@@ -215,6 +215,28 @@ def test_an_initialisation_that_changed_the_base_is_refused(init: str, tmp_path:
     refused(tmp_path, "unsupported-adapter", "init_lora_weights")
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_such_an_adapter_that_says_true_is_for_the_base_that_was_trained_on(
+    init: str, tmp_path: Path
+) -> None:
+    """As LLaMA-Factory saves pissa_backup: by init_lora_weights it would be an ordinary LoRA of any base."""
+    kinds.build(LLAMA).save_pretrained(tmp_path / "base")
+    live = _initialised(kinds.load(tmp_path / "base"), init)
+    before = tiny.logits(live)
+    with torch.no_grad():
+        for seed, factor in enumerate(part for part in live.parameters() if part.requires_grad):
+            noise = torch.randn(factor.shape, generator=torch.Generator().manual_seed(seed))
+            factor.add_(noise * factor.std() * 0.2)  # as training moves it: not anew, as `kinds.train`
+    live.peft_config["default"].init_lora_weights = True
+    live.save_pretrained(tmp_path / "adapter")
+    refused(tmp_path, "unsupported-adapter", "holds a part of the weight itself")
+    trained = tiny.logits(live)
+    assert (trained - before).abs().max() >= TRAINED
+    live.unload().save_pretrained(tmp_path / "trained on")
+    loudmerge.merge(tmp_path / "trained on", tmp_path / "adapter", tmp_path / "out")
+    assert (tiny.logits(kinds.load(tmp_path / "out")) - trained).abs().max() <= LOGITS_BOUND
+
+
 CRAFTED: dict[str, Any] = {
     "init_lora_weights": ["corda", "loftq", "lora_ga", "anything"],
     "use_qalora": [True],

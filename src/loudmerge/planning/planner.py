@@ -1,7 +1,8 @@
 """Makes a MergePlan: places the adapter, decides its layout, and accounts for every tensor of both sides.
 
 Every problem found is reported together. Of the weights, only what tells how lora_B is packed is read,
-whether an embedding that was trained lies there twice, and a head's bias that PEFT leaves out.
+whether an embedding that was trained lies there twice, a head's bias that PEFT leaves out, and a few weights
+that LoRAs may hold a part of.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from loudmerge.planning.draft import Draft
 from loudmerge.planning.forwards import beyond_weight, lost_biases
 from loudmerge.planning.options import Options
 from loudmerge.planning.plan import MergePlan
+from loudmerge.planning.residual import parts_of_weights
 from loudmerge.planning.siblings import missing_siblings
 from loudmerge.planning.sites import place
 from loudmerge.planning.towers import in_its_part
@@ -69,6 +71,8 @@ def make_plan(base: Checkpoint, adapter: Adapter, options: Options) -> MergePlan
     problems += lost_biases(draft)
     # Linears first: where the config's rank is wrong they prove it, and experts only that something is.
     problems += [*draft.problems, *fused]
+    # Only what fits the base's weights can be compared with them.
+    problems = problems or list(parts_of_weights(placement.dense))
     if problems:
         raise MergeRefused(problems)
     plan = draft.finish(layout, placement)
