@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem, some
+from loudmerge.reading.foreign import what_of
 from loudmerge.reading.initialisations import is_harmless, what_helps
 from loudmerge.reading.patterns import alphas, ranks
 from loudmerge.system.jsonfile import read_json
@@ -73,11 +74,10 @@ READ_FIELDS = frozenset(
     }
 )
 
-_BY_TOKEN: Mapping[str, str] = {
-    "alora_invocation_tokens": "has the LoRA act from these tokens on",
-    "arrow_config": "chooses among adapters for each token",
-}
-"""Fields with which the update depends on the text (peft/tuners/lora/variants.py, 0.21.2)."""
+_WHOLE = (
+    "It was merged already, or trained whole: then there is nothing to merge. If it is the base, name it"
+    " first: BASE, then ADAPTER."
+)
 
 _How = Callable[[Iterable[bool]], bool]
 
@@ -225,6 +225,9 @@ def read_config(path: Path) -> AdapterConfig:
     if inside:
         hint = f"Give the folder in it of the adapter that is meant: {some(inside, 10)}."
         raise MergeRefused(Problem("unsupported-adapter", str(path), f"no {CONFIG}", wanted, hint))
+    if not file.is_file() and (path / "config.json").is_file():
+        found = f"no {CONFIG}, but the config.json of a whole model"
+        raise MergeRefused(Problem("unsupported-adapter", str(path), found, wanted, _WHOLE))
     raw = read_json(file, "unsupported-adapter", wanted)
     problems = list(_config_problems(file, raw))
     if problems:
@@ -295,12 +298,7 @@ def _function_problems(raw: Mapping[str, Any], refuse: _Refuse) -> Iterable[Prob
     for field in sorted(raw.keys() - INERT_FIELDS - READ_FIELDS):
         if raw[field] in (None, False, [], {}, ""):
             continue
-        if field in _BY_TOKEN:
-            expected = f"null: it {_BY_TOKEN[field]}, which no weight computes"
-            yield refuse(field, expected, "Use base and adapter with PEFT, without a merge.")
-        else:
-            expected = "null: this field is not understood, and may change the function"
-            yield refuse(field, expected, "Merge with PEFT's merge_and_unload, where that can.")
+        yield refuse(field, *what_of(field))
 
 
 def _is_named(names: str | Iterable[str], module: str) -> bool:

@@ -255,6 +255,23 @@ def test_an_adapter_of_loftq_is_not_to_be_converted(tmp_path: Path) -> None:
     assert "path_initial_model_for_weight_conversion" not in hint
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "helps"),
+    [
+        ("nvfp4_merge_aware", {"scale_mode": "fresh"}, "axolotl's merge-lora, into the NVFP4 base"),
+        ("swift_type", "LORA", "--to_peft_format true"),
+        ("arrow_config", {"top_k": 2}, "without a merge"),
+    ],
+)
+def test_a_field_that_a_trainer_added_is_refused_with_what_its_trainer_has(
+    field: str, value: object, helps: str, tmp_path: Path
+) -> None:
+    """PEFT passes over them, so its merge_and_unload is no way out."""
+    hint = refused(tmp_path, **{field: value}).hint
+    assert helps in hint
+    assert "merge_and_unload" not in hint
+
+
 def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
     error = refused(tmp_path, r=0, lora_alpha="x", peft_type="IA3", init_lora_weights="pissa", zeta=1, beta=2)
     assert [problem.where.split(" ")[0] for problem in error.problems] == [
