@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.reading.adapter_config import WEIGHTS, AdapterConfig, ends_with, read_config
-from loudmerge.reading.beside import no_weights, weights_beside
+from loudmerge.reading.beside import no_weights, restarted, weights_beside
 from loudmerge.system.tensorfile import FLOAT_CODES, TensorEntry, read_header
 
 PREFIX = "base_model.model."
@@ -111,6 +111,7 @@ def read_adapter(path: Path) -> Adapter:
     entries, _ = read_header(weights)
     sorter = _Sorter(config)
     unread, sorter.problems = weights_beside((f.name for f in path.iterdir() if f.is_file()), str(path))
+    sorter.problems += restarted(path)
     for entry in entries.values():
         sorter.add(entry)
     sorter.sort_full()

@@ -28,9 +28,22 @@ _STATE = re.compile(
 
 _OWN = re.compile(
     r"(model|pytorch_model|consolidated)([.-]\S*)?\.(safetensors|bin|pth)"
-    r"|(value_head|scoring_head)\.(safetensors|bin)"
+    r"|(value_head|v_head|scoring_head)\.(safetensors|bin)"
 )
 """A model of its own, and heads that a reward model or PPO has beside the language model: no part of OUT."""
+
+PICKLED = "adapter_model.bin"
+"""An adapter's weights as PEFT wrote them before it wrote safetensors."""
+
+RESTARTED = "relora"
+
+_IN_PARTS = re.compile(r"(pytorch_model_fsdp|global_step|distcp|dist_cp)[_\d]*")
+"""Folders of FSDP's sharded state (accelerate/utils/fsdp_utils.py) and of DeepSpeed's."""
+
+_GATHER = (
+    "Save the trained adapter whole: with FSDP's FULL_STATE_DICT, with DeepSpeed's"
+    " stage3_gather_16bit_weights_on_model_save, or by save_pretrained with the state accelerate gathers."
+)
 
 _HINT = (
     "If they were trained with the adapter, the merge would lose them: merge with the tool that wrote them. "
@@ -76,14 +89,38 @@ def no_weights(path: Path) -> Problem:
             f"one {WEIGHTS}, as PEFT reads it",
             f"Join them: safetensors.torch.save_file of all that load_file reads of them, as {WEIGHTS}.",
         )
-    pickled = sorted(file.name for file in path.glob("*.bin"))
-    if pickled:
+    pickled = [file.name for file in sorted(path.glob("*.bin")) if not _STATE.fullmatch(file.name)]
+    if adapter := [name for name in (PICKLED, *pickled) if (path / name).is_file()]:
         return Problem(
             "unsafe-file",
-            str(path / pickled[0]),
+            str(path / adapter[0]),
             "a pickle, which can run code when it is loaded",
             WEIGHTS,
             "Load it with PEFT where you trust it, and save it again with safe_serialization=True.",
         )
-    hint = "Give the directory that holds it: PEFT's save_pretrained writes both."
-    return Problem("unsupported-adapter", str(path), f"no {WEIGHTS}", "the weights beside the config", hint)
+    parts = [f.name for f in sorted(path.iterdir()) if f.is_dir() and _IN_PARTS.fullmatch(f.name)]
+    found = f"no {WEIGHTS}, but a training's weights in parts, in {parts[0]}" if parts else f"no {WEIGHTS}"
+    hint = _GATHER if parts else "Give the directory that holds it: PEFT's save_pretrained writes both."
+    return Problem("unsupported-adapter", str(path), found, "the weights beside the config", hint)
+
+
+def restarted(path: Path) -> list[Problem]:
+    """A problem for an adapter of axolotl's ReLoRA, which adds its LoRA to the base and starts it anew.
+
+    Such a base is saved as `relora` in the checkpoint, of whose restart the adapter has a folder of its own.
+    Source: axolotl/monkeypatch/relora.py, `ReLoRACallback`, 0.19.0.
+    """
+    inside = path.resolve()
+    for folder in (inside / RESTARTED, inside.parent / RESTARTED if inside.name == "adapter" else inside):
+        if folder != inside and folder.is_dir():
+            return [
+                Problem(
+                    "unsupported-adapter",
+                    str(path),
+                    f"{folder}, a base that ReLoRA added this training's earlier LoRAs to",
+                    "an adapter that holds all that was trained",
+                    "Use the model that axolotl saves at the end of training, which is merged. If the folder"
+                    " has to do with something else, move it out.",
+                )
+            ]
+    return []

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
+from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.sidefiles import CONFIG, find_side_files
 from loudmerge.system.jsonfile import read_json
 from loudmerge.system.links import link_to_nothing
@@ -91,7 +92,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     (a shard that cannot be opened, an index that disagrees with the shards, a link to nothing),
     `unsafe-file`. Raises OSError for a folder that cannot be read.
     """
-    config = read_json(path / CONFIG, "unsupported-base", WANTED)
+    config = _read_config(path)
     index, names = _weight_files(path)
     entries: dict[str, TensorEntry] = {}
     metadata = {}
@@ -110,6 +111,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise MergeRefused(problems)
     shards = tuple(path / name for name in names)
     return Checkpoint(path, config, entries, shards, index, metadata, side.copied, side.left_out)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG).is_file() and (path / ADAPTER_CONFIG).is_file():
+        found = f"no {CONFIG}, but the {ADAPTER_CONFIG} of an adapter"
+        hint = "Name the base first, then the adapter, whose base_model_name_or_path says which base."
+        raise MergeRefused(Problem("unsupported-base", str(path), found, WANTED, hint))
+    return read_json(path / CONFIG, "unsupported-base", WANTED)
 
 
 def _weight_files(path: Path) -> tuple[dict[str, Any] | None, list[str]]:

@@ -10,6 +10,7 @@ import pytest
 import loudmerge
 from loudmerge.errors import MergeRefused
 from loudmerge.reading.adapter import read_adapter
+from loudmerge.reading.adapter_config import WEIGHTS
 from tests.unit.builders import plan_of
 from tests.unit.places import Place
 
@@ -60,7 +61,13 @@ def test_the_state_of_a_training_is_none_of_the_adapters_weights(place: Place, n
     "name",
     [
         *("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"),
-        *("value_head.safetensors", "consolidated.00.pth", "adapter.gguf"),
+        *(
+            "value_head.safetensors",
+            "v_head.safetensors",
+            "v_head.bin",
+            "consolidated.00.pth",
+            "adapter.gguf",
+        ),
     ],
 )
 def test_a_model_of_its_own_is_said_not_to_be_read(place: Place, name: str) -> None:
@@ -105,3 +112,69 @@ def test_what_lies_in_folders_is_none_of_this_adapters(place: Place) -> None:
     (place.adapter / "global_step5").mkdir()
     Path(place.adapter, "global_step5", "states.pt").write_bytes(b"")
     assert read_adapter(place.adapter).unread == ()
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin"])
+def test_the_state_of_a_training_is_not_taken_for_a_pickled_adapter(place: Place, name: str) -> None:
+    (place.adapter / WEIGHTS).unlink()
+    (place.adapter / name).write_bytes(b"never opened")
+    with pytest.raises(MergeRefused, match=r"found no adapter_model\.safetensors, expected") as refused:
+        read_adapter(place.adapter)
+    assert refused.value.code == "unsupported-adapter"
+
+
+def test_a_pickled_adapter_is_named_whatever_else_is_pickled(place: Place) -> None:
+    (place.adapter / WEIGHTS).unlink()
+    for name in ("a.bin", "adapter_model.bin", "training_args.bin"):
+        (place.adapter / name).write_bytes(b"never opened")
+    with pytest.raises(MergeRefused, match=r"unsafe-file: .*adapter_model\.bin: found a pickle"):
+        read_adapter(place.adapter)
+
+
+@pytest.mark.parametrize("folder", ["pytorch_model_fsdp_0", "global_step120"])
+def test_weights_that_lie_in_a_trainings_parts_are_to_be_gathered(place: Place, folder: str) -> None:
+    (place.adapter / WEIGHTS).unlink()
+    (place.adapter / folder).mkdir()
+    (place.adapter / "training_args.bin").write_bytes(b"never opened")
+    with pytest.raises(MergeRefused, match=f"a training's weights in parts, in {folder}") as refused:
+        read_adapter(place.adapter)
+    assert "FULL_STATE_DICT" in refused.value.hint
+
+
+@pytest.mark.parametrize("folder", ["pytorch_model_fsdp_0", "global_step120"])
+def test_such_parts_beside_the_whole_adapter_are_its_trainings(place: Place, folder: str) -> None:
+    (place.adapter / folder).mkdir()
+    assert read_adapter(place.adapter).unread == ()
+
+
+def test_a_restarted_adapter_is_refused_for_the_base_it_was_added_to(place: Place) -> None:
+    """Source: axolotl's ReLoRA. Merged into the original base, what the earlier LoRAs learned is lost."""
+    (place.adapter / "relora").mkdir()
+    with pytest.raises(MergeRefused) as refused:
+        loudmerge.merge(place.base, place.adapter, place.out)
+    assert refused.value.code == "unsupported-adapter"
+    assert "relora, a base that ReLoRA added this training's earlier LoRAs to" in str(refused.value)
+    assert "axolotl saves at the end of training" in refused.value.hint
+
+
+def test_so_is_the_adapter_of_a_restart(place: Place) -> None:
+    folder = place.adapter.parent / "checkpoint-8" / "adapter"
+    shutil.copytree(place.adapter, folder)
+    (folder.parent / "relora").mkdir()
+    with pytest.raises(MergeRefused, match="ReLoRA added this training's earlier"):
+        read_adapter(folder)
+
+
+def test_a_whole_model_is_no_adapter(place: Place) -> None:
+    """As when it was merged by its trainer, or where BASE and ADAPTER are in each other's place."""
+    with pytest.raises(MergeRefused, match=r"but the config\.json of a whole model") as refused:
+        read_adapter(place.base)
+    assert "there is nothing to merge" in refused.value.hint
+    assert "BASE, then ADAPTER" in refused.value.hint
+
+
+def test_an_adapter_is_no_base(place: Place) -> None:
+    with pytest.raises(MergeRefused, match=r"but the adapter_config\.json of an adapter") as refused:
+        loudmerge.merge(place.adapter, place.adapter, place.out)
+    assert refused.value.code == "unsupported-base"
+    assert "Name the base first" in refused.value.hint
