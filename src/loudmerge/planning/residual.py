@@ -33,8 +33,8 @@ ENOUGH = 1024
 LARGEST = 1 << 26
 """Elements of the largest weight that is read: 256 MiB as float32."""
 
-FEWEST = 16
-"""Numbers that have to agree. Two of rank 1 do by chance."""
+FEWEST = 48
+"""Numbers that have to agree: a few do by chance."""
 
 APART = 0.7
 """Relative distance of projection and update: 0 as training begins. It was 0.5 at most after four steps at a
@@ -84,7 +84,9 @@ def _is_whole(item: Placed) -> bool:
     if item.pair.embedding or slot.index >= 0 or len(entry.shape) != 2:
         return False
     out = entry.shape[0 if slot.axes is Axes.OUT_IN else 1]
-    return slot.out.count == out and entry.shape[0] * entry.shape[1] <= LARGEST
+    # A LoRA of full rank has no subspace: it may be anything.
+    low = item.rank < min(entry.shape)
+    return low and slot.out.count == out and entry.shape[0] * entry.shape[1] <= LARGEST
 
 
 def _held(item: Placed) -> Problem:

@@ -122,3 +122,15 @@ def test_one_number_alone_says_nothing(world: World) -> None:
     adapter = {name: t for name, t in lora(pissa, 1).items() if NAMES[0] in name}
     base = {f"{NAMES[0]}.weight": BASE[f"{NAMES[0]}.weight"]}
     assert world.plan(base, adapter, **fields(1)).counts.dense == 1
+
+
+def test_a_lora_of_full_rank_is_not_compared(world: World) -> None:
+    """As many numbers as rank times rank it does not have: chance makes a few agree."""
+    base = {f"{name}.weight": values(1, 2, seed=layer) for layer, name in enumerate(NAMES)}
+    adapter = {}
+    for name in NAMES:
+        adapter[f"{PREFIX}{name}.lora_A.weight"] = torch.eye(4, 2)
+        adapter[f"{PREFIX}{name}.lora_B.weight"] = torch.cat(
+            [base[f"{name}.weight"] / 2.5, torch.zeros(1, 2)], dim=1
+        )
+    assert world.plan(base, adapter, **fields()).counts.dense == LAYERS
