@@ -14,9 +14,8 @@ import torch
 from loudmerge.errors import MergeRefused
 from loudmerge.reading.checkpoint import INDEX, Checkpoint, open_checkpoint
 from loudmerge.reading.families import family_of
-from loudmerge.reading.sidefiles import CONFIG
+from loudmerge.reading.sidefiles import CONFIG, OF_TOKENIZERS
 from loudmerge.system.tensorfile import DTYPES, TensorEntry, TensorReader
-from loudmerge.verifying.outfiles import OF_TOKENIZERS
 
 if TYPE_CHECKING:
     from torch import Tensor

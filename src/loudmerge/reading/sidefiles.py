@@ -7,12 +7,14 @@ import re
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
-from loudmerge.system.jsonfile import parse
+from loudmerge.system.jsonfile import parse, read_json
 from loudmerge.system.links import link_to_nothing
+from loudmerge.system.pointer import pointer_problem
 
 WEIGHT_SUFFIXES = frozenset(
     {
@@ -41,6 +43,23 @@ MODULES = "modules.json"
 OTHER_WEIGHTS = frozenset({"spk_dict.pt"})
 """Named as weights are, but none of the model's. spk_dict.pt: the voices of qwen2_5_omni, without which its
 from_pretrained raises (transformers/models/qwen2_5_omni/modeling_qwen2_5_omni.py)."""
+
+OF_TOKENIZERS = (
+    *("*token*.json", "*tekken*.json", "*vocab*.json", "*vocab*.txt", "*vocab.*", "*.vocab", "*merges.txt"),
+    *("*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.tokenizer", "bpe.codes", "dict.txt"),
+    *("byte_maps.json", "emoji.json", "normalizer.json", "word_pronunciation.json", "word_shape.json"),
+    *("*.jinja", "chat_template.json"),
+)
+"""Names of the files that tokenizers are made of: the VOCAB_FILES_NAMES of transformers 5.24
+(models/*/tokenization_*.py), what its integrations/mistral reads before a tokenizer.json, the names that
+mistral-common and sentencepiece give beside those, and chat templates."""
+
+READ_BY_LOADERS = (
+    *OF_TOKENIZERS,
+    *("*config*.json", "params.json", "modules.json", "speaker_embeddings_path.json", "*.py"),
+)
+"""Names of files without weights that loaders read: an adapter_config.json puts an adapter on top, for one, a
+config_sentence_transformers.json a prompt before every text, and params.json is Mistral's config.json."""
 
 CONFIG, REPORT = "config.json", "merge_report.json"
 REWRITTEN = frozenset({CONFIG, REPORT})
@@ -76,11 +95,16 @@ def find_side_files(path: Path, used: Collection[str]) -> SideFiles:
             continue
         if name == ADAPTER_CONFIG or (is_weights(name) and not is_other_weights(name, folders)):
             left_out.append(name)
-        elif problem := _no_file(file):
+        elif problem := _no_file(file) or _damaged(file):
             problems.append(problem)
         else:
             copied.append(name)
     return SideFiles(tuple(copied), tuple(left_out), tuple(problems))
+
+
+def is_read_by_loaders(name: str) -> bool:
+    """Whether a loader may read a file of this name, without its folder, beside the weights."""
+    return any(fnmatch(name, pattern) for pattern in READ_BY_LOADERS)
 
 
 def walk(path: Path) -> Iterator[Path]:
@@ -157,6 +181,22 @@ def _no_file(file: Path) -> Problem | None:
         )
     if not stat.S_ISREG(mode):
         return Problem("unsafe-file", str(file), "a device, a pipe or a socket", "a file", "Remove it.")
+    return None
+
+
+def _damaged(file: Path) -> Problem | None:
+    """What is there in name only, or what transformers passes over in silence: other damage it raises for.
+
+    Of a generation_config.json that is no object it says nothing, and makes one up, without the ids that end
+    a chat (transformers/modeling_utils.py, `from_pretrained`).
+    """
+    if is_read_by_loaders(file.name) and (problem := pointer_problem(file, "the file itself")):
+        return problem
+    if file.name == "generation_config.json":
+        try:
+            read_json(file, "corrupt-file", file.name)
+        except MergeRefused as refused:
+            return refused.problems[0]
     return None
 
 

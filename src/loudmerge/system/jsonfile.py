@@ -8,6 +8,9 @@ from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.system.links import link_to_nothing
+from loudmerge.system.pointer import pointer_problem
+
+WANTED = "a JSON object"
 
 DEEPEST = 100
 """Levels of lists and objects in a file, far from where walking them would exhaust Python's stack."""
@@ -43,7 +46,7 @@ def read_json(file: Path, missing: str, wanted: str) -> dict[str, Any]:
     try:
         value = parse(file.read_text("utf-8"))
     except ValueError as error:
-        raise MergeRefused(_no_object(file, f"no JSON ({error})")) from error
+        raise MergeRefused(pointer_problem(file, WANTED) or _no_object(file, f"no JSON ({error})")) from error
     if not isinstance(value, dict):
         raise MergeRefused(_no_object(file, f"a JSON {type(value).__name__}"))
     return value
@@ -58,4 +61,4 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def _no_object(file: Path, found: str) -> Problem:
-    return Problem("corrupt-file", str(file), found, "a JSON object", "Get the file again.")
+    return Problem("corrupt-file", str(file), found, WANTED, "Get the file again.")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.system import memory
+from loudmerge.system.pointer import pointer_problem
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -45,9 +46,6 @@ MERGEABLE_CODES = frozenset({"F32", "F16", "BF16"})
 
 COMPARED_BYTES = 16 << 20
 """Bytes of a tensor that are compared at a time."""
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""What a file of a clone without git-lfs begins with: its address, in place of its content."""
 
 State = tuple[int, int, int, int]
 """Of a file: its device, inode, size in bytes, and time of change."""
@@ -91,12 +89,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             with safe_open(file, framework="pt", backend="pread"):
                 pass
         except SafetensorError as error:
+            expected = "a complete safetensors file"
             found, hint = f"a file that safetensors cannot open ({error})", "Download or save it again."
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                found, hint = "a Git LFS pointer in place of the file", "Get the file itself: git lfs pull."
-            raise MergeRefused(
-                Problem("corrupt-file", str(file), found, "a complete safetensors file", hint)
-            ) from error
+            damaged = Problem("corrupt-file", str(file), found, expected, hint)
+            raise MergeRefused(pointer_problem(file, expected) or damaged) from error
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     metadata = header.pop("__metadata__", None) or {}

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from loudmerge.executing.writer import edited_json, index_json
 from loudmerge.planning.plan import MergePlan, OutputTensor
 from loudmerge.reading.checkpoint import INDEX, SINGLE
-from loudmerge.reading.sidefiles import CARD, CONFIG, is_card_of, is_weights, walk
+from loudmerge.reading.sidefiles import CARD, CONFIG, is_card_of, is_read_by_loaders, is_weights, walk
 from loudmerge.system.jsonfile import parse
 
 What = Literal[
@@ -32,23 +31,6 @@ What = Literal[
     "report",
     "unreadable",
 ]
-
-OF_TOKENIZERS = (
-    *("*token*.json", "*tekken*.json", "*vocab*.json", "*vocab*.txt", "*vocab.*", "*.vocab", "*merges.txt"),
-    *("*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.bpe", "*.tokenizer", "bpe.codes", "dict.txt"),
-    *("byte_maps.json", "emoji.json", "normalizer.json", "word_pronunciation.json", "word_shape.json"),
-    *("*.jinja", "chat_template.json"),
-)
-"""Names of the files that tokenizers are made of: the VOCAB_FILES_NAMES of transformers 5.24
-(models/*/tokenization_*.py), what its integrations/mistral reads before a tokenizer.json, the names that
-mistral-common and sentencepiece give beside those, and chat templates."""
-
-READ_BY_LOADERS = (
-    *OF_TOKENIZERS,
-    *("*config*.json", "params.json", "modules.json", "speaker_embeddings_path.json", "*.py"),
-)
-"""Names of files without weights that loaders read: an adapter_config.json puts an adapter on top, for one, a
-config_sentence_transformers.json a prompt before every text, and params.json is Mistral's config.json."""
 
 COMPARED_AT_ONCE = 1 << 23
 """Bytes."""
@@ -186,7 +168,7 @@ def _foreign(plan: MergePlan, out: Path, shards: AbstractSet[str]) -> Iterator[T
             continue
         if is_weights(name):
             yield TensorMismatch(name, name, "extra", "a weight file or index that is no part of the merge")
-        elif file.is_dir() or any(fnmatch(file.name, pattern) for pattern in READ_BY_LOADERS):
+        elif file.is_dir() or is_read_by_loaders(file.name):
             yield TensorMismatch(name, name, "extra", "read by loaders, and no part of the merge")
 
 

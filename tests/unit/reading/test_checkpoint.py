@@ -144,7 +144,7 @@ def test_files_without_weights_are_kept_with_their_folders(single: Path) -> None
     ]
     (single / "original").mkdir()
     for name in kept:
-        (single / name).write_text("x")
+        (single / name).write_text("{}")
     assert sorted(open_checkpoint(single).side_files) == sorted(kept)
 
 
@@ -433,11 +433,50 @@ def test_a_shard_cut_short_is_corrupt(size: int, single: Path) -> None:
     assert str(error).startswith(f"corrupt-file: {file}: found a file that safetensors cannot open")
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 67\n"
+
+
 def test_a_git_lfs_pointer_in_a_shards_place_is_called_so(single: Path) -> None:
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 67\n"
-    (single / "model.safetensors").write_text(pointer)
+    (single / "model.safetensors").write_text(POINTER)
     assert "found a Git LFS pointer in place of the file" in str(refused(single))
     assert refused(single).hint == "Get the file itself: git lfs pull."
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "vocab.txt", "chat/template.jinja"])
+def test_a_git_lfs_pointer_in_the_place_of_what_loaders_read_is_called_so(name: str, single: Path) -> None:
+    """As of a clone for which git-lfs got the weights alone."""
+    (single / name).parent.mkdir(exist_ok=True)
+    (single / name).write_text(POINTER)
+    error = refused(single)
+    assert str(error).startswith(
+        f"corrupt-file: {single / name}: found a Git LFS pointer in place of the file"
+    )
+    assert error.hint == "Get the file itself: git lfs pull."
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "found no JSON (Expecting value"),
+        (b'{"eos_token_id": [1, 2],', "found no JSON (Expecting property name"),
+        (b"[]", "found a JSON list, expected a JSON object"),
+        (b"\xff{}", "found no JSON ('utf-8' codec can't decode"),
+    ],
+    ids=["empty", "cut short", "a list", "no text"],
+)
+def test_a_generation_config_has_to_be_an_object(content: bytes, says: str, single: Path) -> None:
+    """transformers passes over one that is none, without a word."""
+    (single / "generation_config.json").write_bytes(content)
+    error = refused(single)
+    assert str(error).startswith(f"corrupt-file: {single / 'generation_config.json'}: {says}")
+
+
+def test_other_files_may_be_empty_and_hold_anything(single: Path) -> None:
+    """Of a broken tokenizer transformers says so itself; and no loader reads a pointer to an image."""
+    held = {"LICENSE": "", "tokenizer.json": "{", "vocab.txt": "", "plot.png": POINTER}
+    for name, content in held.items():
+        (single / name).write_text(content)
+    assert held.keys() <= {*open_checkpoint(single).side_files}
 
 
 @pytest.mark.parametrize("where", ["quantization_config", "compression_config"])

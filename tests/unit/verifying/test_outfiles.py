@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from loudmerge.merging import origin
-from loudmerge.verifying.outfiles import READ_BY_LOADERS
+from loudmerge.reading.sidefiles import READ_BY_LOADERS
 
 
 def tokenizer_files() -> set[str]:
