@@ -208,10 +208,14 @@ def test_they_are_refused_in_a_class_that_nobody_else_can_make(
     assert message.startswith("unsupported-base: model.layers.0.self_attn.k_proj.")
 
 
-def test_what_another_method_than_lora_added_is_no_tensor_of_the_base(tmp_path: Path) -> None:
-    """The refusal is of the adapter, not of its vectors in the base."""
+def test_another_method_than_lora_is_refused_with_one_word(tmp_path: Path) -> None:
+    """Not for its vectors, which are no tensors of the base, nor for its config's fields."""
     model = get_peft_model(kinds.build(LLAMA), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    assert "peft_type" in unchanged(tmp_path, model, "unsupported-adapter")
+    message = unchanged(tmp_path, model, "unsupported-adapter")
+    assert message == (
+        "unsupported-adapter: peft_type of the live model: found 'IA3', expected 'LORA'. "
+        "Merge other kinds with PEFT's merge_and_unload, where they have one."
+    )
 
 
 def test_a_pruning_that_was_made_permanent_is_merged(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from loudmerge.merging.wrappers import (
 from loudmerge.planning.options import Options
 from loudmerge.reading.adapter import LEVELS, PREFIX, read_adapter
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
-from loudmerge.reading.adapter_config import WEIGHTS
+from loudmerge.reading.adapter_config import OTHER_KINDS, WEIGHTS
 from loudmerge.reading.checkpoint import open_checkpoint
 from loudmerge.reading.initialisations import CHANGING_INITS
 
@@ -96,7 +96,6 @@ def save_pretrained_merged(model: Any, out: Pathish, tokenizer: Any = None, **op
                 # Embeddings are written with the base: what is in memory is what was trained on.
                 model.save_pretrained(saved, selected_adapters=[name], save_embedding_layers=False)
             _settle_adapter(adapter, tensors, found, name)
-            # Not before: what another PEFT method than LoRA added would be taken for the base's.
             _refuse(list(unlike_its_class(bare, tensors, blueprint)))
             _save_base(bare, weights, tensors, tied)
             if tokenizer is not None:
@@ -136,6 +135,12 @@ def _check_values(options: Mapping[str, Any]) -> None:
 def _active_adapter(model: Any) -> str:
     if not _is_peft_model(model):
         raise TypeError(f"found a {type(model).__name__}, expected a peft.PeftModel")
+    # X-LoRA has several LoRAs active, and what mixes them beside.
+    kind = getattr(model, "peft_type", "LORA")
+    if (kind := getattr(kind, "value", kind)) != "LORA":
+        _refuse(
+            [Problem("unsupported-adapter", "peft_type of the live model", repr(kind), "'LORA'", OTHER_KINDS)]
+        )
     active = list(model.active_adapters)
     if len(active) != 1:
         raise ValueError(f"found the active adapters {active}, expected exactly one: call set_adapter first")

@@ -261,6 +261,8 @@ def parse_config(raw: Mapping[str, Any], written_as: str | None = None) -> Adapt
     )
 
 
+OTHER_KINDS = "Merge other kinds with PEFT's merge_and_unload, where they have one."
+
 _Refuse = Callable[..., Problem]
 _Form = Callable[[object], bool]
 
@@ -270,9 +272,9 @@ def _config_problems(file: Path, raw: Mapping[str, Any]) -> Iterable[Problem]:
         return Problem("unsupported-adapter", f"{field} in {file}", repr(raw.get(field)), expected, hint)
 
     if raw.get("peft_type") != "LORA":
-        yield refuse(
-            "peft_type", "'LORA'", "Merge other kinds with PEFT's merge_and_unload, where they have one."
-        )
+        # Its other fields are of that kind, and no problems of their own.
+        yield refuse("peft_type", "'LORA'", OTHER_KINDS)
+        return
     for field, (fits, expected) in FIELD_FORMS.items():
         if not fits(raw.get(field)) and (raw.get(field) is not None or field in _REQUIRED):
             yield refuse(field, expected, "Correct it, or save the adapter again with PEFT.")

@@ -273,10 +273,19 @@ def test_a_field_that_a_trainer_added_is_refused_with_what_its_trainer_has(
 
 
 def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
-    error = refused(tmp_path, r=0, lora_alpha="x", peft_type="IA3", init_lora_weights="pissa", zeta=1, beta=2)
+    error = refused(tmp_path, r=0, lora_alpha="x", init_lora_weights="pissa", zeta=1, beta=2)
     assert [problem.where.split(" ")[0] for problem in error.problems] == [
-        "peft_type", "r", "lora_alpha", "init_lora_weights", "beta", "zeta",
+        "r", "lora_alpha", "init_lora_weights", "beta", "zeta",
     ]  # fmt: skip
+
+
+def test_the_fields_of_another_peft_type_are_no_further_problems(tmp_path: Path) -> None:
+    """Prompt tuning's config has no r, IA3's feedforward_modules is unknown: one word says it all."""
+    (problem,) = refused(
+        tmp_path, r=None, lora_alpha=None, peft_type="IA3", feedforward_modules=["x"]
+    ).problems
+    assert problem.where.startswith("peft_type in ")
+    assert problem.found == "'IA3'"
 
 
 # --- patterns and scaling ------------------------------------------------------------------------
