@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +38,14 @@ class Passages:
     """What the models are run on. Every id tensor is (tokens,), on the CPU.
 
     sequences: for the divergences. prompts: to be continued. source: what the sequences are, in words.
+    positions: how many tokens the models take at most, None where nothing bounds them.
     """
 
     sequences: tuple[Tensor, ...]
     prompts: tuple[Tensor, ...]
     source: str
     text: Callable[[Sequence[int]], str]
+    positions: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -68,7 +70,7 @@ class Run:
 
 def run(model: nn.Module, passages: Passages, ends: frozenset[int]) -> Run:
     """Runs a model on the passages. ends: the ids that end its text."""
-    samples = (continue_greedily(model, prompt, ends) for prompt in passages.prompts)
+    samples = (continue_greedily(model, prompt, ends, passages.positions) for prompt in passages.prompts)
     return Run(logits(model, passages.sequences), tuple(samples))
 
 
@@ -83,20 +85,45 @@ def check_asked(prompts: Sequence[str] | None, tokens: int) -> None:
 
 
 def make_passages(
-    where: Path, config: Mapping[str, Any], vocabulary: int, prompts: Sequence[str] | None, tokens: int
+    where: Path,
+    config: Mapping[str, Any],
+    vocabulary: int,
+    prompts: Sequence[str] | None,
+    tokens: int,
+    positions: int | None = None,
 ) -> Passages:
     """`tokens` tokens of text through the tokenizer in the directory `where`; random ids where there is none.
 
     prompts: replace the default prompts and text. config: config.json, for the ids that stand for no text.
-    Raises EnvironmentFailed when the tokenizer cannot be loaded, or is missing and prompts are given.
+    positions: how many tokens a sequence has at most; of a longer prompt the last ones are continued.
+    Raises EnvironmentFailed when the tokenizer cannot be loaded, makes ids that the model has not, or is
+    missing and prompts are given.
     """
     if any((where / name).is_file() for name in TOKENIZER_FILES):
-        return _from_text(_tokenizer(where), prompts, tokens)
-    if prompts is not None:
+        passages = _from_text(_tokenizer(where), prompts, tokens)
+        _check_ids(where, passages, vocabulary)
+    elif prompts is not None:
         raise EnvironmentFailed(
             f"{where}: found no tokenizer files, expected one of {', '.join(TOKENIZER_FILES)}."
         )
-    return _from_ids(config, vocabulary, tokens)
+    else:
+        passages = _from_ids(config, vocabulary, tokens)
+    longest = SEQUENCE if positions is None else min(SEQUENCE, positions)
+    return replace(
+        passages,
+        sequences=_up_to(passages.sequences, tokens, longest),
+        prompts=tuple(ids[-positions:] if positions else ids for ids in passages.prompts),
+        positions=positions,
+    )
+
+
+def _check_ids(where: Path, passages: Passages, vocabulary: int) -> None:
+    largest = max(int(ids.max()) for ids in (*passages.sequences, *passages.prompts))
+    if largest >= vocabulary:
+        raise EnvironmentFailed(
+            f"{where}: the tokenizer makes the token id {largest}, expected one of the model's {vocabulary}. "
+            "Put the tokenizer there that belongs to the model."
+        )
 
 
 def _tokenizer(where: Path) -> PreTrainedTokenizerBase:
@@ -115,7 +142,7 @@ def _from_text(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None
     if prompts is None:
         sequences.append(_encode(tokenizer, library_text(tokens)))
         source = f"{source} and pydoc_data.topics of Python {platform.python_version()}"
-    return Passages(_up_to(sequences, tokens), tuple(encoded), source, lambda ids: _decode(tokenizer, ids))
+    return Passages(tuple(sequences), tuple(encoded), source, lambda ids: _decode(tokenizer, ids))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -150,11 +177,10 @@ def _from_ids(config: Mapping[str, Any], vocabulary: int, tokens: int) -> Passag
             "Add the tokenizer's files, or correct it."
         )
     chosen = torch.randint(len(usable), (tokens,), generator=torch.Generator().manual_seed(0))
-    sequences = _pieces(usable[chosen], SEQUENCE)
-    prompts = tuple(_pieces(sequences[0], _IDS_PROMPT)[: len(PROMPTS)])
+    ids = usable[chosen]
     return Passages(
-        tuple(sequences),
-        prompts,
+        (ids,),
+        tuple(_pieces(ids[:SEQUENCE], _IDS_PROMPT)[: len(PROMPTS)]),
         "pseudo-random token ids (no tokenizer files)",
         lambda ids: " ".join(map(str, ids)),
     )
@@ -175,11 +201,11 @@ def _special_ids(config: Mapping[str, Any]) -> list[int]:
     return found
 
 
-def _up_to(sequences: Sequence[Tensor], tokens: int) -> tuple[Tensor, ...]:
-    """The first `tokens` tokens, in sequences of at most SEQUENCE and at least one token."""
+def _up_to(sequences: Sequence[Tensor], tokens: int, longest: int) -> tuple[Tensor, ...]:
+    """The first `tokens` tokens, in sequences of at most `longest` and at least one token."""
     kept = []
     for ids in sequences:
-        for piece in _pieces(ids, SEQUENCE):
+        for piece in _pieces(ids, longest):
             if tokens > 0:
                 kept.append(piece[:tokens])
                 tokens -= len(kept[-1])
@@ -255,13 +281,17 @@ def _row_blocks(p: Sequence[Tensor], q: Sequence[Tensor]) -> list[tuple[Tensor, 
 
 
 @torch.no_grad()
-def continue_greedily(model: nn.Module, prompt: Tensor, ends: frozenset[int]) -> Continuation:
+def continue_greedily(
+    model: nn.Module, prompt: Tensor, ends: frozenset[int], positions: int | None = None
+) -> Continuation:
     """Up to NEW_TOKENS tokens after `prompt`, always the likeliest; one of `ends` is the last.
 
-    Without a cache: every architecture's own forward pass decides, not its caching code.
+    positions: how many tokens the model takes at most. Without a cache: every architecture's own forward pass
+    decides, not its caching code.
     """
     ids, rows = prompt, list[Tensor]()
-    while len(rows) < NEW_TOKENS and not (rows and int(ids[-1]) in ends):
+    most = NEW_TOKENS if positions is None else min(NEW_TOKENS, positions + 1 - len(prompt))
+    while len(rows) < most and not (rows and int(ids[-1]) in ends):
         rows.append(_logits(model, ids[None])[0, -1].log_softmax(-1))
         ids = torch.cat([ids, rows[-1].argmax()[None]])
     return Continuation(tuple(ids[len(prompt) :].tolist()), torch.stack(rows))

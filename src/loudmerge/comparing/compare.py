@@ -256,7 +256,8 @@ def _compare(
     bare = models.skeleton(cls, base.path)
     tuple(read_sites(merge_plan.sites, bare))  # what PEFT cannot load is told before any weight is read
     vocabulary = models.vocabulary(bare, base.path)
-    passages = behaviour.make_passages(merged.path, merged.config, vocabulary, prompts, tokens)
+    positions = models.positions(bare)
+    passages = behaviour.make_passages(merged.path, merged.config, vocabulary, prompts, tokens, positions)
     out = _run_out(cls, merged, base, passages, device)
     base_logits, trained, unrounded, rounded = _run_trained(cls, merge_plan, out, passages, device)
     return Comparison(

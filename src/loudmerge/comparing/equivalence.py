@@ -19,6 +19,7 @@ from loudmerge.comparing.compare import ARITHMETIC, TIE_DEVIATIONS
 from loudmerge.comparing.relay import MemoryAxes, relay
 from loudmerge.errors import EnvironmentFailed, require
 from loudmerge.merging.merge import plan
+from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.system.device import check_device, found_device
 
@@ -160,6 +161,7 @@ def compare_adapters(
     MergeRefused as `plan` does for either; EnvironmentFailed when the extra `compare` is
     missing, or the installed transformers and peft cannot load base and adapter faithfully.
     """
+    check_options(Options(orientation, lora_b_layout))
     check_device(device)
     behaviour.check_asked(prompts, tokens)
     require("compare", *models.PACKAGES)
@@ -174,8 +176,9 @@ def _compare(
 ) -> Equivalence:
     base = original.base
     cls = models.model_class(base.config, base.path)
-    vocabulary = models.vocabulary(models.skeleton(cls, base.path), base.path)
-    passages = behaviour.make_passages(base.path, base.config, vocabulary, prompts, tokens)
+    bare = models.skeleton(cls, base.path)
+    vocabulary, positions = models.vocabulary(bare, base.path), models.positions(bare)
+    passages = behaviour.make_passages(base.path, base.config, vocabulary, prompts, tokens, positions)
     base_logits, ours = _run(cls, original, passages, device)
     _, theirs = _run(cls, other, passages, device)
     return Equivalence(

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 PACKAGES = ("transformers", "peft")
 
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+"""How configs call it, with the names that transformers gives the same field, n_positions for one."""
+
 _RAISED = (
     *(OSError, ValueError, RuntimeError, TypeError, AttributeError),
     *(LookupError, ArithmeticError, AssertionError, ImportError),
@@ -131,6 +134,23 @@ def vocabulary(model: PreTrainedModel, where: Path) -> int:
             "text has. `loudmerge verify` checks its tensors."
         )
     return found
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a sequence may have, by the config; None where it does not say.
+
+    RoBERTa counts positions from its padding's id on (transformers/models/roberta/modeling_roberta.py,
+    `create_position_ids_from_input_ids`): the rows before stand for no token.
+    """
+    config = model.config.get_text_config()
+    sizes = [size for name in _POSITIONS if isinstance(size := getattr(config, name, None), int) and size > 0]
+    if not sizes:
+        return None
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    before = (
+        table.padding_idx + 1 for table in tables if table.padding_idx and table.num_embeddings in sizes
+    )
+    return max(min(sizes) - max(before, default=0), 1)
 
 
 def load(cls: type[PreTrainedModel], where: Path, dtype: torch.dtype, device: str) -> Loaded:

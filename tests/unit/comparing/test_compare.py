@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors as hub_errors
 from torch import Tensor, nn
 
@@ -38,6 +39,12 @@ RIGHT = Comparison(
 )
 STRICT = [getattr(hub_errors, "StrictDataclassFieldValidationError", None)]
 """What huggingface_hub raises for a field of a config, where it checks them: an Exception, no more."""
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "is_decoder": True,
+}  # fmt: skip
 
 
 def test_a_merge_that_differs_by_rounding_is_ok() -> None:
@@ -211,6 +218,53 @@ def test_a_greedy_sample_ends_with_the_end_of_the_text() -> None:
     assert found.ids == (3, 4, 5)
     endless = behaviour.continue_greedily(Counter(), torch.tensor([1, 2]), frozenset())
     assert len(endless.ids) == behaviour.NEW_TOKENS
+
+
+def test_a_greedy_sample_ends_where_the_model_has_no_more_positions() -> None:
+    found = behaviour.continue_greedily(Counter(), torch.tensor([1, 2]), frozenset(), 4)
+    assert found.ids == (3, 4, 5)  # the last one is made of four
+    assert behaviour.continue_greedily(Counter(), torch.tensor([1, 2]), frozenset(), 2).ids == (3,)
+
+
+@pytest.mark.parametrize(
+    ("model", "positions"),
+    [
+        (("GPT2", {"n_positions": 20, "n_embd": 8, "n_layer": 1, "n_head": 2}), 20),
+        (("Roberta", {"max_position_embeddings": 20, "pad_token_id": 1, **SMALL}), 18),
+        (("Bert", {"max_position_embeddings": 20, "pad_token_id": 0, **SMALL}), 20),
+        (("Mpt", {"max_seq_len": 20, "d_model": 8, "n_layers": 1, "n_heads": 2}), 20),
+        (("Bloom", {"hidden_size": 8, "n_layer": 1, "n_head": 2}), None),
+    ],
+    ids=["gpt2", "roberta", "bert", "mpt", "bloom"],
+)
+def test_a_model_of_few_positions_is_run_on_as_many(
+    model: tuple[str, dict[str, Any]], positions: int | None, tmp_path: Path
+) -> None:
+    """It raised an IndexError, or another error, of 128."""
+    name, fields = model
+    config = getattr(transformers, f"{name}Config")(vocab_size=64, **fields)
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    assert models.positions(made) == positions
+    passages = make_passages(tmp_path, {}, 64, None, 150, positions)
+    assert passages.tokens == 150
+    run = behaviour.run(made.eval(), passages, frozenset())
+    assert [len(rows) for rows in run.logits] == [len(ids) for ids in passages.sequences]
+    assert max(map(len, passages.sequences)) == (positions or behaviour.SEQUENCE)
+    expected = min(behaviour.NEW_TOKENS, (positions or 99) - 8 + 1)
+    assert {len(one.ids) for one in run.continuations} == {expected}
+
+
+def test_of_a_prompt_that_is_too_long_the_last_tokens_are_continued(tokenizer_directory: Path) -> None:
+    found = make_passages(tokenizer_directory, {}, 256, ["abcdef", "d"], 9, 4)
+    assert [len(ids) for ids in found.sequences] == [4, 2, 1]
+    assert [found.text(ids.tolist()) for ids in found.prompts] == ["c d e f", "d"]
+
+
+def test_a_tokenizer_of_another_model_is_told(tokenizer_directory: Path) -> None:
+    with pytest.raises(
+        EnvironmentFailed, match=r"makes the token id \d+, expected one of the model's 9\. Put"
+    ):
+        make_passages(tokenizer_directory, {}, 9, None, 4)
 
 
 def test_without_tokenizer_files_the_models_run_on_fixed_ids_that_mean_nothing_special(
