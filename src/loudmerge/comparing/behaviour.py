@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,9 @@ SEQUENCE = 128
 """The longest sequence that is run, in tokens."""
 NEW_TOKENS = 24
 """How many tokens a greedy sample has at most."""
+TIE_DEVIATIONS = 8.0
+"""A sample may part where a model prefers its own token by less than this times the square root of the
+allowance. A divergence k moves the difference of two logits by about 2 * sqrt(k): four times that."""
 _IDS_PROMPT = 8
 _ROWS = 64
 
@@ -309,3 +313,14 @@ def preference(trained: Continuation, merged: Continuation) -> float | None:
             row = trained.log_probabilities[position]
             return float(row[ours] - row[theirs])
     return None
+
+
+def is_near_tie(found: float | None, allowance: float) -> bool:
+    """Whether a `preference` is of equal samples, or so small that `allowance` nats a token may tip it."""
+    return found is None or found <= TIE_DEVIATIONS * math.sqrt(allowance)
+
+
+def sample_json(prompt: str, found: float | None, **texts: str) -> dict[str, object]:
+    """A prompt with its continuations, and their `preference`, of which an infinite one is null."""
+    finite = found if found is not None and math.isfinite(found) else None
+    return {"prompt": prompt, **texts, "matched": found is None, "preference": finite}

@@ -6,7 +6,6 @@ transformers and peft are imported only when a comparison runs.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,9 +37,6 @@ TRAINING_FRACTION = 2e-2
 tokens to another expert, which cost up to 0.6 % of it over 512 tokens; a missing update costs 100 %."""
 ARITHMETIC = 1e-6
 """Nats a token allowed in any case: float32 sums in another order, and the routing they may tip."""
-TIE_DEVIATIONS = 8.0
-"""A sample may part where the trained model prefers its own token by less than this times the square root of
-the allowance. A divergence k moves the difference of two logits by about 2 * sqrt(k): four times that."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +58,8 @@ class Sample:
         return self.preference is None
 
     def to_json(self) -> dict[str, object]:
-        found = self.preference if self.preference is not None and math.isfinite(self.preference) else None
-        return {
-            "prompt": self.prompt,
-            "trained": self.trained,
-            "merged": self.merged,
-            "matched": self.matched,
-            "preference": found,
-        }
+        texts = {"trained": self.trained, "merged": self.merged}
+        return behaviour.sample_json(self.prompt, self.preference, **texts)
 
 
 @dataclass(frozen=True)
@@ -134,11 +124,9 @@ class Comparison:
 
         PEFT's own rounded merge shows that only where it is a merge of what was trained.
         """
-        if sample.preference is None:
-            return True
         if sample.merged == sample.rounded and self.kl_peft <= self._unrounded:
             return True
-        return sample.preference <= TIE_DEVIATIONS * math.sqrt(self.allowance)
+        return behaviour.is_near_tie(sample.preference, self.allowance)
 
     def to_json(self) -> dict[str, object]:
         return {

@@ -6,7 +6,6 @@ relaid first (`relay.py`, `regroup.py`), which only moves numbers. Everything is
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from loudmerge.comparing import behaviour, models, regroup
 from loudmerge.comparing.behaviour import Passages, Run
-from loudmerge.comparing.compare import ARITHMETIC, TIE_DEVIATIONS
+from loudmerge.comparing.compare import ARITHMETIC
 from loudmerge.comparing.relay import MemoryAxes, relay
 from loudmerge.errors import EnvironmentFailed, require
 from loudmerge.merging.merge import plan
@@ -44,17 +43,11 @@ class Continued:
     @property
     def explained(self) -> bool:
         """Whether the two are equal, or part at a near tie."""
-        return self.preference is None or self.preference <= TIE_DEVIATIONS * math.sqrt(ARITHMETIC)
+        return behaviour.is_near_tie(self.preference, ARITHMETIC)
 
     def to_json(self) -> dict[str, object]:
-        found = self.preference if self.preference is not None and math.isfinite(self.preference) else None
-        return {
-            "prompt": self.prompt,
-            "original": self.original,
-            "converted": self.converted,
-            "matched": self.preference is None,
-            "preference": found,
-        }
+        texts = {"original": self.original, "converted": self.converted}
+        return behaviour.sample_json(self.prompt, self.preference, **texts)
 
 
 @dataclass(frozen=True)
