@@ -81,10 +81,10 @@ ERROR_CODES = {404: "RepoNotFound", 403: "GatedRepo"}
 class HubError(Exception):
     """An answer other than 2xx, with the headers that huggingface_hub turns into its exceptions."""
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = {"X-Error-Message": message, "X-Request-Id": "test-request"}
+        self.headers = {"X-Error-Message": message, "X-Request-Id": "test-request", **headers}
         if code is not None:
             self.headers["X-Error-Code"] = code
 
@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.state.gated and not self._authorised():
             raise HubError(403, f"Access to model {repo} is restricted", "GatedRepo")
         if path not in commit.files:
-            raise HubError(404, "Entry not found", "EntryNotFound")
+            raise HubError(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
         data = commit.files[path]
         headers = {"X-Repo-Commit": commit.oid}
         if not is_lfs(path, len(data)):

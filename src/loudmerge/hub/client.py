@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from loudmerge.errors import TRY_AGAIN, EnvironmentFailed, MergeRefused, Problem
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.adapter_config import WEIGHTS as ADAPTER_WEIGHTS
 from loudmerge.reading.beside import weights_beside
+from loudmerge.reading.cached import doubtful_names
 from loudmerge.reading.sidefiles import CONFIG, MODULES, WEIGHT_SUFFIXES, is_other_weights, module_folders
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def directory(name: str | os.PathLike[str]) -> Path:
 def _download(hub_id: HubId) -> Path:
     require("hub", "huggingface_hub")
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     offline = bool(constants.HF_HUB_OFFLINE)
     hint = UNSET_OFFLINE if offline else USE_CACHE
@@ -131,6 +133,10 @@ def _download(hub_id: HubId) -> Path:
         )
         for name in wanted:
             if matches(name, NOT_DOWNLOADED):
+                api().hf_hub_download(hub_id.repo, name, revision=hub_id.revision)
+        for name in doubtful_names(Path(snapshot)) if CONFIG in wanted else ():
+            # They are not there, by the list. To ask has the cache say so to a later merge that is offline.
+            with suppress(EntryNotFoundError):
                 api().hf_hub_download(hub_id.repo, name, revision=hub_id.revision)
     missing = sorted(name for name in wanted if not Path(snapshot, name).is_file())
     if missing:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from loudmerge.planning.options import Options, Progress, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.planning.planner import make_plan
 from loudmerge.reading.adapter import read_adapter
+from loudmerge.reading.cached import notes_on_snapshot
 from loudmerge.reading.checkpoint import INDEX, open_checkpoint
 from loudmerge.reading.sidefiles import CONFIG, REPORT
 from loudmerge.system.device import check_device, found_device
@@ -76,7 +78,8 @@ def _plan(
     if out is not None:
         refuse_inputs(out, found)
     inputs = Inputs(*found)
-    return make_plan(open_checkpoint(found[0]), read_adapter(found[1]), options), inputs
+    made = make_plan(open_checkpoint(found[0]), read_adapter(found[1]), options)
+    return replace(made, notes=(*made.notes, *notes_on_snapshot(found[0]))), inputs
 
 
 def check_values(options: Options, device: str, threads: int | None) -> None:

@@ -102,6 +102,11 @@ def find_side_files(path: Path, used: Collection[str]) -> SideFiles:
     return SideFiles(tuple(copied), tuple(left_out), tuple(problems))
 
 
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a file of this name, without its folder, is a part of a tokenizer, or a chat template."""
+    return any(fnmatch(name, pattern) for pattern in OF_TOKENIZERS)
+
+
 def is_read_by_loaders(name: str) -> bool:
     """Whether a loader may read a file of this name, without its folder, beside the weights."""
     return any(fnmatch(name, pattern) for pattern in READ_BY_LOADERS)

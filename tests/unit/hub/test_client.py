@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +173,107 @@ def test_offline_the_cache_is_used_and_nobody_is_asked(
     with pytest.raises(EnvironmentFailed, match="cannot push to me/model: HF_HUB_OFFLINE is set"):
         upload.push_target("me/model")
     assert len(server.requests) == before
+
+
+@pytest.fixture
+def hosted(server: HubServer, tmp_path: Path) -> dict[str, bytes]:
+    """A base on the Hub, with all that a chat model has; the adapter is in `tmp_path`."""
+    weight = {"model.layers.0.self_attn.q_proj.weight": values(8, 6)}
+    files = content(write_base(tmp_path / "base", weight))
+    files |= {
+        "generation_config.json": b"{}",
+        "tokenizer.json": b"{}",
+        "README.md": b"",
+        "x/params.json": b"",
+    }
+    write_adapter(tmp_path / "adapter", lora("model.layers.0.self_attn.q_proj", 8, 6))
+    server.add_repo("owner/base", files)
+    return files
+
+
+def merged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str | Path = "owner/base") -> Any:
+    """The report of a merge, of a dry run's plan the notes alike."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    planned = loudmerge.plan(base, tmp_path / "adapter")
+    report = loudmerge.merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert tuple(report.notes) == planned.notes
+    return report
+
+
+@pytest.mark.usefixtures("hosted")
+def test_offline_a_merge_says_what_the_cache_has_not_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was loaded, and no tokenizer: the cache does not say that it is incomplete."""
+    from huggingface_hub import hf_hub_download
+
+    snapshot = Path(hf_hub_download("owner/base", "config.json")).parent
+    hf_hub_download("owner/base", "model.safetensors")
+    report = merged_offline(tmp_path, monkeypatch)
+    assert report.notes[-1] == (
+        "OUT has no generation_config.json and no tokenizer: the Hub's cache has none of owner/base, and "
+        f"does not say whether the repository has. `hf download owner/base --revision {snapshot.name}` gets "
+        "what there is"
+    )
+    assert report.notes[-1] in report.summary()
+    assert "tokenizer.json" not in content(tmp_path / "out")
+    # Given as a directory it is the same snapshot.
+    assert loudmerge.plan(snapshot, tmp_path / "adapter").notes[-1] == report.notes[-1]
+
+
+@pytest.mark.usefixtures("hosted")
+def test_a_base_that_was_downloaded_whole_is_merged_offline_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.resolve("owner/base")
+    assert merged_offline(tmp_path, monkeypatch).notes == []
+    assert {"generation_config.json", "tokenizer.json", "README.md"} <= content(tmp_path / "out").keys()
+
+
+def test_what_the_repository_has_not_is_not_missed_offline(
+    hosted: dict[str, bytes], server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub keeps a list of its files from 2 on; before, it has to be asked for each."""
+    server.add_repo("owner/base", {name: hosted[name] for name in ("config.json", "model.safetensors")})
+    client.resolve("owner/base")
+    assert merged_offline(tmp_path, monkeypatch).notes == []
+
+
+def test_what_was_asked_for_and_is_not_there_is_not_missed_offline(
+    hosted: dict[str, bytes], server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by from_pretrained of a model, and of a tokenizer."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    there = ("config.json", "model.safetensors")
+    server.add_repo("owner/base", {name: hosted[name] for name in there})
+    for name in (*there, "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        with nullcontext() if name in there else pytest.raises(EntryNotFoundError):
+            hf_hub_download("owner/base", name)
+    assert merged_offline(tmp_path, monkeypatch).notes == []
+
+
+def test_a_snapshot_that_lacks_what_the_repository_has_is_refused(
+    hosted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = client.resolve("owner/base")
+    listed = [*hosted, "LICENSE", "chat_template.jinja"]
+    tree = {"format_version": 1, "files": {name: {} for name in listed}}
+    (snapshot.parent.parent / "trees").mkdir(exist_ok=True)
+    (snapshot.parent.parent / "trees" / f"{snapshot.name}.json").write_text(json.dumps(tree))
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "x" / "params.json").unlink()
+    with pytest.raises(MergeRefused) as refused:
+        merged_offline(tmp_path, monkeypatch, snapshot)
+    assert str(refused.value) == (
+        f"corrupt-file: {snapshot}: found no chat_template.jinja, tokenizer.json, expected what loaders read "
+        "of owner/base, by the list of its files in the Hub's cache. Get the rest: `hf download owner/base "
+        f"--revision {snapshot.name}`. To merge without, give a copy of the folder (cp -rL)."
+    )
+    assert not (tmp_path / "out").exists()
+    shutil.copytree(snapshot, tmp_path / "copy")
+    assert merged_offline(tmp_path, monkeypatch, tmp_path / "copy").notes == []
 
 
 def test_the_endpoint_is_read_at_each_call(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
