@@ -10,13 +10,15 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from loudmerge import __version__
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
+T = TypeVar("T")
 
 NOT_DOWNLOADED = (
     *(f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES - {".safetensors"})),
@@ -122,14 +125,17 @@ def _download(hub_id: HubId) -> Path:
     wanted = [] if offline else _files_to_get(hub_id)
     # hf_xet's downloads fail with plain RuntimeError.
     with asking(f"download {hub_id}", RuntimeError, hint=hint):
-        snapshot = snapshot_download(
-            hub_id.repo,
-            revision=hub_id.revision,
-            ignore_patterns=list(NOT_DOWNLOADED),
-            endpoint=endpoint(),
-            local_files_only=offline,
-            library_name="loudmerge",
-            library_version=__version__,
+        snapshot = _interruptible(
+            partial(
+                snapshot_download,
+                hub_id.repo,
+                revision=hub_id.revision,
+                ignore_patterns=list(NOT_DOWNLOADED),
+                endpoint=endpoint(),
+                local_files_only=offline,
+                library_name="loudmerge",
+                library_version=__version__,
+            )
         )
         for name in wanted:
             if matches(name, NOT_DOWNLOADED):
@@ -144,6 +150,19 @@ def _download(hub_id: HubId) -> Path:
             f"the download of {hub_id} is incomplete: {snapshot} lacks {some(missing)}. Try again."
         )
     return Path(snapshot)
+
+
+def _interruptible(call: Callable[[], T]) -> T:
+    """What a call returns or raises, made in another thread: Ctrl-C ends the wait for it at once.
+
+    snapshot_download waits for its own threads before it lets an interruption out, and those for a host that
+    may have stalled. What they download goes on, until the process ends.
+    """
+    threads = ThreadPoolExecutor(1, "loudmerge-download")
+    try:
+        return threads.submit(call).result()
+    finally:
+        threads.shutdown(wait=False)
 
 
 def _files_to_get(hub_id: HubId) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -355,6 +357,30 @@ def test_after_a_failed_download_the_next_one_is_whole(server: HubServer) -> Non
     server.fail("GET", "/lfs/", "truncate")
     with pytest.raises(EnvironmentFailed):
         client.resolve("owner/base")
+    server.faults.clear()
+    assert (client.resolve("owner/base") / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_ends_a_stalled_download_at_once(
+    number: signal.Signals, code: int, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub waits for its threads, and they for the host, which they ask five times."""
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "100")
+    server.add_repo("owner/base", BASE)
+    server.fail("GET", "/lfs/", "hang")
+    before = server.faults[0].times
+    command = [sys.executable, "-m", "loudmerge", "inspect", "owner/base"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        started = time.monotonic()
+        while server.faults[0].times == before and time.monotonic() - started < 60:
+            time.sleep(0.05)
+        running.send_signal(number)
+        try:
+            _, said = running.communicate(timeout=30)
+        finally:
+            running.kill()
+    assert (running.returncode, said.splitlines()[-1]) == (code, "interrupted")
     server.faults.clear()
     assert (client.resolve("owner/base") / "model.safetensors").read_bytes() == WEIGHTS
 
