@@ -26,7 +26,7 @@ def client(tmp_path: Path) -> Iterator[Client]:
 BAD: dict[str, tuple[Callable[[Handler], None], str, int]] = {
     "500": (server.status(500), "HTTP 500", 2),
     "503": (server.status(503), "HTTP 503", 2),
-    "401": (server.status(401), "HTTP 401. Set GITHUB_TOKEN", 1),
+    "401": (server.status(401), r"HTTP 401$", 1),
     "403": (server.status(403), "HTTP 403", 1),
     "429 without a word": (server.status(429), "HTTP 429, a rate limit", 2),
     "204": (server.status(204), "HTTP 204", 1),
@@ -134,8 +134,34 @@ def test_a_rate_limit_that_lasts_stops_all_questions_to_that_host(
         with pytest.raises(
             Unreachable, match=r"rate limit until \d\d:\d\d:\d\d UTC. Wait, or set GITHUB_TOKEN"
         ):
-            client.get(f"{upstream.url}/files/a.py")
+            client.get(f"{upstream.url}/files/a.py", token=None)
     assert len(upstream.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "denied", "limited"),
+    [
+        (None, "HTTP 403. Set GITHUB_TOKEN.", "UTC. Wait, or set GITHUB_TOKEN."),
+        ("secret", "HTTP 403. Check what the token may read.", "UTC. Wait."),
+        ("", "HTTP 403", "UTC. Wait."),
+    ],
+    ids=["none", "one", "of no use"],
+)
+def test_a_token_is_asked_for_only_where_it_may_help(
+    token: str | None, denied: str, limited: str, client: Client, upstream: UpstreamServer
+) -> None:
+    """GitHub takes one; the package index, and a proxy before it, does not."""
+    url = f"{upstream.url}/files/a.py"
+    acts = {
+        denied: server.status(403),
+        "HTTP 418": server.status(418),
+        limited: server.rate_limited(403, reset_in=1000),
+    }
+    for said, act in acts.items():
+        upstream.fail("a.py", act, times=1)
+        with pytest.raises(Unreachable) as error:
+            client.get(url, token=token)
+        assert str(error.value).endswith(said)
 
 
 def test_an_etag_spares_the_body(client: Client, upstream: UpstreamServer) -> None:

@@ -23,6 +23,7 @@ from loudmerge.errors import TRY_AGAIN
 
 CHUNK = 2**16
 MAX_TEXT_BYTES = 8 * 2**20
+DENIED = frozenset({401, 403})
 GONE = frozenset({404, 410, 422, 451})
 """Answers that mean: there is no such thing. GitHub answers 422 to a commit that does not exist."""
 RETRIED = frozenset({408, 425, 500, 502, 503, 504})
@@ -87,7 +88,7 @@ class Client:
     cache: Path
     options: HttpOptions = field(default_factory=HttpOptions)
     _session: requests.Session = field(default_factory=requests.Session)
-    _limited: dict[str, float] = field(default_factory=dict)
+    _limited: dict[str, tuple[float, str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def close(self) -> None:
@@ -99,12 +100,13 @@ class Client:
         url: str,
         *,
         limit: int = MAX_TEXT_BYTES,
-        token: str | None = None,
+        token: str | None = "",
         accept: str = "*/*",
         conditional: bool = False,
     ) -> bytes:
         """The body at `url`, at most `limit` bytes.
 
+        token: None where there is none, but would help; empty for a server that takes none.
         conditional: ask only whether it changed, when an earlier answer with an ETag is in the cache.
         Raises NotThere when the server says there is no such thing, SourceError when it is larger
         than `limit`, Unreachable for everything else that is not a whole answer.
@@ -169,7 +171,7 @@ class Client:
         ):
             if answer.request.method != method:
                 raise Unreachable(f"{_shown(url)}: redirected. Has the repository been renamed?")
-            self._check(url, answer, authorised=token is not None)
+            self._check(url, answer, token)
             return _body(answer, MAX_TEXT_BYTES, self.options.deadline)
 
     def _ask(
@@ -190,14 +192,14 @@ class Client:
         ):
             if known and answer.status_code == 304:
                 return known.body
-            self._check(url, answer, authorised=token is not None)
+            self._check(url, answer, token)
             body = _body(answer, limit, self.options.deadline)
         etag = answer.headers.get("ETag")
         if store and etag:
             self._keep(url, headers["Accept"], _Known(etag, body))
         return body
 
-    def _check(self, url: str, answer: requests.Response, *, authorised: bool) -> None:
+    def _check(self, url: str, answer: requests.Response, token: str | None) -> None:
         """Raises unless the answer is a 200, or to a POST a 201, that came the way it was asked for.
 
         A page of HTML is none: nothing that is read here is one, and proxies that want a sign-in say 200.
@@ -212,13 +214,15 @@ class Client:
         if status in GONE:
             raise NotThere(f"{_shown(url)}: HTTP {status}, there is no such thing")
         if status == 429 or (status == 403 and _limit_headers(answer)):
-            self._limit(url, answer)
+            self._limit(url, answer, token)
         if status in RETRIED or status >= 500:
             raise _TryAgain(f"HTTP {status}")
-        hint = "Set GITHUB_TOKEN." if not authorised else "Check what the token may read."
-        raise Unreachable(f"{_shown(url)}: HTTP {status}. {hint}")
+        hint = ""
+        if status in DENIED and token != "":
+            hint = ". Set GITHUB_TOKEN." if token is None else ". Check what the token may read."
+        raise Unreachable(f"{_shown(url)}: HTTP {status}{hint}")
 
-    def _limit(self, url: str, answer: requests.Response) -> None:
+    def _limit(self, url: str, answer: requests.Response, token: str | None) -> None:
         """Raises _TryAgain with the wait that is asked for, or remembers the host and raises Unreachable."""
         wait = _wait(answer)
         if wait is not None and wait <= self.options.max_wait:
@@ -226,15 +230,16 @@ class Client:
         if wait is None:
             raise _TryAgain(f"HTTP {answer.status_code}, a rate limit", refused=True)
         with self._lock:
-            self._limited[urlsplit(url).netloc] = time.time() + wait
+            hint = "Wait, or set GITHUB_TOKEN." if token is None else "Wait."
+            self._limited[urlsplit(url).netloc] = time.time() + wait, hint
         self._respect_limit(url)
 
     def _respect_limit(self, url: str) -> None:
         with self._lock:
-            until = self._limited.get(urlsplit(url).netloc, 0.0)
+            until, hint = self._limited.get(urlsplit(url).netloc, (0.0, ""))
         if until > time.time():
             at = datetime.fromtimestamp(until, timezone.utc).strftime("%H:%M:%S UTC")
-            raise Unreachable(f"{_shown(url)}: rate limit until {at}. Wait, or set GITHUB_TOKEN.")
+            raise Unreachable(f"{_shown(url)}: rate limit until {at}. {hint}")
 
     def _place(self, url: str, accept: str) -> Path:
         return self.cache / "http" / hashlib.sha256(f"{accept} {url}".encode()).hexdigest()
