@@ -72,16 +72,23 @@ def _check_merge(*, resume: bool, dry_run: bool, details: bool, push_to: str | N
 
 
 @click.group(
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 2 usage, 3 refused, 4 mismatch, 5 the environment failed, 130 interrupted "
     "(143 by SIGTERM), 1 a defect.",
 )
 @click.version_option(__version__, prog_name="loudmerge")
-def commands() -> None:
+@click.pass_context
+def commands(context: click.Context) -> None:
     """Merge LoRA adapters of mixture-of-experts models into their base checkpoint, or refuse.
 
     BASE and ADAPTER are a local directory or a Hub id, owner/name[@revision].
     """
+    if context.invoked_subcommand is None:
+        # click 8.1 would take it for a request for help, and end with 0.
+        click.echo(context.get_help(), err=True)
+        context.exit(USAGE)
 
 
 @commands.command("merge", short_help="Merge an adapter into its base, or refuse.")
