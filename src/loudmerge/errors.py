@@ -135,6 +135,11 @@ def require(extra: str, *packages: str) -> None:
             ) from error
 
 
+def plural(number: int, one: str, more: str = "") -> str:
+    """`1 site`, `2 sites`. more: what several are called, where that is not `one` with an s."""
+    return f"{number} {one if number == 1 else more or f'{one}s'}"
+
+
 def some(names: Collection[str], shown: int = 5) -> str:
     """The first names, those of a set by the alphabet, and how many more there are: `a, b and 3 more`."""
     listed = sorted(names) if isinstance(names, AbstractSet) else [*names]
@@ -146,7 +151,7 @@ def _message(problems: Sequence[Problem]) -> str:
     lines = [str(problems[0])]
     rest = problems[1:]
     if rest:
-        lines.append(f"{len(rest)} more problem{'s' if len(rest) > 1 else ''}:")
+        lines.append(f"{plural(len(rest), 'more problem')}:")
         lines += [f"  {problem}" for problem in rest[:SHOWN_PROBLEMS]]
     if len(rest) > SHOWN_PROBLEMS:
         lines.append(f"  … and {len(rest) - SHOWN_PROBLEMS} more")

@@ -13,6 +13,7 @@ from loudmerge.errors import (
     MergeRefused,
     Mismatch,
     Problem,
+    plural,
 )
 
 SHAPE = Problem(
@@ -98,3 +99,12 @@ def test_a_refusal_survives_pickling() -> None:
     error = MergeRefused([SHAPE, *problems(3)])
     again = pickle.loads(pickle.dumps(error))  # noqa: S301
     assert (again.problems, str(again)) == (error.problems, str(error))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 matrices"), (1, "1 matrix"), (2, "2 matrices")],
+)
+def test_one_is_no_plural(number: int, said: str) -> None:
+    assert plural(number, "matrix", "matrices") == said
+    assert plural(number, "site") == said.replace("matrices", "sites").replace("matrix", "site")

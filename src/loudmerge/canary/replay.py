@@ -28,6 +28,7 @@ from loudmerge.canary.upstream.clone import Clone, CommitSource
 from loudmerge.canary.upstream.fetch import Unreachable
 from loudmerge.canary.upstream.opener import Opener
 from loudmerge.canary.upstream.sources import Source, SourceOptions, normalised
+from loudmerge.errors import plural
 
 Content = tuple[str, str, str]
 """(guard, path, identity of the file): the verdict on it is the same at every step."""
@@ -85,8 +86,9 @@ class Replay:
             lines += [str(turn.step)] if turn.step is not step else []
             step = turn.step
             lines.append(f"    {turn.guard}: {turn.before} -> {turn.after}: {turn.detail}")
-        read = f"replay: {len(self.steps)} steps to {self.steps[-1].name[:12]}, {len(self.verdicts)} guards"
-        return "\n".join([*lines, f"{read}, {self.evaluations} files judged, {len(self.turns)} turns"])
+        to = f"{plural(len(self.steps), 'step')} to {self.steps[-1].name[:12]}"
+        found = f"{plural(self.evaluations, 'file')} judged, {plural(len(self.turns), 'turn')}"
+        return "\n".join([*lines, f"replay: {to}, {plural(len(self.verdicts), 'guard')}, {found}"])
 
 
 @runtime_checkable

@@ -26,6 +26,7 @@ from loudmerge.canary.run import (
     Verdict,
     tally,
 )
+from loudmerge.errors import plural
 
 STEP_SUMMARY_BYTES = 900_000
 """GitHub drops a step's summary over 1 MiB, whole."""
@@ -87,7 +88,8 @@ def markdown(report: CanaryReport, guards: Sequence[Guard] = (), *, limit: int |
         return "\n\n".join(blocks) + "\n"
     kept: list[str] = []
     for number, block in enumerate(blocks):
-        note = f"_{len(blocks) - number} more parts do not fit here; `loudmerge canary --markdown` has them._"
+        left = plural(len(blocks) - number, "more part does", "more parts do")
+        note = f"_{left} not fit here; `loudmerge canary --markdown` has them._"
         if len("\n\n".join([*kept, block, note]).encode()) > limit:
             kept.append(note)
             break

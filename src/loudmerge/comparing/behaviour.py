@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loudmerge.comparing.models import blamed
-from loudmerge.errors import EnvironmentFailed, Mismatch
+from loudmerge.errors import EnvironmentFailed, Mismatch, plural
 from loudmerge.reading.sidefiles import CONFIG
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _tokenizer(where: Path) -> PreTrainedTokenizerBase:
 
 def _from_text(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None, tokens: int) -> Passages:
     encoded = [_encode(tokenizer, prompt) for prompt in (PROMPTS if prompts is None else prompts)]
-    sequences, source = list(encoded), f"{len(encoded)} prompts"
+    sequences, source = list(encoded), plural(len(encoded), "prompt")
     if prompts is None:
         sequences.append(_encode(tokenizer, library_text(tokens)))
         source = f"{source} and pydoc_data.topics of Python {platform.python_version()}"

@@ -17,7 +17,7 @@ import torch
 from loudmerge.comparing import behaviour, models
 from loudmerge.comparing.behaviour import Passages, Run
 from loudmerge.comparing.relay import MemoryAxes, read_sites, relay
-from loudmerge.errors import EnvironmentFailed, Mismatch, require
+from loudmerge.errors import EnvironmentFailed, Mismatch, plural, require
 from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.reading.checkpoint import Checkpoint, open_checkpoint
@@ -166,11 +166,12 @@ class Comparison:
             *floor,
         ]
         names = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        tokens = plural(self.tokens, "token")
         return "\n".join(
             [
                 f"{'ok' if self.ok else 'mismatch'}: {self._verdict()}",
                 *(f"  KL {name:<20} {value:.2e} nats a token" for name, value in figures),
-                f"  top-1 agreement         {self.top1_agreement:.4f} of {self.tokens} tokens ({self.text})",
+                f"  top-1 agreement         {self.top1_agreement:.4f} of {tokens} ({self.text})",
                 f"  greedy samples          {self.matched}/{len(self.samples)} equal",
                 *(line for sample in self.samples for line in self._parting(sample)),
                 f"  run in float32; stored as {self.stored}; {names}",

@@ -16,7 +16,7 @@ from loudmerge.comparing import behaviour, models, regroup
 from loudmerge.comparing.behaviour import Passages, Run
 from loudmerge.comparing.compare import ARITHMETIC
 from loudmerge.comparing.relay import MemoryAxes, relay
-from loudmerge.errors import EnvironmentFailed, require
+from loudmerge.errors import EnvironmentFailed, plural, require
 from loudmerge.merging.merge import plan
 from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan
@@ -104,6 +104,7 @@ class Equivalence:
     def summary(self) -> str:
         """The result in words, one fact a line."""
         names = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        tokens = plural(self.tokens, "token")
         figures = [
             ("base || original", self.kl_base_original),
             ("original || converted", self.kl_original_converted),
@@ -113,7 +114,7 @@ class Equivalence:
             [
                 f"{'ok' if self.ok else 'mismatch'}: {self._verdict()}",
                 *(f"  KL {name:<21} {value:.2e} nats a token" for name, value in figures),
-                f"  top-1 agreement         {self.top1_agreement:.4f} of {self.tokens} tokens ({self.text})",
+                f"  top-1 agreement         {self.top1_agreement:.4f} of {tokens} ({self.text})",
                 f"  greedy samples          {self.matched}/{len(self.samples)} equal",
                 *(line for one in self.samples for line in _parting(one)),
                 f"  run in float32; {names}",

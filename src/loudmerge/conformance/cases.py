@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loudmerge.errors import plural
 from loudmerge.system.jsonfile import parse
 
 MERGE, REFUSE, EITHER = "merge", "refuse", "either"
@@ -143,7 +144,8 @@ def load(directory: Path) -> Suite:
     suite = Suite(directory, cases, document["layouts"], files)
     problems = suite.problems()
     if problems:
-        raise DataError(f"{directory}: {problems[0]}; {len(problems)} problems in all. Fetch the data again.")
+        found = f"{problems[0]}; {plural(len(problems), 'problem')} in all"
+        raise DataError(f"{directory}: {found}. Fetch the data again.")
     return suite
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from loudmerge.conformance.cases import EITHER, REFUSE, Case
 from loudmerge.conformance.folder import as_loaded, beside, read
 from loudmerge.conformance.forms import unfused
+from loudmerge.errors import plural
 
 RIGHT, REFUSED, WRONG, OTHER_FORM = "right", "refused", "wrong-silently", "other-form"
 CRASHED, MOOT, WROTE, TIMED_OUT = "crashed", "moot", "wrote-failed", "timed-out"
@@ -75,7 +76,7 @@ def judge(case: Case, ended: Ended, out: Path, *, told: bool = True) -> Verdict:
 def _judge(case: Case, ended: Ended, out: Path, *, told: bool) -> tuple[str, str]:
     left = _weights(out)
     if ended.code is None:
-        return TIMED_OUT, f"it did not end in its time; left {len(left)} files with weights"
+        return TIMED_OUT, f"it did not end in its time; left {plural(len(left), 'file')} with weights"
     if ended.code != 0 and left:
         return WROTE, f"exit code {ended.code}, but {left[0].name} is there"
     if ended.code != 0:
@@ -132,7 +133,9 @@ def compare(
     forms = [f"{name}: axes exchanged, {list(out[name].shape)}" for name in turned]
     forms += [f"{name}: experts fused, which the base holds apart" for name in sorted(fused)]
     if lost and odd:
-        forms.append(f"{lost[0]} is not in OUT, {odd[0]} is: {len(lost)} names lost, {len(odd)} new")
+        forms.append(
+            f"{lost[0]} is not in OUT, {odd[0]} is: {plural(len(lost), 'name')} lost, {len(odd)} new"
+        )
     elif lost:
         problems.insert(0, f"{lost[0]} is not in OUT ({len(lost)} of {len(wanted)} lost)")
     coarse = sorted({str(tensor.dtype) for tensor in out.values() if _coarse(tensor)})
@@ -141,7 +144,7 @@ def compare(
         return WRONG, _some([*problems, *wrong, *forms, *form])
     if forms or form:
         return OTHER_FORM, _some([*forms, *form])
-    return RIGHT, f"{len(odd)} tensors more than expected" if odd else ""
+    return RIGHT, f"{plural(len(odd), 'tensor')} more than expected" if odd else ""
 
 
 def _turned(wanted: Tensor | None, out: Tensor) -> bool:

@@ -15,6 +15,7 @@ import click
 from loudmerge.conformance.cases import Case, Suite, default_directory, load
 from loudmerge.conformance.judge import MOOT, OTHER_FORM, VERDICTS, WRONG, Verdict
 from loudmerge.conformance.scorecard import Scorecard, read_scorecard
+from loudmerge.errors import plural
 
 BEGINS, ENDS = "<!-- scorecards: begins -->", "<!-- scorecards: ends -->"
 PASSES = "✓"
@@ -88,11 +89,11 @@ def _failures(card: Scorecard, cases: Mapping[str, Case]) -> Iterator[str]:
         return
     yield from ("", f"### {_head(card)}", "", f"Run as `{card.command}`.")
     if wrong:
-        yield from ("", f"<details><summary>{len(wrong)} cases with exit code 0</summary>", "")
+        yield from ("", f"<details><summary>{plural(len(wrong), 'case')} with exit code 0</summary>", "")
         yield from _table(wrong, cases)
         yield from ("", "</details>")
     if rest:
-        yield from ("", f"<details><summary>{len(rest)} failures aloud</summary>", "")
+        yield from ("", f"<details><summary>{plural(len(rest), 'failure')} aloud</summary>", "")
         yield from _by_message(rest)
         yield from ("", "</details>")
 

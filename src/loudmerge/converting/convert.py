@@ -24,7 +24,7 @@ from loudmerge.converting.rewrite import (
     write_fused,
 )
 from loudmerge.converting.told import told_sites
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import MergeRefused, Problem, plural
 from loudmerge.executing.outpath import refuse_existing, refuse_inputs
 from loudmerge.executing.preflight import check_weights
 from loudmerge.layout import Axes, Span
@@ -81,7 +81,8 @@ class Conversion:
     def summary(self) -> str:
         """A line for a person."""
         found = ", ".join(self.before.values())
-        return f"converted from {found} to {self.to}: {self.sites} LoRA pairs of experts, in {self.out}"
+        pairs = plural(self.sites, "LoRA pair")
+        return f"converted from {found} to {self.to}: {pairs} of experts, in {self.out}"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from loudmerge.errors import plural
 from loudmerge.layout import LoraBLayout
 
 CHANCES = 32
@@ -138,11 +139,10 @@ class Verdict:
     @property
     def detail(self) -> str:
         """In words."""
+        sites = plural(self.sites, "site")
         if self.blocks:
-            return f"{self.sites} sites: exact zeros where gate and up were fused fit no other packing"
-        shown = (
-            f"{self.sites} sites: lora_B's columns {self.columns:+.1f}, A and B together {self.pairs:+.1f}"
-        )
+            return f"{sites}: exact zeros where gate and up were fused fit no other packing"
+        shown = f"{sites}: lora_B's columns {self.columns:+.1f}, A and B together {self.pairs:+.1f}"
         return f"{shown}, in standard deviations; over 0 for rank_major, each over {CONFIDENT:.0f} to count"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from loudmerge.errors import WHICH_BASE, MergeRefused, Problem
+from loudmerge.errors import WHICH_BASE, MergeRefused, Problem, plural
 from loudmerge.evidence.hypotheses import Evidence, FusedModule, Hypothesis, admits, hypotheses
 from loudmerge.evidence.packing import Packing, made_by_unsloth, perhaps_turned
 from loudmerge.evidence.provenance import config_evidence
@@ -241,12 +241,14 @@ def _why_none(module: FusedModule) -> Problem:
         rank = shape.rank(module.num_experts)
         if rank in ranks:
             continue
-        found, expected = f"{shape.rows} rows", f"{module.num_experts} experts, as the base has"
-        by_rank = None if rank is None else f"rank {rank} for {module.num_experts} experts"
+        experts = plural(module.num_experts, "expert")
+        found, expected = plural(shape.rows, "row"), f"{experts}, as the base has"
+        by_rank = None if rank is None else f"rank {rank} for {experts}"
         fits = [r for r in ranks if shape.rows % r == 0]
         if fits:
             # Another base, or another config; of the two the adapter's Linears tell.
-            found = f"{found}: {shape.rows // fits[0]} experts of rank {fits[0]}, as adapter_config.json says"
+            its = plural(shape.rows // fits[0], "expert")
+            found = f"{found}: {its} of rank {fits[0]}, as adapter_config.json says"
             found = f"{found}, or {by_rank}" if by_rank else found
             hint = f"{WHICH_BASE} {OWN_RANK}" if by_rank else WHICH_BASE
             return Problem("num-experts-mismatch", str(pair.a), found, expected, hint)

@@ -21,7 +21,7 @@ from torch import Tensor
 from loudmerge.arithmetic.compiled import kernel
 from loudmerge.arithmetic.delta import Factors, Kept, Update, Workspace, dora_weight
 from loudmerge.arithmetic.rounding import DROPPED, Dither, chosen, dither_table, sampled
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import MergeRefused, Problem, plural
 from loudmerge.executing.outcome import Outcome
 from loudmerge.executing.pieces import PIECE_BYTES, Piece, interleaved
 from loudmerge.executing.preflight import check_weights
@@ -358,10 +358,10 @@ class Worker:
             return
         output = piece.output
         inherited = int((broken & ~self._read(piece).isfinite()).sum())
-        found = f"{bad} values of the result that {output.dtype} cannot hold"
+        found = f"{plural(bad, 'value')} of the result that {output.dtype} cannot hold"
         hint = WIDER.get(output.dtype, WIDEST)
         if inherited == bad:
-            found = f"{bad} NaN or infinite values that the base itself has"
+            found = f"{plural(bad, 'NaN or infinite value')} that the base itself has"
             hint = BROKEN if output.touched else UNTOUCHED
         elif inherited:
             found += f", of which the base itself has {inherited}"

@@ -16,7 +16,7 @@ import torch
 
 from loudmerge.arithmetic.balance import BAND
 from loudmerge.arithmetic.delta import Kept
-from loudmerge.errors import some
+from loudmerge.errors import plural, some
 from loudmerge.executing.execute import Worker
 from loudmerge.executing.outcome import Outcome
 from loudmerge.executing.pieces import Piece, split
@@ -107,7 +107,7 @@ class Prediction:
     def lines(self) -> Iterator[str]:
         """Plain lines for a person."""
         yield (
-            f"  predicted from a sample, {self.sampled} of {self.matrices} matrices: "
+            f"  predicted from a sample, {self.sampled} of {plural(self.matrices, 'matrix', 'matrices')}: "
             f"keeps {self.kept:.4f} of the update by --rounding {self.option}, {self.nearest:.4f} by nearest"
         )
         for kind in self.kinds:

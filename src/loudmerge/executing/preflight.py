@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from loudmerge.arithmetic.delta import factors, unpack_lora_b
-from loudmerge.errors import MergeRefused, Problem, some
+from loudmerge.errors import MergeRefused, Problem, plural, some
 from loudmerge.planning.plan import Site
 from loudmerge.reading.adapter import Adapter
 from loudmerge.reading.adapter_config import AdapterConfig
@@ -71,7 +71,7 @@ def _non_finite(entry: TensorEntry, count: int, site: Site | None, reader: Tenso
     return Problem(
         "non-finite",
         where,
-        f"{count} NaN or infinite value{'s' if count > 1 else ''}",
+        plural(count, "NaN or infinite value"),
         "finite numbers",
         "The training diverged, or the file is damaged: get it again, or an earlier state of the training.",
     )
@@ -129,4 +129,5 @@ def _untrained(sites: Iterable[Site], zero: set[str]) -> Iterable[str]:
     """PEFT loses the LoRA of gate and up when it fuses an adapter that has none on down; its B stays zero."""
     idle = [site.parameter for site in sites if site.pair.b.name in zero or site.pair.a.name in zero]
     if idle:
-        yield f"{len(idle)} LoRA pairs are zero, the first for {idle[0]}: not trained, or lost on the way"
+        are = plural(len(idle), "LoRA pair is", "LoRA pairs are")
+        yield f"{are} zero, the first for {idle[0]}: not trained, or lost on the way"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loudmerge.errors import MergeRefused
+from loudmerge.errors import MergeRefused, plural
 from loudmerge.evidence.weighing import UNREAD, FusedSite, Weighed, sites_of, weigh
 from loudmerge.executing.predict import Prediction, predict
 from loudmerge.executing.preflight import check_weights
@@ -254,7 +254,7 @@ def _plan_lines(found: Inspection) -> Iterable[str]:
         return
     counts = found.plan.counts
     yield (
-        f"  touches   {counts.expert} expert projections, {counts.dense} dense weights,"
+        f"  touches   {plural(counts.expert, 'expert projection')}, {plural(counts.dense, 'dense weight')},"
         f" {counts.replaced} replaced, {counts.copied} copied"
     )
     if found.predicted is not None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from html import escape
 
+from loudmerge.errors import plural
 from loudmerge.evidence.clustering import CONFIDENT, SiteTraces
 from loudmerge.evidence.weighing import FusedSite, Weighed, evenly
 
@@ -37,7 +38,7 @@ def terminal_lines(weighed: Weighed) -> Iterator[str]:
         bars = f"{_bar(traces.columns)}  {_bar(traces.pairs)}"
         yield f"{short_name(site):{width}}  {bars}  {traces.columns:+.1f} {traces.pairs:+.1f}"
     if len(shown) < len(weighed.sites):
-        yield f"and {len(weighed.sites) - len(shown)} more sites"
+        yield f"and {plural(len(weighed.sites) - len(shown), 'more site')}"
 
 
 def short_name(site: FusedSite) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from loudmerge.errors import WHICH_BASE, Problem
+from loudmerge.errors import WHICH_BASE, Problem, plural
 from loudmerge.reading.adapter import LoraPair
 from loudmerge.reading.experts import ExpertGroup
 from loudmerge.system.tensorfile import TensorEntry
@@ -181,7 +181,7 @@ def no_matrix(entry: TensorEntry, pair: LoraPair) -> Problem:
     return Problem(
         "unsupported-adapter",
         str(pair.a),
-        f"a LoRA on {entry}, which has {len(entry.shape)} axes",
+        f"a LoRA on {entry}, which has {plural(len(entry.shape), 'axis', 'axes')}",
         "a Linear or an Embedding",
         f"{WHICH_BASE} LoRA on other modules is for merge_and_unload.",
     )

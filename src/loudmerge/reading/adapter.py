@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import MergeRefused, Problem, plural
 from loudmerge.reading.adapter_config import WEIGHTS, AdapterConfig, ends_with, read_config
 from loudmerge.reading.beside import no_weights, restarted, weights_beside
 from loudmerge.system.tensorfile import FLOAT_CODES, TensorEntry, read_header
@@ -292,7 +292,7 @@ class _Sorter:
                 "shape-mismatch",
                 entry,
                 f"{list(entry.shape)}",
-                f"one row for each of {len(indices)} indices",
+                f"one row for each of {plural(len(indices), 'index', 'indices')}",
                 ONE_SAVE,
             )
         else:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from loudmerge.errors import Problem
+from loudmerge.errors import Problem, plural
 from loudmerge.reading.adapter_config import WEIGHTS
 from loudmerge.reading.sidefiles import is_weights
 from loudmerge.system.links import link_to_nothing
@@ -85,7 +85,7 @@ def no_weights(path: Path) -> Problem:
         return Problem(
             "unsupported-adapter",
             str(shards[0]),
-            f"an adapter's weights in {len(shards)} files",
+            f"an adapter's weights in {plural(len(shards), 'file')}",
             f"one {WEIGHTS}, as PEFT reads it",
             f"Join them: safetensors.torch.save_file of all that load_file reads of them, as {WEIGHTS}.",
         )

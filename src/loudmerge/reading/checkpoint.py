@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import MergeRefused, Problem, plural
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.sidefiles import CONFIG, find_side_files
 from loudmerge.system.jsonfile import read_json
@@ -190,7 +190,7 @@ def _numbering_problems(path: Path, names: Sequence[str]) -> Iterable[Problem]:
         yield Problem(
             "corrupt-file",
             f"weight_map in {path / INDEX}",
-            f"{len(numbered)} shards",
+            plural(len(numbered), "shard"),
             f"{max(totals)}, as their names say",
             "Get the checkpoint again.",
         )

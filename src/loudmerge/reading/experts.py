@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loudmerge.errors import MergeRefused, Problem
+from loudmerge.errors import MergeRefused, Problem, plural
 from loudmerge.layout import Axes, Span
 from loudmerge.reading.checkpoint import Checkpoint
 from loudmerge.reading.families import (
@@ -244,7 +244,7 @@ class Experts:
                 Problem(
                     "experts-incomplete" if fewer else "num-experts-mismatch",
                     f"the experts of {group.name}",
-                    f"{group.num_experts} experts in the checkpoint",
+                    f"{plural(group.num_experts, 'expert')} in the checkpoint",
                     f"{' or '.join(map(str, sorted(declared)))}, as config.json says",
                     "Get the checkpoint again, or correct its config.json.",
                 )
@@ -281,7 +281,7 @@ def _matrix(entry: TensorEntry) -> tuple[int, int]:
             Problem(
                 "shape-mismatch",
                 str(entry),
-                f"{len(entry.shape)} axes",
+                plural(len(entry.shape), "axis", "axes"),
                 "the two axes of a Linear's weight",
                 "Get the checkpoint again; if it is as published, ask for its support.",
             )
@@ -305,7 +305,7 @@ def _incomplete(name: str, projection: str, missing: Sequence[int], count: int) 
         "experts-incomplete",
         f"{name}, {projection} of expert {missing[0]}{more}",
         "no such tensor in any shard",
-        f"every projection of {count} experts",
+        f"every projection of {plural(count, 'expert')}",
         "Get the checkpoint again.",
     )
 

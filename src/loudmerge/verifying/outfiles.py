@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from loudmerge.errors import plural
 from loudmerge.executing.writer import edited_json, index_json
 from loudmerge.planning.plan import MergePlan, OutputTensor
 from loudmerge.reading.checkpoint import INDEX, SINGLE
@@ -118,7 +119,7 @@ def _check_shard(
 ) -> Iterator[TensorMismatch]:
     if not file.is_file():
         yield TensorMismatch(
-            file.name, file.name, "missing", f"no such file; it holds {len(numbers)} tensors"
+            file.name, file.name, "missing", f"no such file; it holds {plural(len(numbers), 'tensor')}"
         )
         return
     try:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from loudmerge import __version__
-from loudmerge.errors import MergeRefused
+from loudmerge.errors import MergeRefused, plural
 from loudmerge.executing.report import TensorKept, one_rounding
 from loudmerge.hub.client import directory
 from loudmerge.planning.options import Progress, check_options
@@ -96,12 +96,12 @@ class Verification:
 
     def summary(self) -> str:
         """Some lines for a person."""
-        compared = f"{self.tensors} tensors and {self.files} files compared in {self.seconds:.1f} s"
+        read = f"{plural(self.tensors, 'tensor')} and {plural(self.files, 'file')}"
+        compared = f"{read} compared in {self.seconds:.1f} s"
         kept = "" if self.delta_kept is None else f"; delta kept {self.delta_kept:.4f}"
         lines = [f"{'verified' if self.ok else 'NOT verified'}: {compared}{kept}", *self.notes]
         if self.mismatches:
-            count = len(self.mismatches)
-            lines.append(f"{count} mismatch{'es' if count > 1 else ''}:")
+            lines.append(f"{plural(len(self.mismatches), 'mismatch', 'mismatches')}:")
             lines += [f"  {mismatch}" for mismatch in self.mismatches[:SHOWN_MISMATCHES]]
         if len(self.mismatches) > SHOWN_MISMATCHES:
             lines.append(f"  … and {len(self.mismatches) - SHOWN_MISMATCHES} more")
@@ -357,7 +357,7 @@ def _value_mismatch(
     where = "" if expert is None else f" of expert {expert}"
     index = _position(output, matrix, result.first or (0, 0))
     detail = (
-        f"{count} wrong elements, by up to {worst:.4g} units in the last place; the first at "
+        f"{plural(count, 'wrong element')}, by up to {worst:.4g} units in the last place; the first at "
         f"{list(index)}{where}: found {result.found!r}, expected {result.expected!r}"
     )
     if compared > 1:

@@ -247,7 +247,7 @@ def test_the_command_prints_the_turns_with_their_commits(tmp_path: Path, clone: 
     assert first.endswith("First: 1 pending")
     assert step == f"{landed[:12]} {date} Guard it (#7)"
     assert turn == "    zoo-guarded: pending -> present: guarded is defined"
-    assert tally == f"replay: 2 steps to {landed[:12]}, 1 guards, 2 files judged, 1 turns"
+    assert tally == f"replay: 2 steps to {landed[:12]}, 1 guard, 2 files judged, 1 turn"
     document = json.loads(CliRunner().invoke(main, [str(clone), *where, "--json"]).output)
     assert document["first"] == {"zoo-guarded": "pending"}
     assert document["turns"][0]["step"] == {"name": landed, "date": date, "subject": "Guard it (#7)"}

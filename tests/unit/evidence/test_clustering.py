@@ -148,7 +148,7 @@ def test_exact_zeros_of_fused_projections_are_proof(packing: LoraBLayout) -> Non
     assert found.blocks is packing
     said = verdict([found])
     assert (said.says, said.confidence, said.blocks) == (packing, MOST_CONFIDENT, True)
-    assert said.detail == "1 sites: exact zeros where gate and up were fused fit no other packing"
+    assert said.detail == "1 site: exact zeros where gate and up were fused fit no other packing"
 
 
 def test_half_of_the_zeros_is_no_proof() -> None:

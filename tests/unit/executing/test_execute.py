@@ -390,14 +390,14 @@ def test_the_expert_whose_result_its_dtype_cannot_hold_is_named(world: World) ->
 def test_a_cast_that_overflows_is_refused(world: World) -> None:
     base = {**Q, "scale": torch.tensor([1e6, 1.0])}
     error = world.refuse(base, lora(Q_PROJ, 8, H), dtype="float16")
-    assert str(error).startswith("non-finite: scale: found 1 values of the result that F16 cannot hold")
+    assert str(error).startswith("non-finite: scale: found 1 value of the result that F16 cannot hold")
 
 
 def test_what_the_base_itself_has_is_told_apart(world: World) -> None:
     base = {f"{Q_PROJ}.weight": Q[f"{Q_PROJ}.weight"].clone()}
     base[f"{Q_PROJ}.weight"][0, 0] = float("nan")
     error = world.refuse(base, lora(Q_PROJ, 8, H))
-    assert "found 1 NaN or infinite values that the base itself has, expected finite numbers." in str(error)
+    assert "found 1 NaN or infinite value that the base itself has, expected finite numbers." in str(error)
     assert error.hint == module.BROKEN
     base[f"{Q_PROJ}.weight"][1, 1] = 3.4e38
     error = world.refuse(base, lora(Q_PROJ, 8, H), name="other", dtype="float16")
@@ -408,7 +408,7 @@ def test_what_the_base_itself_has_is_told_apart(world: World) -> None:
 def test_what_the_base_has_in_a_tensor_that_is_only_cast_is_kept_without_dtype(world: World) -> None:
     base = {**Q, "scale": torch.tensor([float("inf"), 1.0], dtype=torch.bfloat16)}
     error = world.refuse(base, lora(Q_PROJ, 8, H), dtype="float32")
-    assert str(error).startswith("non-finite: scale: found 1 NaN or infinite values that the base itself has")
+    assert str(error).startswith("non-finite: scale: found 1 NaN or infinite value that the base itself has")
     assert "Leave out --dtype" in error.hint
     assert world.run(base, lora(Q_PROJ, 8, H), name="other")["scale"].tolist() == [float("inf"), 1.0]
 

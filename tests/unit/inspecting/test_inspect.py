@@ -152,7 +152,7 @@ def test_the_notes_of_a_plan_are_odd_and_its_prediction_is_shown(tmp_path: Path)
     assert found.plan.notes
     assert found.odd[1:] == found.plan.notes
     assert all(f"  odd       {note}" in found.summary() for note in found.odd)
-    assert "  touches   12 expert projections, 1 dense weights, 0 replaced, 0 copied" in found.summary()
+    assert "  touches   12 expert projections, 1 dense weight, 0 replaced, 0 copied" in found.summary()
     assert "  predicted from a sample, 13 of 13 matrices: keeps 1.0000" in found.summary()
 
 

@@ -274,7 +274,7 @@ def test_a_lora_for_a_module_that_the_base_lacks_is_refused(tmp_path: Path) -> N
 def test_a_lora_on_a_vector_is_refused(tmp_path: Path) -> None:
     found = problem(tmp_path, {f"{Q_PROJ}.weight": values(8)}, lora(Q_PROJ, 8, H))
     assert found.code == "unsupported-adapter"
-    assert f"found a LoRA on {Q_PROJ}.weight [8] F32 in model.safetensors, which has 1 axes" in str(found)
+    assert f"found a LoRA on {Q_PROJ}.weight [8] F32 in model.safetensors, which has 1 axis" in str(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])

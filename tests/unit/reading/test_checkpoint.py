@@ -375,7 +375,7 @@ def test_fewer_shards_than_their_names_say_are_refused(sharded: Path) -> None:
     edit_index(sharded, lambda index: index.update(weight_map={"a.weight": FIRST}))
     error = refused(sharded)
     assert error.code == "corrupt-file"
-    assert "found 1 shards, expected 2, as their names say." in str(error)
+    assert "found 1 shard, expected 2, as their names say." in str(error)
 
 
 def test_shards_that_are_not_numbered_are_not_counted(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_a_file_beside_the_numbered_shards_is_not_counted(sharded: Path) -> None
     edit_index(sharded, lambda index: index["weight_map"].update({"mtp.weight": "mtp.safetensors"}))
     assert len(open_checkpoint(sharded).shards) == 3
     edit_index(sharded, lambda index: index["weight_map"].pop("a.weight"))
-    assert "found 1 shards, expected 2, as their names say." in str(refused(sharded))
+    assert "found 1 shard, expected 2, as their names say." in str(refused(sharded))
 
 
 def test_a_key_in_two_shards_is_refused(sharded: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from loudmerge.canary.code.constants import UNKNOWN, constant
 from loudmerge.canary.code.syntax import FUNCTIONS, Function, dotted, inner_statements, mentions, parameters
+from loudmerge.errors import plural
 
 SPEAKING = frozenset(
     {"print", "warn", "warning", "info", "debug", "error", "warning_once", "exception", "log"}
@@ -173,5 +174,5 @@ def difference(before: str, after: str) -> str:
     lines = list(
         difflib.unified_diff(before.splitlines(), after.splitlines(), "known", "read", lineterm="", n=1)
     )
-    more = [f"… {len(lines) - SHOWN} more lines"] if len(lines) > SHOWN else []
+    more = [f"… {plural(len(lines) - SHOWN, 'more line')}"] if len(lines) > SHOWN else []
     return "\n".join(lines[:SHOWN] + more)

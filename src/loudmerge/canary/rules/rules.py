@@ -50,6 +50,7 @@ from loudmerge.canary.rules.signatures import signature_problem
 from loudmerge.canary.rules.surroundings import NOWHERE, Surroundings
 from loudmerge.canary.rules.walks import again, bound, walks
 from loudmerge.canary.rules.writes import late, overwritten
+from loudmerge.errors import plural
 
 __all__ = ["Finding", "RuleError", "check", "validate"]
 
@@ -312,7 +313,8 @@ def _tests(rule: Rule, module: Module, around: Surroundings) -> Finding:
         if problem:
             return Finding(False, problem, at)
         line = line or at
-    return Finding(True, f"{len(rule['names'])} tests exist, run and assert", line)
+    tests = plural(len(rule["names"]), "test exists, runs and asserts", "tests exist, run and assert")
+    return Finding(True, tests, line)
 
 
 def _fingerprint(rule: Rule, module: Module) -> Finding:
@@ -352,7 +354,9 @@ def _probe(rule: Rule, text: str, path: str) -> Finding:
         return Finding(
             False, "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""), line
         )
-    return Finding(True, f"{len(answers)} answers of {', '.join(job.extract)} are as expected", line)
+    of = f"of {', '.join(job.extract)}"
+    found = plural(len(answers), f"answer {of} is as expected", f"answers {of} are as expected")
+    return Finding(True, found, line)
 
 
 def _line(module: Module, name: str) -> int:

@@ -9,6 +9,7 @@ from loudmerge.canary.code.constants import UNKNOWN, constant
 from loudmerge.canary.code.flow import Place, Scope, callee, places, walked
 from loudmerge.canary.code.syntax import dotted
 from loudmerge.canary.code.values import evaluate
+from loudmerge.errors import plural
 
 GAINING = frozenset({"add", "append", "update"})
 LOSING = frozenset({"clear", "pop", "remove", "discard", "difference_update", "intersection_update"})
@@ -92,7 +93,7 @@ def _for_bound(loop: ast.For, scope: Scope, limit: int) -> str:
     steps = max((value for value in values if isinstance(value, int)), default=0)
     if any(value is UNKNOWN for value in values) or not 0 < steps <= limit:
         return ""
-    return f"at most {steps} steps"
+    return f"at most {plural(steps, 'step')}"
 
 
 def _leaves(node: ast.If) -> bool:
