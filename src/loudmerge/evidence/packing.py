@@ -187,8 +187,8 @@ def _unmarked(site: str, pair: LoraPair, weighed: Verdict | None) -> Problem:
     )
     if weighed is not None and weighed.columns == weighed.pairs == 0:
         hint += (
-            " The weights lean to no side at all: where lora_B is zero, its experts were not trained, and either"
-            " is right."
+            " The weights lean to no side at all: where lora_B is zero, its experts were not trained, and"
+            " either is right."
         )
     return Problem(
         "ambiguous-layout",

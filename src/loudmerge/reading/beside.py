@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from loudmerge.errors import Problem, plural
 from loudmerge.reading.adapter_config import WEIGHTS
 from loudmerge.reading.sidefiles import is_weights
-from loudmerge.system.links import link_to_nothing
+from loudmerge.system.placeholders import link_to_nothing
 
 TENSORS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 """The formats that trainers write tensors in; others hold the adapter, or a model, for other engines."""

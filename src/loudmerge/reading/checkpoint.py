@@ -13,7 +13,7 @@ from loudmerge.errors import MergeRefused, Problem, plural
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.reading.sidefiles import CONFIG, find_side_files
 from loudmerge.system.jsonfile import read_json
-from loudmerge.system.links import link_to_nothing
+from loudmerge.system.placeholders import link_to_nothing
 from loudmerge.system.tensorfile import TensorEntry, read_header
 
 SINGLE = "model.safetensors"

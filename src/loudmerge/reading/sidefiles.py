@@ -13,8 +13,7 @@ from pathlib import Path, PurePosixPath
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
 from loudmerge.system.jsonfile import parse, read_json
-from loudmerge.system.links import link_to_nothing
-from loudmerge.system.pointer import pointer_problem
+from loudmerge.system.placeholders import link_to_nothing, pointer_problem
 
 WEIGHT_SUFFIXES = frozenset(
     {

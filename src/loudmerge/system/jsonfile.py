@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loudmerge.errors import MergeRefused, Problem
-from loudmerge.system.links import link_to_nothing
-from loudmerge.system.pointer import pointer_problem
+from loudmerge.system.placeholders import link_to_nothing, pointer_problem
 
 WANTED = "a JSON object"
 

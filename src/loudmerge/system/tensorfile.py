@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loudmerge.errors import MergeRefused, Problem
 from loudmerge.system import memory
-from loudmerge.system.pointer import pointer_problem
+from loudmerge.system.placeholders import pointer_problem
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
