@@ -292,7 +292,7 @@ class _Sorter:
                 "shape-mismatch",
                 entry,
                 f"{list(entry.shape)}",
-                f"one row for each of {plural(len(indices), 'index', 'indices')}",
+                f"{plural(len(indices), 'row')}, one for each index",
                 ONE_SAVE,
             )
         else:
