@@ -36,6 +36,9 @@ LARGEST = 1 << 26
 FEWEST = 48
 """Numbers that have to agree: a few do by chance."""
 
+SMALL = 1e-3
+"""Of the largest singular value: an update with smaller ones alone in a direction says nothing of it."""
+
 APART = 0.7
 """Relative distance of projection and update: 0 as training begins. It was 0.5 at most after four steps at a
 hundred times a usual learning rate, and 0.95 to 12 for what began beside the weight."""
@@ -46,16 +49,19 @@ def parts_of_weights(placed: Iterable[Placed]) -> Iterator[Problem]:
     chosen = _sample([item for item in placed if _is_whole(item)])
     apart = torch.zeros(2, dtype=torch.float64)
     size = torch.zeros(2, dtype=torch.float64)
+    numbers = 0
     with TensorReader() as reader:
         for item in chosen:
             weight, a, b = (
                 reader.read(entry).float() for entry in (item.slot.entry, item.pair.a, item.pair.b)
             )
             held, update = projections(weight if item.slot.axes is Axes.OUT_IN else weight.T, a, b)
+            if not update.isfinite().all():
+                continue  # refused once it is read whole
+            numbers += int(torch.linalg.matrix_rank(update, rtol=SMALL)) ** 2
             for way, scaling in enumerate((item.scaling, 1.0)):
                 apart[way] += (held - scaling * update).square().sum()
                 size[way] += (scaling * update).square().sum()
-    numbers = sum(item.rank**2 for item in chosen)
     if numbers >= FEWEST and bool((apart < APART**2 * size).any()):
         yield _held(chosen[0])
 

@@ -134,3 +134,16 @@ def test_a_lora_of_full_rank_is_not_compared(world: World) -> None:
             [base[f"{name}.weight"] / 2.5, torch.zeros(1, 2)], dim=1
         )
     assert world.plan(base, adapter, **fields()).counts.dense == LAYERS
+
+
+def test_an_update_of_fewer_directions_than_its_rank_has_no_more_numbers(world: World) -> None:
+    """As of constant tensors: W = 1 and B A = 1 agree in one number for each weight, whatever the rank."""
+    base = {name: torch.ones_like(tensor) for name, tensor in BASE.items()}
+    adapter = {name: torch.full_like(tensor, 0.5) for name, tensor in lora(pissa).items()}
+    assert world.plan(base, adapter, **fields(alpha=4)).counts.dense == LAYERS
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_compared(world: World, value: float) -> None:
+    adapter = {name: torch.full_like(tensor, value) for name, tensor in lora(pissa).items()}
+    assert world.plan(BASE, adapter, **fields()).counts.dense == LAYERS
