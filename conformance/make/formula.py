@@ -4,7 +4,7 @@ own merge.
 E experts, r rank. A = lora_A.weight, B = lora_B.weight, s = alpha / r, or alpha / sqrt(r) under rslora.
 Linear, and a parameter of two axes: s·B·A.
 A parameter (E, d1, d2): A_e = A[e·r:(e+1)·r], B_e = B[:, e::E]; standard s·B_e·A_e, swapped s·(B_e·A_e)ᵀ.
-Unsloth's experts before September 2026 read B_e = B[:, e·r:(e+1)·r].
+Unsloth's experts up to unsloth_zoo 2026.9.5 read B_e = B[:, e·r:(e+1)·r].
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ PACKED: tuple[Packed, ...] = (
         "qwen3_moe",
         BEFORE,
         GROUPED,
-        "Unsloth before September 2026: no marker, and an adapter of either packing looks like this.",
+        "unsloth_zoo up to 2026.9.5: no marker, and an adapter of either packing looks like this.",
         expect="refuse",
         refusal="ambiguous-layout",
     ),

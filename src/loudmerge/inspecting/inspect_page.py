@@ -22,7 +22,7 @@ th, td { border: 1px solid #8886; padding: 0.25rem 0.6rem; text-align: left; ver
 
 MEANING = (
     "Bars over 0 speak for rank_major, as PEFT packs, bars under 0 for grouped_by_expert, as Unsloth packed "
-    "until September 2026; in standard deviations of what chance gives, on an asinh scale. Both witnesses, "
+    "until 2026.9.5; in standard deviations of what chance gives, on an asinh scale. Both witnesses, "
     "summed over the sites, have to pass the dashed line (4) on the same side for an answer."
 )
 
