@@ -203,9 +203,7 @@ def test_an_unmarked_adapter_of_unsloth_needs_the_packing(case: Case, seed: int,
         assert refused.code == "ambiguous-layout"
         assert "--lora-b-layout" in refused.hint
         out = Path(directory) / "out"
-        # Without the orientation a square parameter is refused, where it is grouped by expert.
-        options: dict[str, Any] = {"lora_b_layout": packing, "orientation": option_orientation(case)}
-        loudmerge.merge(built.base, built.adapter, out, rounding="nearest", **options)
+        loudmerge.merge(built.base, built.adapter, out, rounding="nearest", lora_b_layout=packing)
         check_output(case, built, out, tally)
 
 

@@ -101,7 +101,10 @@ def decide(
     if orientation == "auto" and made_by_unsloth(config) and family.axes is Axes.OUT_IN:
         read = [(module, parameter, packed[module.name, parameter.leaf]) for module, parameter, _ in placed]
         turned, doubts = perhaps_turned(read, evidence)
-        problems = [*problems, *turned]
+        if lora_b_layout == "auto":
+            problems = [*problems, *turned]
+        else:  # who knows the packing is told what else there is to know
+            doubts += tuple(f"{one.where}: {one.found}. {one.hint}" for one in turned)
     if problems:
         raise MergeRefused(problems)
     return Layout(chosen, packed, tuple(evidence), weighed, doubts)

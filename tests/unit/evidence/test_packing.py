@@ -319,8 +319,8 @@ def test_a_square_parameter_that_unsloths_own_forward_trained_is_refused(module:
     leaf = "gate_up_proj" if module is SQUARE_AND_NOT else "down_proj"
     assert (problem.code, problem.where) == ("ambiguous-layout", f"orientation of {EXPERTS}.{leaf}")
     assert "found a square parameter, 6 x 6, in an adapter by Unsloth without a marker" in str(caught.value)
-    with pytest.raises(MergeRefused, match="square"):
-        decide([module], fields, QWEN, lora_b_layout="grouped_by_expert")
+    told = decide([module], fields, QWEN, lora_b_layout="grouped_by_expert")
+    assert [doubt.partition(": a square parameter, 6 x 6,")[0] for doubt in told.doubts] == [problem.where]
     assert decide([module], fields, QWEN, "standard", weigh=saying(GROUPED)).orientation == "standard"
 
 
