@@ -142,17 +142,16 @@ def perhaps_turned(
         for module, parameter, packing in packed
         if parameter.d1 == parameter.d2 and module.num_experts > 1
     ]
-    unmarked = [
-        parameter
-        for parameter, packing in square
-        if parameter.name not in marked and packing is LoraBLayout.GROUPED_BY_EXPERT
-    ]
+    unmarked: dict[str, FusedParameter] = {}
+    for parameter, packing in square:
+        if parameter.name not in marked and packing is LoraBLayout.GROUPED_BY_EXPERT:
+            unmarked.setdefault(parameter.leaf, parameter)  # one stands for those of all layers
     leaves = sorted({parameter.leaf for parameter, _ in square if parameter.name in marked})
     note = (
         f"{' and '.join(leaves)}: square, in an adapter by Unsloth. unsloth_zoo 2026.9.6 and 2026.9.7 trained"
         " such ones transposed, with the marker of later releases: by one of these two, it is merged wrongly"
     )
-    return [_turned(parameter) for parameter in unmarked], (note,) if leaves else ()
+    return [_turned(parameter) for parameter in unmarked.values()], (note,) if leaves else ()
 
 
 def _auto_mapping(config: AdapterConfig) -> Mapping[str, Any]:
@@ -202,7 +201,7 @@ def _unmarked(site: str, pair: LoraPair, weighed: Verdict | None) -> Problem:
 def _turned(parameter: FusedParameter) -> Problem:
     return Problem(
         "ambiguous-layout",
-        f"orientation of {parameter.name}",
+        f"orientation of {parameter.leaf}, first {parameter.name}",
         f"a square parameter, {parameter.d1} x {parameter.d2}, in an adapter by Unsloth without a marker, and"
         " unsloth_zoo 2026.9.7 and older trained square ones transposed",
         "evidence of which",

@@ -317,10 +317,13 @@ def test_a_square_parameter_that_unsloths_own_forward_trained_is_refused(module:
         decide([module], fields, QWEN, weigh=saying(GROUPED))
     (problem,) = caught.value.problems
     leaf = "gate_up_proj" if module is SQUARE_AND_NOT else "down_proj"
-    assert (problem.code, problem.where) == ("ambiguous-layout", f"orientation of {EXPERTS}.{leaf}")
+    where = f"orientation of {leaf}, first {EXPERTS}.{leaf}"
+    assert (problem.code, problem.where) == ("ambiguous-layout", where)
     assert "found a square parameter, 6 x 6, in an adapter by Unsloth without a marker" in str(caught.value)
     told = decide([module], fields, QWEN, lora_b_layout="grouped_by_expert")
     assert [doubt.partition(": a square parameter, 6 x 6,")[0] for doubt in told.doubts] == [problem.where]
+    more = [square(), square(f"second.{EXPERTS}")]
+    assert len(decide(more, fields, QWEN, lora_b_layout="grouped_by_expert").doubts) == 1
     assert decide([module], fields, QWEN, "standard", weigh=saying(GROUPED)).orientation == "standard"
 
 
