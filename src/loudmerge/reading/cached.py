@@ -12,10 +12,9 @@ from pathlib import Path
 
 from loudmerge.errors import MergeRefused, Problem, some
 from loudmerge.reading.adapter_config import CONFIG as ADAPTER_CONFIG
-from loudmerge.reading.sidefiles import is_of_tokenizer, is_read_by_loaders, is_weights
+from loudmerge.reading.sidefiles import GENERATION, is_of_tokenizer, is_read_by_loaders, is_weights
 from loudmerge.system.jsonfile import parse
 
-GENERATION = "generation_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 """What every loader of a tokenizer asks for."""
 

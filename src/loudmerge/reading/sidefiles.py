@@ -60,7 +60,7 @@ READ_BY_LOADERS = (
 """Names of files without weights that loaders read: an adapter_config.json puts an adapter on top, for one, a
 config_sentence_transformers.json a prompt before every text, and params.json is Mistral's config.json."""
 
-CONFIG, REPORT = "config.json", "merge_report.json"
+CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "merge_report.json"
 REWRITTEN = frozenset({CONFIG, REPORT})
 
 CARD = "README.md"
@@ -196,7 +196,7 @@ def _damaged(file: Path) -> Problem | None:
     """
     if is_read_by_loaders(file.name) and (problem := pointer_problem(file, "the file itself")):
         return problem
-    if file.name == "generation_config.json":
+    if file.name == GENERATION:
         try:
             read_json(file, "corrupt-file", file.name)
         except MergeRefused as refused:
