@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from benchmarks.packing.smollm2 import SmolLM2
 from benchmarks.packing.train import Pair, Recipe, trajectory
 from loudmerge.evidence.clustering import sampled_rows, site_traces
 from loudmerge.layout import LoraBLayout
+from loudmerge.system.arrays import Floats
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
 RANKS = (2, 4, 8, 16, 32, 64)
@@ -73,13 +75,13 @@ def observed(pairs: Iterable[Pair], experts: int, rank: int) -> list[Line]:
     lines = []
     for pair in pairs:
         total = len(pair.b)
-        rows = torch.cat([torch.arange(run.start, run.stop) for run in sampled_rows(total)])
-        a = pair.a.view(experts, rank, -1)
+        rows = np.concatenate([np.arange(run.start, run.stop) for run in sampled_rows(total)])
+        a = pair.a.float().view(experts, rank, -1)
 
-        def rows_of(some: Sequence[int], a: Tensor = a) -> Tensor:
-            return a[list(some)].flatten(0, 1)
+        def rows_of(some: Sequence[int], a: Tensor = a) -> Floats:
+            return a[list(some)].flatten(0, 1).numpy()
 
-        found = site_traces(rows_of, pair.b[rows], rows >= (total + 1) // 2, experts, rank)
+        found = site_traces(rows_of, pair.b.float().numpy()[rows], rows >= (total + 1) // 2, experts, rank)
         lines.append({"layer": pair.layer, "leaf": pair.leaf, **asdict(found)})
     return lines
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import loudmerge
-from loudmerge.arithmetic import delta
-from loudmerge.arithmetic.delta import Factors
+from loudmerge.arithmetic.factors import Factors, factors
 from loudmerge.comparing import behaviour
 from loudmerge.compat.inside import journey
 from loudmerge.compat.inside.journey import CELL_RECIPE, Journey, Merge, Reference
@@ -26,13 +26,14 @@ from loudmerge.executing import readahead
 from loudmerge.executing.report import MergeReport
 from loudmerge.layout import LoraBLayout
 from loudmerge.planning.plan import Site
+from loudmerge.system.memory import Array
 
 MATRIX = Path(__file__).parents[2] / cells.FILE
 MATRICES = CELL_RECIPE.layers * CELL_RECIPE.experts * 3
 SOME_EXPERT = 5
 
-FactorsOf = Callable[[Site, torch.Tensor, torch.Tensor], Factors]
-RIGHT: FactorsOf = delta.factors
+FactorsOf = Callable[[Site, Array, Array], Factors]
+RIGHT: FactorsOf = factors
 
 
 @pytest.fixture(scope="module")
@@ -154,26 +155,26 @@ def test_a_training_that_moves_nothing_proves_nothing(tmp_path: Path) -> None:
     assert still.unmoved == journey.SAMPLES
 
 
-def drops_an_expert(site: Site, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
+def drops_an_expert(site: Site, lora_a: Array, lora_b: Array) -> Factors:
     """The update of one expert of each layer is left out."""
     found = RIGHT(site, lora_a, lora_b)
     if site.num_experts > 1:
-        left = found.left.clone()
+        left = found.left.copy()
         left[SOME_EXPERT] = 0
         return replace(found, left=left)
     is_its = f".experts.{SOME_EXPERT}." in site.pair.module
-    return replace(found, left=torch.zeros_like(found.left)) if is_its else found
+    return replace(found, left=np.zeros_like(found.left)) if is_its else found
 
 
-def swaps_a_and_b(site: Site, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
+def swaps_a_and_b(site: Site, lora_a: Array, lora_b: Array) -> Factors:
     """A transposed update is taken where it fits: in the fused gate and up, which are square here."""
     found = RIGHT(site, lora_a, lora_b)
     if found.left.shape[1] != found.right.shape[2]:
         return found
-    return replace(found, left=found.right.transpose(1, 2), right=found.left.transpose(1, 2))
+    return replace(found, left=found.right.transpose(0, 2, 1), right=found.left.transpose(0, 2, 1))
 
 
-def reads_b_grouped(site: Site, lora_a: torch.Tensor, lora_b: torch.Tensor) -> Factors:
+def reads_b_grouped(site: Site, lora_a: Array, lora_b: Array) -> Factors:
     """rank_major columns read as grouped_by_expert."""
     return RIGHT(replace(site, lora_b_layout=LoraBLayout.GROUPED_BY_EXPERT), lora_a, lora_b)
 

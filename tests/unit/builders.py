@@ -24,7 +24,8 @@ from loudmerge.planning.planner import make_plan
 from loudmerge.reading.adapter import Adapter, LoraPair, read_adapter
 from loudmerge.reading.adapter_config import AdapterConfig
 from loudmerge.reading.checkpoint import Checkpoint, open_checkpoint
-from loudmerge.system.tensorfile import DTYPES, TensorEntry
+from loudmerge.system.tensorfile import TensorEntry
+from loudmerge.system.tensors import DTYPES
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import loudmerge
 from loudmerge.errors import EnvironmentFailed, MergeRefused
 from loudmerge.executing.writer import ShardFile, Staging
+from loudmerge.system.memory import Bytes
 from tests.unit.builders import Q_PROJ
 from tests.unit.conftest import Killed
 from tests.unit.places import (
@@ -93,8 +93,8 @@ def test_a_merge_that_fails_verification_is_not_published(
 ) -> None:
     write = ShardFile.write
 
-    def damaged(self: ShardFile, key: str, offset: int, data: torch.Tensor) -> None:
-        write(self, key, offset, data * 2 if key.startswith(Q_PROJ) else data)
+    def damaged(self: ShardFile, key: str, offset: int, content: Bytes) -> None:
+        write(self, key, offset, ~content if key.startswith(Q_PROJ) else content)
 
     monkeypatch.setattr(ShardFile, "write", damaged)
     with pytest.raises(loudmerge.Mismatch, match="the merge is not published: its verification failed"):

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 import torch
 
-from loudmerge.arithmetic.delta import unpack_lora_b
+from loudmerge.arithmetic.factors import unpack_lora_b
 from loudmerge.converting.relayout import factored
 from loudmerge.layout import LoraBLayout, Orientation
 
@@ -65,13 +66,13 @@ def test_the_colours_of_b_are_the_columns_that_the_merge_takes(
         for cell in parsed(script.packing()).iter(f"{SVG}rect")
         if cell.get("data-matrix") == layout.value
     ]
-    columns = torch.arange(script.EXPERTS * script.RANK, dtype=torch.float32)[None]
+    columns = np.arange(script.EXPERTS * script.RANK)[None]
     taken = unpack_lora_b(columns, script.EXPERTS, script.RANK, layout)
     coloured = [
         [int(cell.get("data-index", "")) for cell in cells if cell.get("class") == f"c k{expert}"]
         for expert in range(script.EXPERTS)
     ]
-    assert coloured == taken[:, 0].long().tolist()
+    assert coloured == taken[:, 0].tolist()
 
 
 def test_the_colours_of_a_are_its_rows_grouped_by_expert(script: ModuleType) -> None:

@@ -26,25 +26,17 @@ import torch
 from torch import Tensor
 
 from loudmerge.arithmetic.rounding import DROPPED, held_at_the_ends
+from loudmerge.arithmetic.sizes import BAND, OCTAVES, PARTS, USUAL
 from loudmerge.layout import Span
-
-BAND = 64
-"""Rows, or columns where the inputs lie along the rows, that make a band; the first band starts at 0."""
 
 INPUTS = 2048
 """Inputs that are worked on at a time. With fewer there are more steps, and threads wait between them."""
-
-OCTAVES, PARTS = 16, 4
-"""Levels of the shares: a share under 2**-OCTAVES counts as the lowest."""
 
 _LOW, _EXPONENT = 0xFFFF, 0x7F800000
 """Of a float32's bits: those that bfloat16 has not, and its exponent's."""
 
 _INVERSE = (254 + 7) << 23
 """Less the bits of 2**e: those of 2**(7 - e), which is one over a unit of bfloat16."""
-
-USUAL = 2.0**-50, 2.0**50
-"""The sizes of numbers whose products and quotients by a unit are normal, too."""
 
 _LEAST_NORMAL = (127 - 14) << 23
 """float16's, as bits of a float32."""

@@ -1,27 +1,26 @@
-"""The compiled kernel, where there is one, for the tensors of a block."""
+"""The compiled kernel, where there is one, for blocks of bfloat16 on the CPU. Needs no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+import numpy as np
+import numpy.typing as npt
 
-from loudmerge.arithmetic.balance import Bands
-from loudmerge.arithmetic.rounding import Draws
+from loudmerge.arithmetic.kept import Sums
+from loudmerge.system.arrays import Floats
 
-Sums = tuple[float, float]
-"""<W' - W, dW> and <dW, dW>."""
+Halves = npt.NDArray[np.int16]
+"""The bits of bfloat16."""
 
+Drawn = tuple[Any, Any, Any, Any, int]
+"""The numbers u of some rows, as the kernel takes them: of `rounding.Draws.arrays`."""
 
-def kernel_for(source: Tensor, target: Tensor) -> Kernel | None:
-    """It is for bfloat16 in and out, on the CPU."""
-    alike = source.dtype is target.dtype is torch.bfloat16
-    return kernel() if alike and source.device.type == target.device.type == "cpu" else None
+T = TypeVar("T")
 
 
 @cache
@@ -38,57 +37,60 @@ def kernel() -> Kernel | None:
 class Kernel:
     """loudmerge.arithmetic.kernel.
 
-    source, delta, target: (rows, columns), delta float32 and contiguous. The last may be the first.
+    source, delta, target: (rows, columns), delta contiguous. The last may be the first.
     """
 
     module: ModuleType
 
-    def nearest(self, source: Tensor, delta: Tensor, target: Tensor) -> Sums:
+    def nearest(self, source: Halves, delta: Floats, target: Halves) -> Sums:
         """Writes the nearest of source + delta to `target`."""
-        weight, out = _side_by_side(source, target)
-        sums: Sums = self.module.nearest(*_flat(weight), delta.numpy(), *_flat(out))
-        if out is not target:
-            target.copy_(out)
-        return sums
+
+        def write(weight: Halves, out: Halves) -> Sums:
+            sums: Sums = self.module.nearest(*_flat(weight), delta, *_flat(out))
+            return sums
+
+        return _side_by_side(source, target, write)
 
     def balanced(
-        self, source: Tensor, delta: Tensor, target: Tensor, drawn: Drawn, first: int, bands: Bands
+        self,
+        source: Halves,
+        delta: Floats,
+        target: Halves,
+        drawn: Drawn,
+        first: int,
+        bands: Sequence[int],
+        axis: int,
     ) -> Sums | None:
         """As nearest, but rounds as Bands.round_; None, and nothing is written, where something is unusual.
 
-        first: the number of the block's first row in `drawn`. bands: those of the block.
+        first: the number of the block's first row in `drawn`. bands: where each of the block's ends, along
+        the axis.
         """
-        weight, out = _side_by_side(source, target)
-        block = *_flat(weight), delta.numpy(), *_flat(out)
-        limits = torch.tensor([0, *(part.stop for part in bands.parts())])
-        is_done, sums = self.module.balanced(*block, *drawn, first, limits.numpy(), bands.axis)
-        if is_done and out is not target:
-            target.copy_(out)
-        return sums if is_done else None
+        limits = np.array([0, *bands])
+
+        def write(weight: Halves, out: Halves) -> Sums | None:
+            block = *_flat(weight), delta, *_flat(out)
+            is_done, sums = self.module.balanced(*block, *drawn, first, limits, axis)
+            return sums if is_done else None
+
+        return _side_by_side(source, target, write)
 
 
-Drawn = tuple[Any, Any, Any, Any, int]
-"""The numbers u of some rows, as the kernel takes them."""
+def _side_by_side(source: Halves, target: Halves, write: Callable[[Halves, Halves], T]) -> T:
+    """Has it written to `target`, or by way of a copy where columns do not lie one beside the next."""
+    if source.strides[1] == target.strides[1] == source.itemsize:
+        return write(source, target)
+    copy = np.ascontiguousarray(source)
+    copy = copy.copy() if copy is source else copy
+    done = write(copy, copy)
+    if done is not None:
+        target[...] = copy
+    return done
 
 
-def as_drawn(draws: Draws) -> Drawn:
-    """To be made once for all blocks."""
-    starts, counts = torch.tensor(draws.segments).T.contiguous()
-    arrays = draws.table, torch.stack(draws.offsets), pad(counts.cumsum(0), (1, 0)), starts
-    table, offsets, edges, first = (each.numpy() for each in arrays)
-    return table, offsets, edges, first, draws.step
-
-
-def _side_by_side(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are, or twice one copy where the columns of either do not lie one beside the next."""
-    if source.stride(1) == target.stride(1) == 1:
-        return source, target
-    copy = torch.empty(source.shape, dtype=source.dtype).copy_(source)
-    return copy, copy
-
-
-def _flat(block: Tensor) -> tuple[Any, int]:
-    """From the first element to the last, as int16, and how far it is from row to row."""
+def _flat(block: Halves) -> tuple[Halves, int]:
+    """From the first element to the last, and how far it is from row to row."""
     rows, columns = block.shape
-    stride = block.stride(0)
-    return block.as_strided(((rows - 1) * stride + columns,), (1,)).view(torch.int16).numpy(), stride
+    stride = block.strides[0] // block.itemsize
+    count = (rows - 1) * stride + columns
+    return np.lib.stride_tricks.as_strided(block, (count,), (block.itemsize,)), stride

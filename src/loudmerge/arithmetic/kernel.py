@@ -23,8 +23,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy import float32, float64, int16, int32
 
-from loudmerge.arithmetic.balance import BAND, OCTAVES, PARTS
-from loudmerge.arithmetic.rounding import SEGMENT, TABLE_BITS
+from loudmerge.arithmetic.sizes import BAND, OCTAVES, PARTS, SEGMENT, TABLE_BITS
 
 INPUTS, LEVELS, LANES = 128, OCTAVES * PARTS, 512
 

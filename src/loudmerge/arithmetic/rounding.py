@@ -21,43 +21,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from loudmerge.arithmetic.compiled import Drawn
+from loudmerge.arithmetic.sizes import SEGMENT, TABLE_BITS
 from loudmerge.layout import Span
 
 DROPPED: Mapping[torch.dtype, int] = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of a float32 that the dtype has not; a subnormal float16 has fewer still."""
 
-TABLE_BITS = 20
-"""The table has 2**20 places: 4 MiB as int32."""
-
-NEAREST_KEEPS = 0.99
-"""Where the nearest keeps as much of an update, `auto` takes it: it costs least (docs/rounding.md)."""
-
-CLOSING_KEEPS = 0.5
-"""Where the nearest keeps as much of what a last layer's MLP writes through, `auto` leaves it to chance."""
-
-_SAMPLES, _SAMPLE_ROWS = 2, 32
-"""How many runs of how many rows tell what rounding to the nearest keeps of a matrix's update."""
-
-SEGMENT = 4096
-"""Columns that are read from consecutive places of the table."""
-
 _WORD = (1 << 32) - 1
-
-
-def sampled(rows: int) -> Iterator[tuple[int, int]]:
-    """The first row, and the one after the last, of each run of a matrix's rows that `auto` looks at."""
-    for first in range(0, rows, max(_SAMPLE_ROWS, rows // _SAMPLES)):
-        yield first, min(first + _SAMPLE_ROWS, rows)
-
-
-def chosen(kept: float, *, closing: bool) -> str:
-    """What `auto` rounds a matrix by. kept: by the nearest, of its update. closing: `planning.closing`."""
-    if kept >= NEAREST_KEEPS:
-        return "nearest"
-    return "stochastic" if closing and kept >= CLOSING_KEEPS else "balanced"
 
 
 @cache
@@ -94,6 +69,13 @@ class Draws:
         self.table, self.step = table, columns.step
         self.segments = [(first, count) for _, first, count in met]
         self.offsets = [_offsets(key, index, segment) for segment, _, _ in met]
+
+    def arrays(self) -> Drawn:
+        """As the compiled kernel takes them; to be made once for all blocks. On the CPU."""
+        firsts, counts = np.array(self.segments).T
+        edges = np.concatenate([[0], counts.cumsum()])
+        offsets = torch.stack(self.offsets).numpy()
+        return self.table.numpy(), offsets, edges, np.ascontiguousarray(firsts), self.step
 
     def fill(self, first: int, out: Tensor) -> Tensor:
         """Fills `out`, int32 (some, columns.count), with the u of the rows from the `first` on."""

@@ -22,7 +22,7 @@ from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.reading.checkpoint import Checkpoint, open_checkpoint
 from loudmerge.system.device import check_device, found_device
-from loudmerge.system.tensorfile import DTYPES
+from loudmerge.system.tensors import DTYPES
 from loudmerge.verifying.verify import plan_again
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from loudmerge.converting.rewrite import Rewritten
 from loudmerge.errors import EnvironmentFailed
 from loudmerge.layout import Axes, Span
 from loudmerge.planning.plan import MergePlan, OutputTensor, Site, Term
-from loudmerge.system.tensorfile import TensorReader
+from loudmerge.system.tensors import TensorReader
 
 _MEMORY = "Install the transformers version that the adapter was trained with."
 

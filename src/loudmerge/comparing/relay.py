@@ -28,7 +28,7 @@ from loudmerge.layout import Axes, LoraBLayout, Orientation
 from loudmerge.planning.plan import OutputTensor, Site, Term
 from loudmerge.reading.adapter import Adapter, LoraPair
 from loudmerge.reading.adapter_config import CONFIG, WEIGHTS
-from loudmerge.system.tensorfile import TensorReader
+from loudmerge.system.tensors import TensorReader
 
 ADAPTER_NAME = "default"
 _RANK = 2

@@ -36,7 +36,7 @@ from loudmerge.reading.adapter_config import AdapterConfig
 from loudmerge.reading.experts import split_expert_name
 from loudmerge.reading.families import DOWN, FUSED_LEAVES, GATE, PROJECTION_LEAVES, UP, Family, major_minor
 from loudmerge.reading.sidefiles import CONFIG as BASE_CONFIG
-from loudmerge.system.tensorfile import TensorReader
+from loudmerge.system.tensors import TensorReader
 from loudmerge.system.threads import cores
 
 Linears = Mapping[tuple[str, int], Site]

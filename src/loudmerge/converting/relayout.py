@@ -14,7 +14,6 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from loudmerge.arithmetic.delta import unpack_lora_b
 from loudmerge.layout import LoraBLayout, Orientation, Span
 
 
@@ -39,7 +38,11 @@ def factored(
 ) -> Factored:
     """Reads a fused pair. lora_a: (rank * experts, a), lora_b: (b, rank * experts)."""
     rank = lora_a.shape[0] // experts
-    a, b = lora_a.view(experts, rank, -1), unpack_lora_b(lora_b, experts, rank, packing)
+    a = lora_a.view(experts, rank, -1)
+    if packing is LoraBLayout.RANK_MAJOR:
+        b = lora_b.view(-1, rank, experts).permute(2, 0, 1)
+    else:
+        b = lora_b.view(-1, experts, rank).permute(1, 0, 2)
     if orientation is Orientation.STANDARD:
         return Factored(b, a)
     return Factored(a.transpose(1, 2), b.transpose(1, 2))

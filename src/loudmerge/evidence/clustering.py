@@ -1,4 +1,4 @@
-"""What a trained pair of fused expert LoRA shows of how its lora_B is packed. Pure: tensors in, numbers out.
+"""What a trained pair of fused expert LoRA shows of how its lora_B is packed. Pure: arrays in, numbers out.
 
 Training leaves traces that follow the experts, and stand out only where lora_B's columns are grouped as they
 were trained:
@@ -26,12 +26,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+import numpy as np
+import numpy.typing as npt
 
 from loudmerge.errors import plural
 from loudmerge.layout import LoraBLayout
+from loudmerge.system.arrays import Floats
+from loudmerge.system.memory import Array
+
+Places = npt.NDArray[np.int64]
 
 CHANCES = 32
 """Random orders that an observation is compared with."""
@@ -40,10 +43,7 @@ PAIRED_ROWS = 512
 """Rows of lora_A, at most, that pairing and crossing look at: those of whole experts, two at least."""
 
 ELEMENTS = 1 << 20
-"""Of the intermediate tensors, where several orders are looked at in one step."""
-
-SMALL = 32
-"""Rows of a matrix up to which all its orders by one index are faster than each by two."""
+"""Of the intermediate arrays, where several orders are looked at in one step."""
 
 RUNS, RUN = 4, 64
 """Runs of rows of lora_B that are looked at, and the rows of each."""
@@ -187,98 +187,108 @@ def sampled_rows(rows: int) -> tuple[range, ...]:
     return tuple(range(start, start + RUN) for start in (rows * run // RUNS for run in range(RUNS)))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def site_traces(
-    rows_of: Callable[[Sequence[int]], Tensor], b: Tensor, lower: Tensor, experts: int, rank: int
+    rows_of: Callable[[Sequence[int]], Floats], b: Floats, lower: Array, experts: int, rank: int
 ) -> SiteTraces:
     """Both packings of one pair, compared.
 
     rows_of: the rows of lora_A of some experts, (experts * rank, a). b: (rows, rank * experts), some rows of
     lora_B. lower: (rows,) bool, which of these are of its lower half. experts, rank: two or more each.
     """
-    b = b.to(torch.float32)
     if not b.any():
         untrained = Traces(0.0, 0.0, 0.0, 0.0)
         return SiteTraces(untrained, untrained)  # every order of such columns is the same
-    orders = {packing: order_of(experts, rank, packing).view(experts, rank) for packing in LoraBLayout}
-    chances = random_orders(experts * rank).view(-1, experts, rank)
-    columns = _columns(b, torch.stack([*orders.values(), *chances]))
-    norms, units = b.norm(dim=0), normalize(b, dim=0)
+    orders = {packing: order_of(experts, rank, packing).reshape(experts, rank) for packing in LoraBLayout}
+    chances = random_orders(experts * rank).reshape(-1, experts, rank)
+    norms, units = np.linalg.norm(b, axis=0), _normalized(b, 0)
+    columns = _columns(norms, units, np.stack([*orders.values(), *chances]))
     found = {}
     for (norm, direction), (packing, order) in zip(columns, orders.items(), strict=True):
         trained = _most_trained(norms[order], rank)
-        rows = rows_of(trained.tolist()).to(torch.float32).view(len(trained), rank, -1)
+        rows = rows_of(trained.tolist()).reshape(len(trained), rank, -1)
         found[packing] = Traces(norm, direction, *_pairs(rows, units[:, order[trained]]))
     major, grouped = (found[packing] for packing in LoraBLayout)
     return SiteTraces(major, grouped, _blocks(b, lower, orders))
 
 
-def order_of(experts: int, rank: int, packing: LoraBLayout) -> Tensor:
+def order_of(experts: int, rank: int, packing: LoraBLayout) -> Places:
     """lora_B's columns in the order of lora_A's rows: expert by expert."""
-    columns = torch.arange(experts * rank)
-    return columns.view(rank, experts).T.reshape(-1) if packing is LoraBLayout.RANK_MAJOR else columns
+    columns = np.arange(experts * rank)
+    return columns.reshape(rank, experts).T.reshape(-1) if packing is LoraBLayout.RANK_MAJOR else columns
 
 
-def _columns(b: Tensor, groupings: Tensor) -> list[list[float]]:
+def _normalized(vectors: Floats, axis: int) -> Floats:
+    """Of length 1 along the axis, but for those that are all but 0."""
+    lengths = np.linalg.norm(vectors, axis=axis, keepdims=True)
+    units: Floats = vectors / np.maximum(lengths, np.float32(1e-12))
+    return units
+
+
+def _columns(norms: Floats, units: Floats, groupings: Places) -> list[list[float]]:
     """Scores of norms and directions, of all but the last CHANCES of groupings (orders, experts, rank)."""
-    ranks, units = _ranks(b.norm(dim=0)), normalize(b, dim=0).T.contiguous()
-    some = _at_a_time(groupings, units.numel())
-    alignments = torch.cat([_alignments(units, each) for each in some])
-    return _scores(torch.stack([_spreads(ranks[groupings]), alignments], dim=1))
+    across = np.ascontiguousarray(units.T)
+    some = _at_a_time(groupings, units.size)
+    alignments = np.concatenate([_alignments(across, each) for each in some])
+    return _scores(np.stack([_spreads(_ranks(norms)[groupings]), alignments], axis=1))
 
 
-def _at_a_time(orders: Tensor, elements: int) -> tuple[Tensor, ...]:
+def _at_a_time(orders: Places, elements: int) -> list[Places]:
     """The orders in parts, where each needs so many elements: one step for all of a small pair."""
-    return torch.split(orders, max(1, ELEMENTS // max(1, elements)))
+    step = max(1, ELEMENTS // max(1, elements))
+    return [orders[start : start + step] for start in range(0, len(orders), step)]
 
 
-def _most_trained(norms: Tensor, rank: int) -> Tensor:
+def _most_trained(norms: Floats, rank: int) -> Places:
     """The experts with the longest columns, as many as pairing looks at. norms: (experts, rank)."""
     count = max(2, PAIRED_ROWS // rank)
-    return norms.square().sum(dim=1).argsort(descending=True, stable=True)[:count].sort().values
+    return np.sort(np.argsort(-np.square(norms).sum(axis=1), kind="stable")[:count])
 
 
-def _pairs(rows: Tensor, columns: Tensor) -> list[float]:
+def _pairs(rows: Floats, columns: Floats) -> list[float]:
     """Scores of pairing and crossing. rows: (experts, rank, a). columns: (rows, experts, rank), units."""
     experts, rank, _ = rows.shape
-    units = normalize(rows.flatten(0, 1), dim=1)
+    units = _normalized(rows.reshape(experts * rank, -1), 1)
     like = units @ units.T
     # Rows that an SVD made are orthogonal: what is left of their products is rounding.
-    like = like.masked_fill(like.abs() < ROUNDING, 0)
-    columns = columns.flatten(1)
+    like[np.abs(like) < ROUNDING] = 0
+    columns = columns.reshape(-1, experts * rank)
     likewise = columns.T @ columns
-    owner = torch.arange(experts).repeat_interleave(rank)
-    across = likewise.masked_fill(owner[:, None] == owner, 0)
-    within = _own(likewise.fill_diagonal_(0), experts)
-    orders = torch.cat([torch.arange(experts * rank)[None], _reassigned(experts, rank)])
+    owner = np.arange(experts).repeat(rank)
+    across = np.where(owner[:, None] == owner, np.float32(0), likewise)
+    np.fill_diagonal(likewise, 0)
+    within = _own(likewise, experts)
+    orders = np.concatenate([np.arange(experts * rank)[None], _reassigned(experts, rank)])
     sums = []
-    for some in _at_a_time(orders, like.numel()):
-        shuffled = _reordered(like, some)
-        inside = (_own(shuffled, experts) * within).sum(dim=(1, 2, 3))
-        sums.append(torch.stack([inside, shuffled.mul_(across).sum(dim=(1, 2))], dim=1))
-    return _scores(torch.cat(sums))[0]
+    for some in _at_a_time(orders, like.size):
+        shuffled = np.stack([like.take(order, 0).take(order, 1) for order in some])
+        inside = _total(_own(shuffled, experts) * within)
+        shuffled *= across
+        sums.append(np.stack([inside, _total(shuffled)], axis=1))
+    return _scores(np.concatenate(sums))[0]
 
 
-def _own(like: Tensor, experts: int) -> Tensor:
+def _total(each: Array) -> Array:
+    """(orders, …) -> (orders,)."""
+    sums: Array = each.reshape(len(each), -1).sum(axis=1)
+    return sums
+
+
+def _own(like: Floats, experts: int) -> Floats:
     """(…, n, n) -> (…, rank, rank, experts): of the rows of one expert each, a view."""
     rank = like.shape[-1] // experts
-    return like.view(*like.shape[:-2], experts, rank, experts, rank).diagonal(dim1=-4, dim2=-2)
+    apart = like.reshape(*like.shape[:-2], experts, rank, experts, rank)
+    return apart.diagonal(axis1=-4, axis2=-2)
 
 
-def _reordered(like: Tensor, orders: Tensor) -> Tensor:
-    """(n, n) with rows and columns in each of the orders, (orders, n): (orders, n, n)."""
-    if len(like) <= SMALL:
-        return like[orders[:, :, None], orders[:, None, :]]
-    return torch.stack([like.index_select(0, order).index_select(1, order) for order in orders])
-
-
-def _reassigned(experts: int, rank: int) -> Tensor:
+def _reassigned(experts: int, rank: int) -> Places:
     """(CHANCES, experts * rank): rows of whole experts in random order, and so the rows of each."""
     whole = random_orders(experts)[:, :, None] * rank
-    places = random_orders(experts * rank).view(CHANCES, experts, rank).argsort(dim=2)
-    return (whole + places).flatten(1)
+    places = random_orders(experts * rank).reshape(CHANCES, experts, rank).argsort(axis=2)
+    return (whole + places).reshape(CHANCES, -1)
 
 
-def _blocks(b: Tensor, lower: Tensor, orders: Mapping[LoraBLayout, Tensor]) -> LoraBLayout | None:
+def _blocks(b: Floats, lower: Array, orders: Mapping[LoraBLayout, Places]) -> LoraBLayout | None:
     """The one packing in which half of each expert's columns write only upper rows, and half only lower ones.
 
     So PEFT >= 0.19 fuses gate and up (peft/utils/transformers_weight_conversion.py).
@@ -287,51 +297,54 @@ def _blocks(b: Tensor, lower: Tensor, orders: Mapping[LoraBLayout, Tensor]) -> L
         return None  # no zeros, so no blocks of them: a tenth of the time
     fits = []
     for packing, order in orders.items():
-        first, second = b[:, order].tensor_split(2, dim=2)
+        first, second = np.array_split(b[:, order], 2, axis=2)
         if first.any() and second.any() and not first[lower].any() and not second[~lower].any():
             fits.append(packing)
     return fits[0] if len(fits) == 1 else None
 
 
-def _alignments(units: Tensor, groupings: Tensor) -> Tensor:
+def _alignments(units: Floats, groupings: Places) -> Array:
     """(orders,): sums of squared cosines. units: (columns, rows). groupings: (orders, groups, n)."""
-    # Three times as fast as indexing by a tensor of three dimensions.
-    members = units.index_select(0, groupings.reshape(-1)).view(*groupings.shape, -1)
-    return (members @ members.transpose(2, 3)).square().sum(dim=(1, 2, 3))
+    members = units.take(groupings, 0)
+    cosines = members @ members.swapaxes(2, 3)
+    return _total(np.square(cosines, out=cosines))
 
 
-def _spreads(values: Tensor) -> Tensor:
+def _spreads(values: Array) -> Array:
     """(orders, groups, n) -> how far apart the groups' means are: one-way F, up to a monotone function."""
-    return values.mean(dim=2).square().sum(dim=1)
+    return _total(np.square(values.mean(axis=2)))
 
 
-def _ranks(values: Tensor) -> Tensor:
+def _ranks(values: Floats) -> Array:
     """Ranks from 0 to 1, centred; equal values share one."""
-    ordered = values.sort().values
-    first = torch.searchsorted(ordered, values)
-    last = torch.searchsorted(ordered, values, right=True)
-    ranks = (first + last) / (2 * len(values))
-    return ranks - ranks.mean()
+    ordered = np.sort(values)
+    first = np.searchsorted(ordered, values)
+    last = np.searchsorted(ordered, values, side="right")
+    ranks: Array = (first + last) / (2 * len(values))
+    ranks -= ranks.mean()
+    return ranks
 
 
-def _scores(observed: Tensor) -> list[list[float]]:
+def _scores(observed: Array) -> list[list[float]]:
     """(orders, statistics) -> z-scores of all but the last CHANCES orders against those.
 
     0 for what does not depend on the order.
     """
-    values = observed.double()
+    values = observed.astype(np.float64)
     tested, chance = values[:-CHANCES], values[-CHANCES:]
-    deviation = chance.std(dim=0)
-    constant = ~(deviation > 1e-6 * chance.abs().amax(dim=0))
-    scores: list[list[float]] = ((tested - chance.mean(dim=0)) / deviation).masked_fill(constant, 0).tolist()
+    deviation = chance.std(axis=0, ddof=1)
+    varies = deviation > 1e-6 * np.abs(chance).max(axis=0)
+    scores: list[list[float]] = np.divide(
+        tested - chance.mean(axis=0), deviation, out=np.zeros_like(tested), where=varies
+    ).tolist()
     return scores
 
 
 @lru_cache(maxsize=16)
-def random_orders(count: int) -> Tensor:
-    """(CHANCES, count) permutations, the same with every version of torch on every machine."""
-    keys = torch.arange(1, CHANCES * count + 1).view(CHANCES, count)
-    # splitmix64's mixing; that torch's shift keeps the sign does no harm.
+def random_orders(count: int) -> Places:
+    """(CHANCES, count) permutations, the same on every machine. Only to be read."""
+    keys = np.arange(1, CHANCES * count + 1).reshape(CHANCES, count)
+    # splitmix64's mixing; that a signed shift keeps the sign does no harm.
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         keys = (keys ^ (keys >> shift)) * factor
-    return keys.argsort(dim=1)
+    return keys.argsort(axis=1)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from loudmerge.evidence.clustering import SiteTraces, Verdict, sampled_rows, site_traces, verdict
 from loudmerge.evidence.hypotheses import FusedModule, FusedParameter
 from loudmerge.reading.adapter import Adapter, LoraPair
-from loudmerge.system.tensorfile import DTYPES, TensorEntry, TensorReader
-from loudmerge.system.threads import cores, one_torch_thread
+from loudmerge.system.arrays import Floats, read_rows
+from loudmerge.system.tensorfile import FileReader
+from loudmerge.system.threads import cores, one_blas_thread
 
 LAYERS = (2, 4, 8, 16)
 """How many layers are looked at, for each parameter of an experts module: the next number only where the
@@ -109,7 +109,7 @@ def weigh(sites: Iterable[FusedSite]) -> Weighed:
     found: dict[str, SiteTraces | None] = {}
     looked: tuple[tuple[FusedSite, SiteTraces], ...] = ()
     verdicts: dict[str, Verdict] = {}
-    with TensorReader() as reader:
+    with FileReader() as reader:
         for layers in LAYERS:
             more = [one for same in by_leaf.values() for one in evenly(same, layers) if one.name not in found]
             found |= _looked_at(more, reader)
@@ -122,10 +122,10 @@ def weigh(sites: Iterable[FusedSite]) -> Weighed:
     return Weighed(verdicts, looked)
 
 
-def _looked_at(sites: Sequence[FusedSite], reader: TensorReader) -> dict[str, SiteTraces | None]:
+def _looked_at(sites: Sequence[FusedSite], reader: FileReader) -> dict[str, SiteTraces | None]:
     """By name; see `_traces`."""
     # Several sites at a time gain what several threads in each do not: their steps are small.
-    with one_torch_thread(), ThreadPoolExecutor(cores(THREADS), "loudmerge-weigh") as pool:
+    with one_blas_thread(), ThreadPoolExecutor(cores(THREADS), "loudmerge-weigh") as pool:
         found = pool.map(partial(_traces, reader=reader), sites)
         return dict(zip((site.name for site in sites), found, strict=True))
 
@@ -151,25 +151,17 @@ def evenly(sites: Sequence[T], most: int) -> list[T]:
     return [sites[number * len(sites) // count] for number in range(count)]
 
 
-def _traces(site: FusedSite, reader: TensorReader) -> SiteTraces | None:
+def _traces(site: FusedSite, reader: FileReader) -> SiteTraces | None:
     """None for weights that are not finite, which a merge refuses, and that say nothing."""
     pair, total = site.pair, site.pair.b.shape[0]
     rows = sampled_rows(total)
-    b = torch.cat([_rows(pair.b, run.start, len(run), reader) for run in rows])
-    lower = torch.cat([torch.arange(run.start, run.stop) for run in rows]) >= (total + 1) // 2
-    if not b.isfinite().all():
+    b = np.concatenate([read_rows(reader, pair.b, run.start, len(run)) for run in rows])
+    lower = np.concatenate([np.arange(run.start, run.stop) for run in rows]) >= (total + 1) // 2
+    if not np.isfinite(b).all():
         return None
     return site_traces(partial(_rows_of, site, reader), b, lower, site.experts, site.rank)
 
 
-def _rows_of(site: FusedSite, reader: TensorReader, experts: Sequence[int]) -> Tensor:
+def _rows_of(site: FusedSite, reader: FileReader, experts: Sequence[int]) -> Floats:
     """The rows of lora_A of some experts."""
-    return torch.cat([_rows(site.pair.a, one * site.rank, site.rank, reader) for one in experts])
-
-
-def _rows(entry: TensorEntry, first: int, count: int, reader: TensorReader) -> Tensor:
-    """(count, columns) in float32."""
-    row = entry.shape[1] * DTYPES[entry.dtype].itemsize
-    buffer = torch.empty(count * row, dtype=torch.uint8)
-    reader.read_bytes(entry, first * row, buffer)
-    return buffer.view(DTYPES[entry.dtype]).view(count, entry.shape[1]).to(torch.float32)
+    return np.concatenate([read_rows(reader, site.pair.a, one * site.rank, site.rank) for one in experts])

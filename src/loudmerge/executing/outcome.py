@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from loudmerge.arithmetic.delta import Kept
+from loudmerge.arithmetic.kept import Kept
 from loudmerge.executing.resume import ShardRecord
 from loudmerge.planning.plan import OutputTensor
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from loudmerge.arithmetic.balance import BAND
+from loudmerge.arithmetic.sizes import BAND
 from loudmerge.planning.plan import OutputTensor, Term
 
 PIECE_BYTES = 8 << 20

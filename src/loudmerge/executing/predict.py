@@ -12,18 +12,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-import torch
-
-from loudmerge.arithmetic.balance import BAND
-from loudmerge.arithmetic.delta import Kept
+from loudmerge.arithmetic.kept import Kept
+from loudmerge.arithmetic.sizes import BAND
 from loudmerge.errors import plural, some
-from loudmerge.executing.execute import Worker
 from loudmerge.executing.outcome import Outcome
 from loudmerge.executing.pieces import Piece, split
 from loudmerge.executing.report import KEPT_WARNING, what_keeps
+from loudmerge.executing.worker import Worker
 from loudmerge.planning.plan import MergePlan
 from loudmerge.reading.names import template
-from loudmerge.system.tensorfile import TensorReader
+from loudmerge.system.tensorfile import FileReader
 
 MATRICES, EXPERTS = 24, 4
 """Of each kind of weight: how many matrices are taken, and how many with the same LoRA pair, which has to be
@@ -160,7 +158,7 @@ def predict(plan: MergePlan) -> Prediction | None:
     if not by_kind:
         return None
     overall, nearest, kinds = Kept(), Kept(), []
-    with TensorReader() as reader, ThreadPoolExecutor(1, "loudmerge-factors") as pool:
+    with FileReader() as reader, ThreadPoolExecutor(1, "loudmerge-factors") as pool:
         trial = _Trial(plan, reader, pool)
         for kind, members in sorted(by_kind.items()):
             found = _Measured()
@@ -229,7 +227,7 @@ def _spread(items: Sequence[T], count: int) -> Iterator[T]:
 class _Trial:
     """Computes pieces as `execute` would."""
 
-    def __init__(self, plan: MergePlan, reader: TensorReader, pool: Executor) -> None:
+    def __init__(self, plan: MergePlan, reader: FileReader, pool: Executor) -> None:
         self._plan, self._reader, self._pool = plan, reader, pool
         self._workers: dict[str, Worker] = {}
 
@@ -247,5 +245,5 @@ class _Trial:
     def _worker(self, rounding: str) -> Worker:
         if rounding not in self._workers:
             plan = replace(self._plan, rounding=rounding)
-            self._workers[rounding] = Worker(plan, self._reader, torch.device("cpu"), (), self._pool)
+            self._workers[rounding] = Worker(plan, self._reader, "cpu", (), self._pool)
         return self._workers[rounding]

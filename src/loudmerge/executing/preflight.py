@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
-import torch
+import numpy as np
 
-from loudmerge.arithmetic.delta import factors, unpack_lora_b
+from loudmerge.arithmetic.factors import factors, unpack_lora_b
 from loudmerge.errors import MergeRefused, Problem, plural, some
 from loudmerge.planning.plan import Site
 from loudmerge.reading.adapter import Adapter
 from loudmerge.reading.adapter_config import AdapterConfig
-from loudmerge.system.tensorfile import DTYPES, TensorEntry, TensorReader
+from loudmerge.system.arrays import as_numbers, read_array
+from loudmerge.system.tensorfile import FileReader, TensorEntry
 
 CHUNK_BYTES = 4 << 20
 """Bytes of a tensor that are looked at at a time: fresh memory for all of it costs more than the look."""
@@ -24,7 +24,7 @@ SHOWN_EXPERTS = 4
 
 
 def check_weights(
-    adapter: Adapter, sites: Sequence[Site], reader: TensorReader, pool: Executor
+    adapter: Adapter, sites: Sequence[Site], reader: FileReader, pool: Executor
 ) -> tuple[str, ...]:
     """Reads every tensor of the adapter once, in the threads of `pool`; returns what a person should know.
 
@@ -47,23 +47,24 @@ def check_weights(
     return tuple(_untrained(sites, zero))
 
 
-def _look(reader: TensorReader, entry: TensorEntry) -> tuple[int, bool]:
+def _look(reader: FileReader, entry: TensorEntry) -> tuple[int, bool]:
     """How many of a tensor's values are not finite, and whether all of them are zero."""
-    buffer = torch.empty(min(entry.nbytes, CHUNK_BYTES), dtype=torch.uint8)
+    buffer = np.empty(min(entry.nbytes, CHUNK_BYTES), np.uint8)
     bad, zero = 0, True
     for start in range(0, entry.nbytes, CHUNK_BYTES):
         content = buffer[: entry.nbytes - start]
         reader.read_bytes(entry, start, content)
-        values = content.view(DTYPES[entry.dtype])
+        values = as_numbers(content, entry.dtype)
         # The sum is not finite when an element is not; it may overflow by itself, so look again then.
-        total = values.sum(dtype=torch.float32)
-        if not math.isfinite(total):
-            bad += int((~values.isfinite()).sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = values.sum(dtype=np.float32)
+        if not np.isfinite(total):
+            bad += int((~np.isfinite(values)).sum())
         zero = zero and bool(total == 0) and not bool(values.any())
     return bad, zero
 
 
-def _non_finite(entry: TensorEntry, count: int, site: Site | None, reader: TensorReader) -> Problem:
+def _non_finite(entry: TensorEntry, count: int, site: Site | None, reader: FileReader) -> Problem:
     """site: whose experts' factors are in the tensor, None where it is no fused LoRA."""
     where = str(entry)
     if site is not None:
@@ -77,32 +78,31 @@ def _non_finite(entry: TensorEntry, count: int, site: Site | None, reader: Tenso
     )
 
 
-def _broken_experts(entry: TensorEntry, site: Site, reader: TensorReader) -> list[int]:
+def _broken_experts(entry: TensorEntry, site: Site, reader: FileReader) -> list[int]:
     """The experts with a value that is not finite: they have runs of lora_A's rows, or columns of lora_B."""
-    broken = ~reader.read(entry).isfinite()
+    broken = ~np.isfinite(read_array(reader, entry))
     if entry is site.pair.a:
-        each = broken.view(site.num_experts, -1)
+        each = broken.reshape(site.num_experts, -1)
     else:
-        each = unpack_lora_b(broken, site.num_experts, site.rank, site.lora_b_layout).flatten(1)
-    return [int(expert) for expert in each.any(1).nonzero()]
+        each = unpack_lora_b(broken, site.num_experts, site.rank, site.lora_b_layout)
+        each = each.reshape(site.num_experts, -1)
+    return [int(expert) for expert in each.any(axis=1).nonzero()[0]]
 
 
 def _named(experts: Sequence[int]) -> str:
     return f"expert{'s' if len(experts) > 1 else ''} {some([*map(str, experts)], SHOWN_EXPERTS)}"
 
 
-def _unequal_copies(adapter: Adapter, reader: TensorReader) -> Iterable[Problem]:
+def _unequal_copies(adapter: Adapter, reader: FileReader) -> Iterable[Problem]:
     for first, copy in adapter.copies:
-        if not torch.equal(reader.read(first), reader.read(copy)):
+        if not np.array_equal(read_array(reader, first), read_array(reader, copy)):
             found = f"other values than {first}"
             yield Problem(
                 "unconsumed-adapter-tensor", str(copy), found, "the same bytes", "Save the adapter again."
             )
 
 
-def _wrong_conversions(
-    config: AdapterConfig, sites: Sequence[Site], reader: TensorReader
-) -> Iterable[Problem]:
+def _wrong_conversions(config: AdapterConfig, sites: Sequence[Site], reader: FileReader) -> Iterable[Problem]:
     """Per-expert adapters that PEFT >= 0.19 fused on loading: with rslora gate_up counts sqrt(2) times.
 
     It writes rank 2r and alpha 2 alpha (peft/utils/transformers_weight_conversion.py). Its lora_B has blocks
@@ -112,7 +112,7 @@ def _wrong_conversions(
         alpha = config.alpha_for(site.parameter, site.rank)
         if not site.num_experts or site.rank != 2 * config.rank or alpha != 2 * config.alpha:
             continue
-        left = factors(site, reader.read(site.pair.a), reader.read(site.pair.b)).left
+        left = factors(site, read_array(reader, site.pair.a), read_array(reader, site.pair.b)).left
         rows, rank = left.shape[1] // 2, site.rank // 2
         blocks = not left[:, :rows, rank:].any() and not left[:, rows:, :rank].any()
         if blocks and left.any():

@@ -6,11 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future
 
-import torch
-
-from loudmerge.arithmetic.delta import Factors, factors
+from loudmerge.arithmetic.factors import Factors, factors
 from loudmerge.planning.plan import Site
-from loudmerge.system.tensorfile import TensorReader
+from loudmerge.system.arrays import read_array
+from loudmerge.system.tensorfile import FileReader
 
 
 class ReadAhead:
@@ -19,14 +18,12 @@ class ReadAhead:
     def __init__(
         self,
         sites: Sequence[Site],
-        reader: TensorReader,
-        device: torch.device,
+        reader: FileReader,
         pool: Executor,
         limit: int,
     ) -> None:
         self._sites = sites
         self._reader = reader
-        self._device = device
         self._pool = pool
         self._limit = limit
         self._held: OrderedDict[int, Future[Factors]] = OrderedDict()
@@ -46,5 +43,4 @@ class ReadAhead:
         return sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
 
     def _load(self, site: Site) -> Factors:
-        a, b = (self._reader.read(entry).to(self._device) for entry in (site.pair.a, site.pair.b))
-        return factors(site, a, b)
+        return factors(site, *(read_array(self._reader, entry) for entry in (site.pair.a, site.pair.b)))

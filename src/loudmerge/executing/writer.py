@@ -19,15 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from loudmerge.errors import EnvironmentFailed, MergeRefused, is_out_of_memory
 from loudmerge.executing.outpath import make_parents, own_directory, refuse_existing, remove_parents
 from loudmerge.planning.plan import OutputTensor
 from loudmerge.reading.checkpoint import INDEX
 from loudmerge.reading.sidefiles import CONFIG
 from loudmerge.system import jsonfile
+from loudmerge.system.memory import Bytes
 
 _PAGE = 4096
 """Alignment, in bytes, of a direct write: of its place in the file, its length and its address in memory."""
@@ -227,12 +225,10 @@ class ShardFile:
         """Whether all but what is not aligned to pages goes past the page cache."""
         return self._direct != _CLOSED
 
-    def write(self, key: str, offset: int, data: Tensor) -> None:
-        """Writes the bytes of `data` (contiguous, on the CPU) `offset` bytes into the tensor `key`."""
-        content = data.reshape(-1).view(torch.uint8)
-        view = memoryview(content.numpy().data)
-        position = self._starts[key] + offset
-        if self.direct and not (position | view.nbytes | content.data_ptr()) % _PAGE:
+    def write(self, key: str, offset: int, content: Bytes) -> None:
+        """Writes the bytes `offset` bytes into the tensor `key`."""
+        view, position = content.data, self._starts[key] + offset
+        if self.direct and not (position | view.nbytes | content.ctypes.data) % _PAGE:
             written = _write_direct(self._direct, view, position)
             view, position = view[written:], position + written
         _write_all(self._descriptor, view, position)

@@ -21,7 +21,7 @@ from loudmerge.planning.options import Options, check_options
 from loudmerge.planning.plan import MergePlan
 from loudmerge.reading.adapter import Adapter, LoraPair, read_adapter
 from loudmerge.reading.names import template
-from loudmerge.system.tensorfile import TensorReader
+from loudmerge.system.tensorfile import FileReader
 from loudmerge.system.threads import cores
 
 SHOWN_EVIDENCE = 8
@@ -162,7 +162,7 @@ def _predicted(planned: MergePlan) -> Prediction | None:
     try:
         return predict(planned)
     except MergeRefused:
-        with TensorReader() as reader, ThreadPoolExecutor(cores()) as pool:
+        with FileReader() as reader, ThreadPoolExecutor(cores()) as pool:
             check_weights(planned.adapter, planned.sites, reader, pool)
         raise
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from loudmerge.reading.cached import notes_on_snapshot
 from loudmerge.reading.checkpoint import INDEX, open_checkpoint
 from loudmerge.reading.sidefiles import CONFIG, REPORT
 from loudmerge.system.device import check_device, found_device
-from loudmerge.system.threads import check_threads, cores, one_torch_thread
+from loudmerge.system.threads import check_threads, cores, one_blas_thread, one_torch_thread
 
 Pathish = str | os.PathLike[str]
 
@@ -174,7 +175,8 @@ def merge_named(
         finished = Finished(staging.done, identity(made))
         sizes = {shard.path.name: shard.nbytes for shard, _ in shard_files(made, staging.weights)}
         staging.keep_only(finished.shards(staging.weights, sizes))
-        with one_torch_thread():
+        # Where torch is not loaded, and nobody's number of threads is at stake, it may not be needed at all.
+        with one_blas_thread(), one_torch_thread() if "torch" in sys.modules else nullcontext():
             outcome = execute(
                 made,
                 staging.weights,

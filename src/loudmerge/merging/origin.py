@@ -15,7 +15,8 @@ from loudmerge.errors import MergeRefused
 from loudmerge.reading.checkpoint import INDEX, Checkpoint, open_checkpoint
 from loudmerge.reading.families import family_of
 from loudmerge.reading.sidefiles import CONFIG, OF_TOKENIZERS
-from loudmerge.system.tensorfile import DTYPES, TensorEntry, TensorReader
+from loudmerge.system.tensorfile import FileReader, TensorEntry
+from loudmerge.system.tensors import DTYPES, TensorReader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ def _same_tensors(saved: Checkpoint, disk: Checkpoint) -> bool:
     pairs = [(entry, disk.entries.get(name)) for name, entry in saved.entries.items()]
     if any(other is None or not other.is_like(mine) for mine, other in pairs):
         return False
-    with TensorReader() as reader:
+    with FileReader() as reader:
         return all(other is not None and reader.same_bytes(mine, other) for mine, other in pairs)
 
 

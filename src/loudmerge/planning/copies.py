@@ -15,7 +15,7 @@ from loudmerge.planning.draft import EMBEDDING, HEAD, Draft
 from loudmerge.planning.siblings import is_extra_layer
 from loudmerge.planning.tiedrows import ties_rows
 from loudmerge.planning.vocabulary import embeds_tokens
-from loudmerge.system.tensorfile import TensorEntry, TensorReader
+from loudmerge.system.tensorfile import FileReader, TensorEntry
 
 _EMBEDS = re.compile(r"emb|shared|wte")
 """In the name of an embedding; without it a copy is a head, of which the config says if it is tied."""
@@ -60,7 +60,7 @@ def _is_embedding(draft: Draft, entry: TensorEntry) -> bool:
 def _copies(draft: Draft, entry: TensorEntry) -> Iterator[TensorEntry]:
     """The other tensors with the entry's bytes, which are read only where dtype and shape are the same."""
     canonical = draft.names.canonical
-    with TensorReader() as reader:
+    with FileReader() as reader:
         for other in draft.base.entries.values():
             if other is entry or not other.is_like(entry):
                 continue

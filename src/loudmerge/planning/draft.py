@@ -24,7 +24,7 @@ from loudmerge.reading.experts import Slot
 from loudmerge.reading.families import FUSED_LEAVES, Family
 from loudmerge.reading.names import Names
 from loudmerge.reading.patterns import alphas
-from loudmerge.system.tensorfile import DTYPE_CODES, FLOAT_CODES, MERGEABLE_CODES, TensorEntry
+from loudmerge.system.tensorfile import DTYPE_NAMES, FLOAT_CODES, MERGEABLE_CODES, TensorEntry
 
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -336,7 +336,7 @@ class Draft:
 
 
 _DTYPES = ("dtype", "torch_dtype")
-_CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_CODES.items()}
+_CODES = {name: code for code, name in DTYPE_NAMES.items()}
 
 
 def _unread(of_base: Sequence[str], of_adapter: Sequence[str]) -> Iterable[str]:

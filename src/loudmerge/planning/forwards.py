@@ -18,7 +18,8 @@ from loudmerge.planning.sites import Placement
 from loudmerge.reading.adapter import Adapter
 from loudmerge.reading.checkpoint import Checkpoint, config_parts
 from loudmerge.reading.names import NUMBER
-from loudmerge.system.tensorfile import FLOAT_CODES, TensorEntry, TensorReader
+from loudmerge.system.arrays import read_array
+from loudmerge.system.tensorfile import FLOAT_CODES, FileReader, TensorEntry
 
 SCALED = frozenset({"embed_tokens", "embed_tokens_per_layer", "shared"})
 """Embeddings that multiply their rows by `embed_scale` in the models below."""
@@ -111,11 +112,11 @@ def lost_biases(draft: Draft) -> Iterator[Problem]:
     Sources: peft/tuners/trainable_tokens/layer.py, `forward_adapters`; peft/utils/other.py,
     `ModulesToSaveWrapper.update`.
     """
-    with TensorReader() as reader:
+    with FileReader() as reader:
         for trained, bias in _computed_without(draft):
             entry = draft.final(bias)
             changed = "bias" in draft.changes.get(bias.name, {})
-            if changed or entry.dtype not in FLOAT_CODES or reader.read(entry).any():
+            if changed or entry.dtype not in FLOAT_CODES or read_array(reader, entry).any():
                 yield _lost_bias(trained, entry)
 
 

@@ -19,7 +19,7 @@ from loudmerge.reading.adapter import Adapter, LoraPair
 from loudmerge.reading.checkpoint import INDEX, Checkpoint
 from loudmerge.reading.families import Family
 from loudmerge.reading.sidefiles import CONFIG, REPORT
-from loudmerge.system.tensorfile import DTYPES, TensorEntry
+from loudmerge.system.tensorfile import ITEM_BYTES, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class OutputTensor:
         """Bytes of the tensor in OUT. A dtype that cannot be computed with is only ever copied."""
         if self.dtype == self.source.dtype:
             return self.source.nbytes
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def touched(self) -> bool:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from loudmerge.errors import Problem
 from loudmerge.layout import Axes
 from loudmerge.planning.sites import Placed
 from loudmerge.reading.initialisations import CONVERTED
-from loudmerge.system.tensorfile import TensorReader
+from loudmerge.system.arrays import Floats, floats, read_array
+from loudmerge.system.memory import Array
+from loudmerge.system.tensorfile import FileReader
 
 MOST_SITES = 16
 """So many weights are read at most."""
@@ -47,33 +48,35 @@ hundred times a usual learning rate, and 0.95 to 12 for what began beside the we
 def parts_of_weights(placed: Iterable[Placed]) -> Iterator[Problem]:
     """A problem where the LoRAs, taken together, hold the weights that they are for in their subspaces."""
     chosen = _sample([item for item in placed if _is_whole(item)])
-    apart = torch.zeros(2, dtype=torch.float64)
-    size = torch.zeros(2, dtype=torch.float64)
+    apart, size = np.zeros(2), np.zeros(2)
     numbers = 0
-    with TensorReader() as reader:
+    # numpy warns of what is not finite; it is looked for below.
+    with FileReader() as reader, np.errstate(over="ignore", invalid="ignore"):
         for item in chosen:
             weight, a, b = (
-                reader.read(entry).float() for entry in (item.slot.entry, item.pair.a, item.pair.b)
+                floats(read_array(reader, entry)) for entry in (item.slot.entry, item.pair.a, item.pair.b)
             )
             held, update = projections(weight if item.slot.axes is Axes.OUT_IN else weight.T, a, b)
-            if not update.isfinite().all():
+            if not np.isfinite(update).all():
                 continue  # refused once it is read whole
-            numbers += int(torch.linalg.matrix_rank(update, rtol=SMALL)) ** 2
+            parts = np.linalg.svd(update, compute_uv=False)
+            numbers += int((parts > SMALL * parts.max()).sum()) ** 2
             for way, scaling in enumerate((item.scaling, 1.0)):
-                apart[way] += (held - scaling * update).square().sum()
-                size[way] += (scaling * update).square().sum()
+                apart[way] += np.square(held - scaling * update).sum()
+                size[way] += np.square(scaling * update).sum()
     if numbers >= FEWEST and bool((apart < APART**2 * size).any()):
         yield _held(chosen[0])
 
 
-def projections(weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def projections(weight: Floats, a: Floats, b: Floats) -> tuple[Array, Array]:
     """The weight, and b @ a, in orthonormal bases of b's columns and a's rows.
 
-    weight: (out, in), a: (rank, in), b: (out, rank), in float32. Returns two (min(out, rank), min(rank, in)).
+    weight: (out, in), a: (rank, in), b: (out, rank), in float32. Returns two (min(out, rank), min(rank, in)),
+    in float64.
     """
-    left, coefficients_b = torch.linalg.qr(b)
-    right, coefficients_a = torch.linalg.qr(a.T)
-    return (left.T @ weight @ right).double(), (coefficients_b @ coefficients_a.T).double()
+    left, coefficients_b = np.linalg.qr(b)
+    right, coefficients_a = np.linalg.qr(a.T)
+    return np.float64(left.T @ weight @ right), np.float64(coefficients_b @ coefficients_a.T)
 
 
 def _sample(whole: Sequence[Placed]) -> Sequence[Placed]:

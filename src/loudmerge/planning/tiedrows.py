@@ -10,7 +10,8 @@ from loudmerge.planning.draft import HEAD, Draft
 from loudmerge.reading.adapter import PREFIX
 from loudmerge.reading.checkpoint import Checkpoint
 from loudmerge.reading.names import Names
-from loudmerge.system.tensorfile import TensorEntry, TensorReader
+from loudmerge.system.arrays import read_array
+from loudmerge.system.tensorfile import FileReader, TensorEntry
 
 HEAD_BESIDE: Mapping[str, str] = {
     "model.embed_tokens.weight": "lm_head.weight",
@@ -136,9 +137,9 @@ def changed_shared(draft: Draft) -> Iterator[Problem]:
         return
     if adapter.config.raw.get("ensure_weight_tying"):
         return
-    with TensorReader() as reader:
+    with FileReader() as reader:
         for pair in adapter.pairs:
-            if _is_shared(pair.module) and all(reader.read(half).any() for half in (pair.a, pair.b)):
+            if _is_shared(pair.module) and all(read_array(reader, half).any() for half in (pair.a, pair.b)):
                 yield _uncalled(pair.module, pair.a)
         for full in adapter.full:
             module, held = full.name.removesuffix(".weight"), draft.names.find(full.name)

@@ -20,7 +20,9 @@ def found_device(name: str) -> str:
 
     Raises EnvironmentFailed for a CUDA device that torch does not find.
     """
-    import torch  # noqa: PLC0415 - the command line checks names before torch is needed
+    if name == "cpu":
+        return name
+    import torch  # noqa: PLC0415 - what the CPU computes may not need it
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

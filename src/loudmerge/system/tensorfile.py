@@ -14,30 +14,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from loudmerge.errors import MergeRefused, Problem
-from loudmerge.system import memory
+from loudmerge.system.memory import Bytes
 from loudmerge.system.placeholders import pointer_problem
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPE_NAMES: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-"""safetensors' dtype codes that can be read as numbers; the other codes can only be copied."""
+"""safetensors' dtype codes that can be read as numbers, and torch's names; other codes can only be copied."""
 
-DTYPE_CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+ITEM_BYTES: Mapping[str, int] = {
+    code: 2 if code == "BF16" else np.dtype(name).itemsize for code, name in DTYPE_NAMES.items()
+}
 
 FLOAT_CODES = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -46,6 +48,8 @@ MERGEABLE_CODES = frozenset({"F32", "F16", "BF16"})
 
 COMPARED_BYTES = 16 << 20
 """Bytes of a tensor that are compared at a time."""
+
+Reader = TypeVar("Reader", bound="FileReader")
 
 State = tuple[int, int, int, int]
 """Of a file: its device, inode, size in bytes, and time of change."""
@@ -86,7 +90,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     # Opened first: safetensors' word for a file that may not be read is that there is none.
     with file.open("rb") as stream:
         try:
-            with safe_open(file, framework="pt", backend="pread"):
+            with safe_open(file, framework="np", backend="pread"):
                 pass
         except SafetensorError as error:
             expected = "a complete safetensors file"
@@ -181,8 +185,8 @@ class Descriptors:
             os.close(self._open.pop(file).descriptor)
 
 
-class TensorReader:
-    """Reads tensors of any number of files, of which a few are open at a time. Use as a context manager.
+class FileReader:
+    """Reads bytes of tensors of any number of files, of which a few are open at a time: a context manager.
 
     Positioned reads keep no state, so threads may share one reader.
     """
@@ -190,15 +194,15 @@ class TensorReader:
     def __init__(self) -> None:
         self._files = Descriptors()
 
-    def __enter__(self) -> TensorReader:
+    def __enter__(self: Reader) -> Reader:  # noqa: PYI019 - typing.Self needs Python 3.11
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._files.close()
 
-    def read_bytes(self, entry: TensorEntry, start: int, buffer: Tensor) -> None:
-        """Fills `buffer` (uint8, one axis) with the bytes of `entry` from byte `start` on."""
-        view = memoryview(buffer.numpy().data)
+    def read_bytes(self, entry: TensorEntry, start: int, buffer: Bytes) -> None:
+        """Fills `buffer` with the bytes of `entry` from byte `start` on."""
+        view = buffer.data
         position = entry.start + start
         with self._files.use(entry.file) as descriptor:
             while view:
@@ -216,19 +220,13 @@ class TensorReader:
                 view = view[count:]
                 position += count
 
-    def read(self, entry: TensorEntry) -> Tensor:
-        """The whole tensor, in its own dtype and shape."""
-        buffer = memory.empty([entry.nbytes], torch.uint8)
-        self.read_bytes(entry, 0, buffer)
-        return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
-
     def same_bytes(self, first: TensorEntry, second: TensorEntry) -> bool:
         """Whether two tensors of one size have the same bytes."""
         for start in range(0, first.nbytes, COMPARED_BYTES):
             count = min(COMPARED_BYTES, first.nbytes - start)
-            buffers = torch.empty((2, count), dtype=torch.uint8)
+            buffers = np.empty((2, count), np.uint8)
             self.read_bytes(first, start, buffers[0])
             self.read_bytes(second, start, buffers[1])
-            if not torch.equal(buffers[0], buffers[1]):
+            if not np.array_equal(buffers[0], buffers[1]):
                 return False
         return True

@@ -1,4 +1,4 @@
-"""How many threads compute; and torch's own, out of the way of ours."""
+"""How many threads compute; and those of numpy's products and torch's own, out of the way of ours."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 MOST = 8
 """Threads that compute by default, at most: each needs 20 MB, and so many are faster than a disk."""
 
 _LOCK = threading.Lock()
+_BLAS: list[Any] = []
+"""What the first inside `one_blas_thread` has changed, and a None for each inside."""
+
 _BEFORE: dict[int, int] = {}
 """torch's number of threads before, by Python thread inside `one_torch_thread`; global, as torch's own is."""
 
@@ -25,6 +31,26 @@ def check_threads(threads: object) -> None:
     """Raises ValueError for what is no number of threads; None is the default."""
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads is {threads!r}, expected a whole number from 1 on, or None")
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Inside, numpy computes each product with one thread, in all threads of the process.
+
+    For callers with threads of their own, or small matrices. Several may be inside at once: the last that
+    leaves gives back what the first has found.
+    """
+    with _LOCK:
+        if not _BLAS:
+            _BLAS.append(threadpool_limits(1, "blas"))
+        _BLAS.append(None)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _BLAS.pop()
+            if len(_BLAS) == 1:
+                _BLAS.pop().restore_original_limits()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loudmerge.arithmetic.rounding import sampled
+from loudmerge.arithmetic.auto import sampled
 from loudmerge.layout import Axes, Span
 from loudmerge.planning.plan import Term
 from loudmerge.verifying import bounds, rebalance

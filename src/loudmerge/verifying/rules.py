@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from loudmerge.arithmetic.rounding import CLOSING_KEEPS, NEAREST_KEEPS
+from loudmerge.arithmetic.auto import CLOSING_KEEPS, NEAREST_KEEPS
 from loudmerge.planning.plan import OutputTensor
 from loudmerge.verifying.recompute import Matrix
 

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loudmerge.arithmetic import delta as module
-from loudmerge.arithmetic.delta import Factors, Kept, Update, Workspace, dora_weight, factors, unpack_lora_b
+from loudmerge.arithmetic import meeting
+from loudmerge.arithmetic.delta import Update, Workspace, dora_weight
+from loudmerge.arithmetic.factors import Factors, factors
+from loudmerge.arithmetic.kept import Kept
 from loudmerge.layout import Axes, LoraBLayout, Orientation, Span
 from loudmerge.planning.plan import Site, Term
 from tests.unit.builders import EXPERTS, pair, values
@@ -44,63 +46,16 @@ def apply(
     return result, kept
 
 
-# --- factors -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", list(LoraBLayout))
-def test_each_expert_has_the_rows_of_a_and_its_columns_of_b(layout: LoraBLayout) -> None:
-    a, b = values(E * R, IN), values(OUT, E * R)
-    found = factors(site(E, layout=layout), a, b)
-    assert (found.left.shape, found.right.shape, found.scaling) == ((E, OUT, R), (E, R, IN), 0.5)
-    for e in range(E):
-        columns = b[:, e::E] if layout is LoraBLayout.RANK_MAJOR else b[:, e * R : (e + 1) * R]
-        assert torch.equal(found.left[e], columns)
-        assert torch.equal(found.right[e], a[e * R : (e + 1) * R])
-
-
-def test_a_pair_that_does_not_read_the_input_is_transposed() -> None:
-    a, b = values(E * R, IN), values(OUT, E * R)
-    found = factors(site(E, reads_input=False, layout=LoraBLayout.RANK_MAJOR), a, b)
-    assert (found.left.shape, found.right.shape) == ((E, IN, R), (E, R, OUT))
-    for e in range(E):
-        product = b[:, e::E] @ a[e * R : (e + 1) * R]
-        torch.testing.assert_close(found.left[e] @ found.right[e], product.T)
-
-
-def test_a_dense_pair_is_one_expert() -> None:
-    a, b = values(R, IN), values(OUT, R)
-    found = factors(site(0), a, b)
-    assert torch.equal(found.left[0] @ found.right[0], b @ a)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_factors_are_float32(dtype: torch.dtype) -> None:
-    found = factors(site(0), values(R, IN, dtype=dtype), values(OUT, R, dtype=dtype))
-    assert found.left.dtype is found.right.dtype is torch.float32
-
-
-def test_the_size_of_factors_is_that_of_their_storage() -> None:
-    found = factors(site(E, layout=LoraBLayout.RANK_MAJOR), values(E * R, IN), values(OUT, E * R))
-    assert found.nbytes == 4 * E * R * (IN + OUT)
-
-
-def test_both_packings_are_the_same_columns_at_rank_one_and_for_one_expert() -> None:
-    for experts, rank in ((1, 6), (6, 1)):
-        b = values(OUT, 6)
-        both = [unpack_lora_b(b, experts, rank, layout) for layout in LoraBLayout]
-        assert torch.equal(both[0], both[1])
-
-
 # --- one update ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def dense() -> Factors:
-    return factors(site(0), values(R, IN, seed=1), values(OUT, R, seed=2))
+    return factors(site(0), values(R, IN, seed=1).numpy(), values(OUT, R, seed=2).numpy())
 
 
 def full_delta(found: Factors, expert: int = 0) -> Tensor:
-    return found.left[expert] @ found.right[expert] * found.scaling
+    return torch.from_numpy(found.left[expert] @ found.right[expert] * np.float32(found.scaling))
 
 
 @pytest.mark.parametrize("axes", list(Axes))
@@ -147,7 +102,9 @@ def test_a_piece_outside_the_updates_rows_stays_as_it_is(dense: Factors) -> None
 
 
 def test_an_experts_update_uses_its_slices() -> None:
-    found = factors(site(E, layout=LoraBLayout.RANK_MAJOR), values(E * R, IN), values(OUT, E * R))
+    found = factors(
+        site(E, layout=LoraBLayout.RANK_MAJOR), values(E * R, IN).numpy(), values(OUT, E * R).numpy()
+    )
     weight = values(OUT, IN, seed=3)
     result, _ = apply(weight, found, term(expert=2))
     torch.testing.assert_close(result, weight + full_delta(found, 2))
@@ -157,7 +114,7 @@ def test_an_experts_update_uses_its_slices() -> None:
 def test_the_part_of_a_span_inside_a_piece_is_its_intersection(
     start: int, count: int, step: int, first: int, rows: int
 ) -> None:
-    found = module._inside(Span(start, count, step), first, rows)
+    found = meeting._inside(Span(start, count, step), first, rows)
     wanted = [i for i in (start + step * k for k in range(count)) if first <= i < first + rows]
     assert [found.start + step * k for k in range(max(found.count, 0))] == wanted
 
@@ -165,7 +122,8 @@ def test_the_part_of_a_span_inside_a_piece_is_its_intersection(
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, dense: Factors) -> None:
     weight = values(OUT, IN, seed=3)
     whole, kept = apply(weight, dense, term())
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 5)  # one row of four at a time
+    monkeypatch.setattr(meeting, "BLOCK_ELEMENTS", 5)
+    monkeypatch.setattr(meeting, "BLOCK_COLUMNS", 3)  # one row at a time, in two parts
     blocked, share = apply(weight, dense, term())
     torch.testing.assert_close(blocked, whole)
     assert share.total == pytest.approx(kept.total)
@@ -204,14 +162,15 @@ def test_a_linear_is_merged_as_peft_merges_it_bit_for_bit() -> None:
     a, b = (part.lora_A["default"].weight.detach(), part.lora_B["default"].weight.detach())
     dense_site = replace(site(0), peft_rounds_delta=False)
     rows = Span(0, 64)
-    result, _ = apply(weight, factors(dense_site, a, b), term(rows=rows, out=rows), rounding="peft")
+    found = factors(dense_site, a.float().numpy(), b.float().numpy())
+    result, _ = apply(weight, found, term(rows=rows, out=rows), rounding="peft")
     assert torch.equal(result, model.merge_and_unload()[0].weight)
 
 
 def test_the_two_roundings_differ_somewhere() -> None:
     """Else the tests of either say nothing: 1 + 2^-8 + 2^-17 is above the tie, its rounded update not."""
     weight = torch.ones(1, 1, dtype=torch.bfloat16)
-    found = Factors(torch.tensor([[[2.0**-8 + 2.0**-17]]]), torch.ones(1, 1, 1), 1.0)
+    found = Factors(np.full((1, 1, 1), 2.0**-8 + 2.0**-17, np.float32), np.ones((1, 1, 1), np.float32), 1.0)
     what = term(rows=Span(0, 1), out=Span(0, 1))
     assert apply(weight, found, what)[0].item() == 1 + 2.0**-7
     assert apply(weight, found, what, rounding="peft")[0].item() == 1.0
@@ -226,7 +185,7 @@ def test_another_dtype_is_rounded_once_from_the_float32_sum(dense: Factors) -> N
 def test_what_rounding_swallows_is_not_kept() -> None:
     weight = torch.ones(1, 2, dtype=torch.bfloat16)
     small, large = 2.0**-10, 2.0**-2
-    found = Factors(torch.ones(1, 1, 1), torch.tensor([[[small, large]]]), 1.0)
+    found = Factors(np.ones((1, 1, 1), np.float32), np.array([[[small, large]]], np.float32), 1.0)
     result, kept = apply(weight, found, term(rows=Span(0, 1), out=Span(0, 1)))
     assert result.tolist() == [[1.0, 1.25]]
     assert kept.total == pytest.approx(small**2 + large**2)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 import loudmerge
 from loudmerge import arithmetic
-from loudmerge.arithmetic import compiled, delta, kernel
-from loudmerge.arithmetic.balance import BAND, Bands
-from loudmerge.arithmetic.compiled import Kernel
+from loudmerge.arithmetic import compiled, delta, kernel, meeting
+from loudmerge.arithmetic.balance import Bands
+from loudmerge.arithmetic.compiled import Halves, Kernel
 from loudmerge.arithmetic.delta import Update, Workspace
+from loudmerge.arithmetic.kept import Sums
 from loudmerge.arithmetic.rounding import Dither, Draws, dither_table
-from loudmerge.executing import execute
+from loudmerge.arithmetic.sizes import BAND
+from loudmerge.executing import worker
 from loudmerge.layout import Axes, Span
 from loudmerge.planning.plan import Term
 from tests.unit.reference import build
@@ -82,6 +84,19 @@ def by_tensors(case: Made, bands: Bands) -> Tensor:
     return result.to(torch.bfloat16)
 
 
+def bits_of(halves: Tensor) -> Halves:
+    return halves.view(torch.int16).numpy()
+
+
+def balanced(case: Made, out: Tensor, bands: Bands, first: int = 0) -> Sums | None:
+    """By the kernel."""
+    weight, update, draws = case
+    limits = [part.stop for part in bands.parts()]
+    return KERNEL.balanced(
+        bits_of(weight), update.numpy(), bits_of(out), draws.arrays(), first, limits, bands.axis
+    )
+
+
 def same(one: Tensor, other: Tensor) -> bool:
     """Bit for bit."""
     return torch.equal(one.view(torch.int16), other.view(torch.int16))
@@ -111,8 +126,7 @@ def test_it_balances_with_the_bits_of_the_tensor_functions(
     bands = Bands(Span(first, outputs), axis)
     case = made(seed, bands.outputs, Span(5, inputs), 10.0**size, weights=weights, axis=axis, some=some)
     wanted, result = by_tensors(case, bands), torch.empty_like(case.weight)
-    drawn = compiled.as_drawn(case.draws)
-    sums = KERNEL.balanced(case.weight, case.update, result, drawn, 0, bands)
+    sums = balanced(case, result, bands)
     assert same(result, wanted)
     assert_sums(sums, case, wanted)
 
@@ -131,7 +145,7 @@ def test_it_balances_in_place_over_segments_and_in_steps(axis: int) -> None:
     place.copy_(case.weight)
     wanted = by_tensors(case, bands)
     assert len(case.draws.segments) == 2
-    assert KERNEL.balanced(place, case.update, place, compiled.as_drawn(case.draws), 0, bands) is not None
+    assert balanced(case._replace(weight=place), place, bands) is not None
     assert same(place.contiguous(), wanted)
     assert not (whole[:, 1::2] if axis else whole[::2]).any()
 
@@ -141,8 +155,8 @@ def test_a_block_has_the_numbers_of_its_own_rows() -> None:
     case = made(5, bands.outputs, Span(0, 200), 1e-4)
     part = slice(24, 24 + BAND)
     wanted, result = by_tensors(case, bands)[part], torch.empty(BAND, 200, dtype=torch.bfloat16)
-    update, drawn = case.update[part], compiled.as_drawn(case.draws)
-    assert KERNEL.balanced(case.weight[part], update, result, drawn, 24, bands.of(part)) is not None
+    block = case._replace(weight=case.weight[part], update=case.update[part])
+    assert balanced(block, result, bands.of(part), 24) is not None
     assert same(result, wanted)
 
 
@@ -153,7 +167,7 @@ def test_what_leads_onto_a_number_takes_no_step_beside_the_smallest_shares() -> 
     draws = Dither(torch.zeros_like(TABLE), "w").of(bands.outputs, Span(0, 70))
     case = Made(weight.to(torch.bfloat16), update, draws)
     rounded = torch.empty_like(case.weight)
-    KERNEL.balanced(case.weight, update, rounded, compiled.as_drawn(draws), 0, bands)
+    balanced(case, rounded, bands)
     assert same(rounded, by_tensors(case, bands))
     assert (rounded[::2] == 1.0).all()
     # They do step, with the lowest number drawn.
@@ -168,8 +182,7 @@ def test_it_leaves_what_is_not_usual_as_it_is(value: float, which: str) -> None:
     small = 2.0**-49
     case.weight[5, 66], case.update[5, 66] = (1.0, value) if which == "update" else (value - small, small)
     before = case.weight.clone()
-    drawn = compiled.as_drawn(case.draws)
-    assert KERNEL.balanced(case.weight, case.update, case.weight, drawn, 0, bands) is None
+    assert balanced(case, case.weight, bands) is None
     assert same(case.weight, before)
 
 
@@ -178,11 +191,11 @@ def test_it_writes_to_no_memory_but_the_block(limits: list[int]) -> None:
     outputs = Span(0, 76)
     weight, update, draws = made(6, outputs, Span(0, 70), 1e-4)
     flat = weight.view(-1).view(torch.int16).numpy()
-    good: list[Any] = [flat, 70, update.numpy(), flat, 70, *compiled.as_drawn(draws), 0]
+    good: list[Any] = [flat, 70, update.numpy(), flat, 70, *draws.arrays(), 0]
     with pytest.raises(ValueError, match="the limits are not those of the bands"):
         kernel.balanced(*good, np.array(limits, np.int64), 0)
     shape, numbers = "the blocks differ in shape", "the numbers drawn"
-    offsets = compiled.as_drawn(draws)[1]
+    offsets = draws.arrays()[1]
     wrong: list[tuple[int, Any, str]] = [
         (0, flat[:-1], shape),
         (1, -1, shape),
@@ -207,7 +220,7 @@ def test_it_writes_to_no_memory_but_the_block(limits: list[int]) -> None:
 def test_no_band_lies_in_two_segments() -> None:
     weight, update, draws = made(6, Span(4064, 96), Span(0, 70), 1e-4, axis=1)
     flat = weight.view(-1).view(torch.int16).numpy()
-    good = flat, 96, update.numpy(), flat, 96, *compiled.as_drawn(draws), 0
+    good = flat, 96, update.numpy(), flat, 96, *draws.arrays(), 0
     with pytest.raises(ValueError, match="the numbers drawn"):
         kernel.balanced(*good, np.array([0, 64, 96]), 1)
     assert kernel.balanced(*good, np.array([0, 32, 96]), 1)[0]
@@ -223,7 +236,7 @@ def test_it_rounds_any_sum_to_the_nearest_as_torch_does(bits: list[int], change:
     weight = halves.view(torch.bfloat16).repeat(20 if wide else 1)[None]
     update = torch.full(weight.shape, change)
     result = torch.empty_like(weight)
-    KERNEL.nearest(weight, update, result)
+    KERNEL.nearest(bits_of(weight), update.numpy(), bits_of(result))
     wanted = (weight.float() + update).to(torch.bfloat16)
     number = ~wanted.isnan()
     assert torch.equal(result.isnan(), ~number)
@@ -245,7 +258,7 @@ def test_it_rounds_parts_of_a_matrix_in_place(place: tuple[slice, slice]) -> Non
     update = torch.randn(some.shape) * 1e-3
     case = Made(some.clone(), update, Dither(TABLE, "w").of(Span(0, 1), Span(0, 1)))
     wanted = (some.float() + update).to(torch.bfloat16)
-    sums = KERNEL.nearest(some, update, some)
+    sums = KERNEL.nearest(bits_of(some), update.numpy(), bits_of(some))
     assert same(whole[place].contiguous(), wanted)
     assert_sums(sums, case, wanted)
     whole[place] = before[place]
@@ -266,7 +279,8 @@ def test_it_rounds_blocks_of_whole_bands_as_the_tensor_functions(
     elements: int, axes: Axes, rounding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delta, "BALANCED_FROM", 1)
-    monkeypatch.setattr(delta, "BLOCK_ELEMENTS", elements)
+    for module in (delta, meeting):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
     weight = torch.randn(400, 100).to(torch.bfloat16)
     matrix = weight.T.contiguous() if axes is Axes.IN_OUT else weight
     # Numbers of few bits, whose product is exact however it is blocked; none is 0.
@@ -278,10 +292,11 @@ def test_it_rounds_blocks_of_whole_bands_as_the_tensor_functions(
     results = []
     for is_whole in (False, True):
         if is_whole:
-            monkeypatch.setattr(compiled, "kernel", lambda: None)
-            monkeypatch.setattr(delta, "BLOCK_ELEMENTS", 1 << 20)
+            monkeypatch.setattr(delta, "kernel", lambda: None)
+            for module in (delta, meeting):
+                monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1 << 20)
         out, how = matrix.clone(), rounding.partition(",")[0]
-        kept = update.apply(out, 0, how, space, out, Dither(TABLE, "w"), compiled=True)
+        kept = update.apply(out, 0, how, space, out, Dither(TABLE, "w"))
         results.append(out)
         assert kept.total == pytest.approx((left @ right).double().square().sum().item(), rel=1e-5)
     assert same(*results)
@@ -298,7 +313,7 @@ def test_what_is_large_enough_is_balanced_by_it(axes: Axes, monkeypatch: pytest.
             done.append(sums is not None)
             return sums
 
-    monkeypatch.setattr(compiled, "kernel", lambda: Counted(kernel))
+    monkeypatch.setattr(delta, "kernel", lambda: Counted(kernel))
     for inputs in (delta.BALANCED_FROM // BAND - 1, delta.BALANCED_FROM // BAND):
         weight = torch.randn(BAND, inputs).to(torch.bfloat16)
         out = weight.T.contiguous() if axes is Axes.IN_OUT else weight
@@ -316,12 +331,18 @@ def test_without_numba_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     assert compiled.kernel() is None
 
 
-def test_it_is_for_bfloat16_alone() -> None:
-    half, whole = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)
-    assert compiled.kernel_for(half, half) == KERNEL
-    assert compiled.kernel_for(half, whole) is None
-    assert compiled.kernel_for(whole, half) is None
-    assert compiled.kernel_for(half.to("meta"), half.to("meta")) is None
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_it_is_for_bfloat16_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never() -> None:
+        raise AssertionError("another dtype")
+
+    monkeypatch.setattr(delta, "kernel", never)
+    monkeypatch.setattr(delta, "BALANCED_FROM", 1)
+    update = update_of(Axes.OUT_IN, Span(0, 4), torch.ones(4, 1), torch.ones(1, 3))
+    for source, target in ((torch.bfloat16, dtype), (dtype, torch.bfloat16)):
+        weight, out = torch.ones(4, 3, dtype=source), torch.ones(4, 3, dtype=target)
+        update.apply(weight, 0, "balanced", Workspace(torch.device("cpu")), out, Dither(TABLE, "w"))
+        assert (out == 2).all()
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,15 +376,17 @@ def test_a_merge_writes_the_same_bytes_with_it(
             used.add("balanced")
             return super().balanced(*given)
 
-    monkeypatch.setattr(compiled, "kernel", lambda: Counted(kernel))
+    for module in (delta, worker):
+        monkeypatch.setattr(module, "kernel", lambda: Counted(kernel))
     monkeypatch.setattr(delta, "BALANCED_FROM", 1)
-    monkeypatch.setattr(execute, "COMPILED_BYTES", 1)
+    monkeypatch.setattr(worker, "COMPILED_BYTES", 1)
     named = {one.name: one for one in FAMILIES}
     built = build(Case(named[family], fused=("gate_up", "down"), base_dtype="bfloat16"), tmp_path)
     with_it, without = tmp_path / "with", tmp_path / "without"
     first = loudmerge.merge(built.base, built.adapter, with_it, rounding=rounding, verify=False).to_json()
     assert used if rounding == "auto" else used == {rounding}
-    monkeypatch.setattr(compiled, "kernel", lambda: None)
+    for module in (delta, worker):
+        monkeypatch.setattr(module, "kernel", lambda: None)
     second = loudmerge.merge(built.base, built.adapter, without, rounding=rounding).to_json()
     for file in without.glob("*.safetensors"):
         assert (with_it / file.name).read_bytes() == file.read_bytes()
@@ -375,7 +398,8 @@ def test_small_merges_do_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def never() -> None:
         raise AssertionError("half a second is lost")
 
-    monkeypatch.setattr(compiled, "kernel", never)
+    for module in (delta, worker):
+        monkeypatch.setattr(module, "kernel", never)
     built = build(Case(FAMILIES[0], fused=("gate_up", "down"), base_dtype="bfloat16"), tmp_path)
     for rounding in ("nearest", "balanced"):
         loudmerge.merge(built.base, built.adapter, tmp_path / rounding, rounding=rounding)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loudmerge.arithmetic.delta import Factors, Kept, Update, Workspace
-from loudmerge.arithmetic.rounding import SEGMENT, TABLE_BITS, Dither, dither_table, stochastic_
+from loudmerge.arithmetic.delta import Update, Workspace
+from loudmerge.arithmetic.factors import Factors
+from loudmerge.arithmetic.kept import Kept
+from loudmerge.arithmetic.rounding import Dither, dither_table, stochastic_
+from loudmerge.arithmetic.sizes import SEGMENT, TABLE_BITS
 from loudmerge.layout import Axes, Span
 from loudmerge.planning.plan import Term
 from loudmerge.verifying.bounds import carried
@@ -192,7 +196,7 @@ def merged(
     left, right = normal(1, 64, 3, seed=1), normal(1, 3, 48, seed=2)
     term = Term(0, -1, Span(0, 64), -1, axes, Span(0, 64))
     result = weight.clone()
-    found = Factors(left, right, 0.02 * size / math.sqrt(3))
+    found = Factors(left.numpy(), right.numpy(), 0.02 * size / math.sqrt(3))
     dither = Dither(dither_table(CPU), "w")
     return result, Update.of(term, found).apply(weight, first, rounding, Workspace(CPU), result, dither)
 
@@ -228,6 +232,6 @@ def test_a_float32_result_is_not_drawn() -> None:
 def test_rounding_by_chance_needs_its_dither() -> None:
     weight = normal(4, 3).bfloat16()
     term = Term(0, -1, Span(0, 4), -1, Axes.OUT_IN, Span(0, 4))
-    found = Factors(torch.ones(1, 4, 1), torch.ones(1, 1, 3), 1.0)
+    found = Factors(np.ones((1, 4, 1), np.float32), np.ones((1, 1, 3), np.float32), 1.0)
     with pytest.raises(ValueError, match="stochastic rounding needs a dither"):
         Update.of(term, found).apply(weight, 0, "stochastic", Workspace(CPU), weight.clone())

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loudmerge.arithmetic import balance
-from loudmerge.arithmetic.balance import BAND, Bands, any_, balanced_, bands, is_usual, levels, steps, usual_
+from loudmerge.arithmetic.balance import Bands, any_, balanced_, bands, is_usual, levels, steps, usual_
+from loudmerge.arithmetic.sizes import BAND
 from loudmerge.layout import Span
 from loudmerge.verifying import bounds, rebalance
 from tests.unit.neighbours import neighbours

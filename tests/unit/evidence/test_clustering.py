@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from loudmerge.evidence.clustering import (
     verdict,
 )
 from loudmerge.layout import LoraBLayout
+from loudmerge.system.arrays import Floats
 
 MAJOR, GROUPED = LoraBLayout
 BOTH = pytest.mark.parametrize("packing", list(LoraBLayout))
@@ -51,11 +53,11 @@ def looked_at(a: Tensor, b: Tensor, packing: LoraBLayout) -> SiteTraces:
 
 
 def traces(a: Tensor, b: Tensor) -> SiteTraces:
-    def rows_of(experts: Sequence[int]) -> Tensor:
-        return a[list(experts)].flatten(0, 1)
+    def rows_of(experts: Sequence[int]) -> Floats:
+        return a[list(experts)].flatten(0, 1).numpy()
 
-    lower = torch.arange(len(b)) >= (len(b) + 1) // 2
-    return site_traces(rows_of, b, lower, a.shape[0], a.shape[1])
+    lower = np.arange(len(b)) >= (len(b) + 1) // 2
+    return site_traces(rows_of, b.numpy(), lower, a.shape[0], a.shape[1])
 
 
 def one_step(experts: int, rank: int, out: int = 48, tokens: int = 6) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,8 @@ def one_step(experts: int, rank: int, out: int = 48, tokens: int = 6) -> tuple[T
 @SIZES
 def test_a_file_is_read_in_the_order_of_lora_as_rows(packing: LoraBLayout, experts: int, rank: int) -> None:
     b = normal(experts, 5, rank)
-    assert torch.equal(packed(b, packing)[:, order_of(experts, rank, packing)], packed(b, GROUPED))
+    order = order_of(experts, rank, packing)
+    assert np.array_equal(packed(b, packing).numpy()[:, order], packed(b, GROUPED))
 
 
 @BOTH
@@ -118,15 +121,17 @@ def test_an_adapter_that_nobody_trained_is_no_evidence(
 
 
 def test_of_a_lora_b_of_zeros_nothing_more_is_read() -> None:
-    lower = torch.arange(8) >= 4
-    found = site_traces(lambda each: pytest.fail(f"lora_A of {each}"), torch.zeros(8, 16), lower, 4, 4)
+    b, lower = np.zeros((8, 16), np.float32), np.arange(8) >= 4
+    found = site_traces(lambda each: pytest.fail(f"lora_A of {each}"), b, lower, 4, 4)
     assert (found.columns, found.pairs, found.blocks) == (0, 0, None)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (8, 0)])
 def test_factors_without_numbers_are_no_evidence(rows: int, width: int) -> None:
-    lower = torch.zeros(rows, dtype=torch.bool)
-    found = site_traces(lambda each: torch.ones(len(each) * 4, width), torch.ones(rows, 16), lower, 4, 4)
+    def ones(*shape: int) -> Floats:
+        return np.ones(shape, np.float32)
+
+    found = site_traces(lambda each: ones(len(each) * 4, width), ones(rows, 16), np.zeros(rows, bool), 4, 4)
     assert verdict([found]).says is None
 
 
@@ -271,7 +276,7 @@ def test_confidence_grows_with_the_weaker_witness_and_ends_below_one() -> None:
 def test_random_orders_are_permutations_that_differ(count: int) -> None:
     orders = random_orders(count)
     assert orders.shape == (CHANCES, count)
-    assert torch.equal(orders.sort(dim=1).values, torch.arange(count).expand(CHANCES, count))
+    assert np.array_equal(np.sort(orders, axis=1), np.tile(np.arange(count), (CHANCES, 1)))
     assert len({tuple(order.tolist()) for order in orders}) > (1 if count == 2 else CHANCES * 0.9)
 
 
@@ -295,10 +300,10 @@ def test_rows_of_a_few_experts_are_asked_for_and_those_that_were_trained_most() 
     a, b = fresh(64, 32), normal(64, 20, 32)
     b[::2] *= 100
 
-    def rows_of(experts: Sequence[int]) -> Tensor:
+    def rows_of(experts: Sequence[int]) -> Floats:
         asked.append(list(experts))
-        return a[list(experts)].flatten(0, 1)
+        return a[list(experts)].flatten(0, 1).numpy()
 
-    site_traces(rows_of, packed(b, GROUPED), torch.arange(20) >= 10, 64, 32)
+    site_traces(rows_of, packed(b, GROUPED).numpy(), np.arange(20) >= 10, 64, 32)
     assert [len(experts) for experts in asked] == [16, 16]
     assert set(asked[1]) <= set(range(0, 64, 2))

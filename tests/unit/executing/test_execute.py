@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loudmerge.arithmetic.delta import Kept
+from loudmerge.arithmetic.kept import Kept
 from loudmerge.errors import MergeRefused
 from loudmerge.executing import execute as module
-from loudmerge.executing import pieces, preflight, writer
+from loudmerge.executing import pieces, preflight, worker, writer
 from loudmerge.executing.execute import execute
+from loudmerge.executing.lanes import Done
 from loudmerge.executing.outcome import Outcome, merged_keys
 from loudmerge.executing.resume import Finished
 from loudmerge.executing.writer import ShardFile
@@ -92,8 +93,8 @@ def update(adapter: Tensors, name: str, scaling: float = 2.0) -> torch.Tensor:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("SYNC_BYTES", 128), ("FACTOR_BYTES", 1)):
-        monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr(module, "SYNC_BYTES", 128)
+    monkeypatch.setattr(worker, "FACTOR_BYTES", 1)
     for name, size in (("PIECE_BYTES", 64), ("BAND", 1)):
         monkeypatch.setattr(pieces, name, size)
 
@@ -109,8 +110,8 @@ def test_the_bytes_do_not_depend_on_threads_or_pieces(
 ) -> None:
     base, adapter = mixed(dtype)
     world.run(base, adapter, target_parameters=BOTH, name="large")
-    for name, size in (("SYNC_BYTES", 128), ("FACTOR_BYTES", 1)):
-        monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr(module, "SYNC_BYTES", 128)
+    monkeypatch.setattr(worker, "FACTOR_BYTES", 1)
     for name, size in (("PIECE_BYTES", 64), ("BAND", 1)):
         monkeypatch.setattr(pieces, name, size)
     found = {}
@@ -138,8 +139,8 @@ def test_much_to_be_computed_has_the_kernel_loaded_while_the_rest_is_copied(
     fields: dict[str, Any] = {"target_parameters": BOTH, **options}
     world.run(base, adapter, name="little", **fields)
     loaded = []
-    monkeypatch.setattr(module, "COMPILED_BYTES", 1)
-    monkeypatch.setattr(module, "kernel", lambda: loaded.append(True))
+    monkeypatch.setattr(worker, "COMPILED_BYTES", 1)
+    monkeypatch.setattr(worker, "kernel", lambda: loaded.append(True))
     world.run(base, adapter, name="much", **fields)
     assert loaded == [True] * compiled
     little, much = (world.path / name / "model.safetensors" for name in ("little", "much"))
@@ -398,7 +399,7 @@ def test_what_the_base_itself_has_is_told_apart(world: World) -> None:
     base[f"{Q_PROJ}.weight"][0, 0] = float("nan")
     error = world.refuse(base, lora(Q_PROJ, 8, H))
     assert "found 1 NaN or infinite value that the base itself has, expected finite numbers." in str(error)
-    assert error.hint == module.BROKEN
+    assert error.hint == worker.BROKEN
     base[f"{Q_PROJ}.weight"][1, 1] = 3.4e38
     error = world.refuse(base, lora(Q_PROJ, 8, H), name="other", dtype="float16")
     assert "found 2 values of the result that F16 cannot hold, of which the base itself has 1" in str(error)
@@ -484,9 +485,9 @@ def test_the_caller_may_stop_a_merge_from_its_progress(tmp_path: Path) -> None:
 
 def test_no_more_threads_compute_than_were_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     lock, now, most = threading.Lock(), [0], [0]
-    update = module.Worker._update
+    update = worker.Worker._update
 
-    def counted(*arguments: Any) -> torch.Tensor:
+    def counted(*arguments: Any) -> Done:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
@@ -497,7 +498,7 @@ def test_no_more_threads_compute_than_were_asked_for(world: World, monkeypatch: 
             with lock:
                 now[0] -= 1
 
-    monkeypatch.setattr(module.Worker, "_update", counted)
+    monkeypatch.setattr(worker.Worker, "_update", counted)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
     world.run({f"{Q_PROJ}.weight": values(512, H)}, lora(Q_PROJ, 512, H), threads=2)
     assert most == [2]
@@ -519,7 +520,7 @@ def test_every_shard_has_its_place_on_the_disk_before_anything_is_computed(
             super().allocate()
 
     monkeypatch.setattr(module, "ShardFile", Full)
-    monkeypatch.setattr(module.Worker, "run", None)
+    monkeypatch.setattr(worker.Worker, "run", None)
     with pytest.raises(OSError, match="No space left"):
         execute(plan, tmp_path / "out", device="cpu", threads=2)
     assert len(begun) == 2
@@ -602,21 +603,21 @@ def test_factors_are_held_for_a_bounded_number_of_bytes(
 
     running: list[pieces.Piece] = []
     sums: list[tuple[int, int]] = []
-    prepare, run = module.Worker.prepare, module.Worker.run
+    prepare, run = worker.Worker.prepare, worker.Worker.run
 
-    def prepared(self: module.Worker, piece: pieces.Piece) -> module.Prepared:
+    def prepared(self: worker.Worker, piece: pieces.Piece) -> worker.Prepared:
         sums.append((len(running), self.factor_bytes([*running, piece])))
         running.append(piece)
         return prepare(self, piece)
 
-    def ran(self: module.Worker, piece: pieces.Piece, *rest: Any) -> int:
+    def ran(self: worker.Worker, piece: pieces.Piece, *rest: Any) -> int:
         done = run(self, piece, *rest)
         running.remove(piece)
         return done
 
-    monkeypatch.setattr(module, "FACTOR_BYTES", held)
-    monkeypatch.setattr(module.Worker, "prepare", prepared)
-    monkeypatch.setattr(module.Worker, "run", ran)
+    monkeypatch.setattr(worker, "FACTOR_BYTES", held)
+    monkeypatch.setattr(worker.Worker, "prepare", prepared)
+    monkeypatch.setattr(worker.Worker, "run", ran)
     bounded = world.run(base, adapter, name="bounded", threads=2, target_parameters=BOTH)
     assert all(nbytes <= held or not others for others, nbytes in sums)
     assert len(sums) == 3 * 3 * E

@@ -27,7 +27,7 @@ from loudmerge.executing.writer import (
     index_json,
 )
 from loudmerge.planning.plan import OutputTensor
-from loudmerge.system.memory import LARGE_BYTES, empty
+from loudmerge.system.memory import LARGE_BYTES, Bytes, buffer
 from tests.unit.builders import entry, values
 from tests.unit.places import (
     ENTRIES,
@@ -483,11 +483,11 @@ def allocated(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str, s
 def test_a_shard_is_written_at_places_known_beforehand_in_any_order(tmp_path: Path) -> None:
     a, b = values(2, 3), values(5).to(torch.bfloat16)
     with allocated(tmp_path / "f.safetensors", outputs(), {"format": "pt"}) as shard:
-        shard.write("ü", 4, b[2:])
-        shard.write("a", 12, a[1])
-        shard.write("empty", 0, torch.zeros(0, 3))
-        shard.write("a", 0, a[0])
-        shard.write("ü", 0, b[:2])
+        shard.write("ü", 4, raw(b[2:]))
+        shard.write("a", 12, raw(a[1]))
+        shard.write("empty", 0, raw(torch.zeros(0, 3)))
+        shard.write("a", 0, raw(a[0]))
+        shard.write("ü", 0, raw(b[:2]))
         shard.sync()
     with safe_open(tmp_path / "f.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
@@ -505,19 +505,23 @@ PAGES = (
 )
 
 
-def aligned_buffer() -> torch.Tensor:
-    return empty([LARGE_BYTES], torch.uint8)[:8192]
+def raw(tensor: torch.Tensor) -> Bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def aligned_buffer() -> Bytes:
+    return buffer(LARGE_BYTES)[:8192]
 
 
 def write_pages(path: Path) -> dict[str, torch.Tensor]:
     tensors = {"norm": values(6).to(torch.bfloat16), "pages": values(2, 1024), "odd": values(3)}
     aligned = aligned_buffer()
-    aligned.view(torch.float32).copy_(tensors["pages"].view(-1))
+    aligned[:] = raw(tensors["pages"])
     with allocated(path, PAGES, {}) as shard:
         shard.write("pages", 0, aligned[:4096])
         shard.write("pages", 4096, aligned[4096:])
-        shard.write("norm", 0, tensors["norm"])
-        shard.write("odd", 0, tensors["odd"])
+        shard.write("norm", 0, raw(tensors["norm"]))
+        shard.write("odd", 0, raw(tensors["odd"]))
     return tensors
 
 

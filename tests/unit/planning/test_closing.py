@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loudmerge
-from loudmerge.arithmetic.rounding import chosen
+from loudmerge.arithmetic.auto import chosen
 from loudmerge.planning.closing import closing
 from tests.unit.builders import PREFIX, lora, values, write_adapter, write_base
 from tests.unit.neighbours import neighbours

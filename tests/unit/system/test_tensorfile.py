@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 import loudmerge
 from loudmerge.errors import MergeRefused
-from loudmerge.system.tensorfile import OPEN_FILES, Descriptors, TensorEntry, TensorReader, read_header
+from loudmerge.system.tensorfile import OPEN_FILES, Descriptors, TensorEntry, read_header
+from loudmerge.system.tensors import TensorReader
 from loudmerge.verifying.recompute import RawFiles
 from tests.unit.builders import Q_PROJ, lora, values, write_adapter, write_base
 

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from loudmerge.system.threads import MOST, cores, one_torch_thread
+from loudmerge.system.threads import MOST, cores, one_blas_thread, one_torch_thread
 
 
 @pytest.mark.parametrize(("allowed", "used"), [(1, 1), (3, 3), (96, MOST)])
@@ -21,6 +22,29 @@ def test_as_many_as_the_cores_that_are_allowed_but_not_the_memory_of_a_hundred(
     assert cores() == used
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert cores() == MOST
+
+
+# --- numpy's threads -----------------------------------------------------------------------------
+
+
+def of_numpy() -> list[int]:
+    return [found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas"]
+
+
+@pytest.mark.skipif(not of_numpy(), reason="threadpoolctl does not know the BLAS of this numpy")
+def test_numpy_has_its_threads_back_once_all_that_overlap_have_left() -> None:
+    with threadpool_limits(3, "blas"):
+        first, second = one_blas_thread(), one_blas_thread()
+        for entered in (first, second):
+            entered.__enter__()
+            assert set(of_numpy()) == {1}
+        first.__exit__(None, None, None)
+        assert set(of_numpy()) == {1}
+        second.__exit__(KeyError, KeyError(), None)
+        assert set(of_numpy()) == {3}
+        with one_blas_thread():
+            assert set(of_numpy()) == {1}
+        assert set(of_numpy()) == {3}
 
 
 # --- torch's threads -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from loudmerge.errors import EnvironmentFailed, Mismatch
 from loudmerge.merging.merge import merge
+from loudmerge.system.memory import Array
 from loudmerge.verifying.outfiles import list_out
 from loudmerge.verifying.recompute import read_tensor
 from loudmerge.verifying.verify import verify
@@ -281,10 +282,11 @@ def test_a_defect_of_the_merge_s_arithmetic_stops_it_before_out_exists(
     """The second path does not inherit it: here the merge reads lora_B in the other packing."""
     built = build(MERGED["per-expert"], tmp_path)
 
-    def wrong(lora_b: torch.Tensor, experts: int, rank: int, _: object) -> torch.Tensor:
-        return lora_b.view(-1, experts, rank).permute(1, 0, 2).contiguous()
+    def wrong(lora_b: Array, experts: int, rank: int, _: object) -> Array:
+        each: Array = lora_b.reshape(-1, experts, rank).transpose(1, 0, 2)
+        return each
 
-    monkeypatch.setattr("loudmerge.arithmetic.delta.unpack_lora_b", wrong)
+    monkeypatch.setattr("loudmerge.arithmetic.factors.unpack_lora_b", wrong)
     with pytest.raises(Mismatch, match=r"not published: its verification failed.\nNOT verified"):
         merge(built.base, built.adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
