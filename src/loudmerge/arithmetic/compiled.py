@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,11 @@ from loudmerge.system.arrays import Floats
 Halves = npt.NDArray[np.int16]
 """The bits of bfloat16."""
 
+Strip = tuple[Halves, int]
+"""A block as the kernel takes it: from its first element to its last, and how far it is from row to row."""
+
 Drawn = tuple[Any, Any, Any, Any, int]
 """The numbers u of some rows, as the kernel takes them: of `rounding.Draws.arrays`."""
-
-T = TypeVar("T")
 
 
 @cache
@@ -35,21 +36,14 @@ def kernel() -> Kernel | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """loudmerge.arithmetic.kernel.
-
-    source, delta, target: (rows, columns), delta contiguous. The last may be the first.
-    """
+    """loudmerge.arithmetic.kernel. The target may be the source; delta is contiguous."""
 
     module: ModuleType
 
-    def nearest(self, source: Halves, delta: Floats, target: Halves) -> Sums:
-        """Writes the nearest of source + delta to `target`."""
-
-        def write(weight: Halves, out: Halves) -> Sums:
-            sums: Sums = self.module.nearest(*_flat(weight), delta, *_flat(out))
-            return sums
-
-        return _side_by_side(source, target, write)
+    def nearest(self, source: Strip, delta: Floats, target: Strip) -> Sums:
+        """Writes the nearest of source + delta to `target`. delta: (rows, columns)."""
+        sums: Sums = self.module.nearest(*source, delta, *target)
+        return sums
 
     def balanced(
         self,
@@ -61,35 +55,23 @@ class Kernel:
         bands: Sequence[int],
         axis: int,
     ) -> Sums | None:
-        """As nearest, but rounds as Bands.round_; None, and nothing is written, where something is unusual.
+        """As Bands.round_; None, and nothing is written, where something is unusual.
 
-        first: the number of the block's first row in `drawn`. bands: where each of the block's ends, along
-        the axis.
+        source, delta, target: (rows, columns). first: the number of the block's first row in `drawn`. bands:
+        where each of the block's ends, along the axis.
         """
-        limits = np.array([0, *bands])
-
-        def write(weight: Halves, out: Halves) -> Sums | None:
-            block = *_flat(weight), delta, *_flat(out)
-            is_done, sums = self.module.balanced(*block, *drawn, first, limits, axis)
-            return sums if is_done else None
-
-        return _side_by_side(source, target, write)
-
-
-def _side_by_side(source: Halves, target: Halves, write: Callable[[Halves, Halves], T]) -> T:
-    """Has it written to `target`, or by way of a copy where columns do not lie one beside the next."""
-    if source.strides[1] == target.strides[1] == source.itemsize:
-        return write(source, target)
-    copy = np.ascontiguousarray(source)
-    copy = copy.copy() if copy is source else copy
-    done = write(copy, copy)
-    if done is not None:
-        target[...] = copy
-    return done
+        weight, out = source, target
+        if not source.strides[1] == target.strides[1] == source.itemsize:
+            weight = out = source.copy()
+        block = *strip(weight), delta, *strip(out)
+        is_done, sums = self.module.balanced(*block, *drawn, first, np.array([0, *bands]), axis)
+        if is_done and out is not target:
+            target[...] = out
+        return sums if is_done else None
 
 
-def _flat(block: Halves) -> tuple[Halves, int]:
-    """From the first element to the last, and how far it is from row to row."""
+def strip(block: Halves) -> Strip:
+    """A block whose columns lie one beside the next."""
     rows, columns = block.shape
     stride = block.strides[0] // block.itemsize
     count = (rows - 1) * stride + columns

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from loudmerge.arithmetic.sizes import BLOCK_COLUMNS, BLOCK_ELEMENTS
+from loudmerge.arithmetic.sizes import BLOCK_COLUMNS, BLOCK_ELEMENTS, SMALL_ELEMENTS
 from loudmerge.layout import Axes, Span
 from loudmerge.planning.plan import Term
 
@@ -34,6 +34,9 @@ class Meeting(NamedTuple):
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
     """The parts of a matrix that are rounded to the nearest at a time: rows and columns."""
+    if 0 < rows * columns <= SMALL_ELEMENTS:
+        yield slice(0, rows), slice(0, columns)
+        return
     step = max(1, BLOCK_ELEMENTS // min(max(columns, 1), BLOCK_COLUMNS))
     for row, column in product(range(0, rows, step), range(0, columns, BLOCK_COLUMNS)):
         yield slice(row, min(row + step, rows)), slice(column, min(column + BLOCK_COLUMNS, columns))

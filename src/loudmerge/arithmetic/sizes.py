@@ -20,3 +20,6 @@ BLOCK_ELEMENTS = 3 << 17
 
 BLOCK_COLUMNS = 512
 """Columns of a block, at most: products of a low rank are a fifth faster than with thousands."""
+
+SMALL_ELEMENTS = 1 << 17
+"""Elements up to which parts cost more than they save."""
