@@ -76,7 +76,8 @@ def projections(weight: Floats, a: Floats, b: Floats) -> tuple[Array, Array]:
     """
     left, coefficients_b = np.linalg.qr(b)
     right, coefficients_a = np.linalg.qr(a.T)
-    return np.float64(left.T @ weight @ right), np.float64(coefficients_b @ coefficients_a.T)
+    held, update = left.T @ weight @ right, coefficients_b @ coefficients_a.T
+    return held.astype(np.float64), update.astype(np.float64)
 
 
 def _sample(whole: Sequence[Placed]) -> Sequence[Placed]:
