@@ -1,7 +1,7 @@
 """`python -m loudmerge.compat [CELL…]` in the project's root: runs cells and renders the table.
 
 0  every cell asked for shows what matrix.toml expects, or is optional and was not reached
-1  a cell asked for falls short, or compares badly with the older results: change.fails
+1  a cell asked for falls short, or compares badly with the older results (change.fails), or the disk is full
 2  usage: the arguments, or matrix.toml, are wrong; or another run is in this checkout
 """
 
@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EnvironmentFailed as error:
         _tell(str(error))
         return USAGE
+    except OSError as error:
+        # A full disk, most of all. The files name themselves; the cells that were done keep their results.
+        _tell(f"the run ended early: {error}. Once that is mended, run the cells again that have no result.")
+        return SHORT
 
 
 def _run(matrix: Matrix, given: argparse.Namespace, older: tuple[CellResult, ...] | None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
@@ -120,6 +122,20 @@ def test_a_run_that_is_interrupted_leaves_no_table_of_an_earlier_one(
     with pytest.raises(KeyboardInterrupt):
         main(["one"])
     assert not [*(root / ".compat").glob("[Cc]*.*")]
+
+
+def test_a_full_disk_is_said_in_a_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root / ".compat" / "results" / "one.json"))
+
+    monkeypatch.setattr(command, "run", full)
+    assert main(["one"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "the run ended early: [Errno 28] No space left on device: " in said.err
+    assert "one.json'. Once that is mended, run the cells again" in said.err
 
 
 def test_a_second_run_in_the_checkout_is_refused_and_changes_nothing(
