@@ -122,8 +122,15 @@ def test_the_part_of_a_span_inside_a_piece_is_its_intersection(
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, dense: Factors) -> None:
     weight = values(OUT, IN, seed=3)
     whole, kept = apply(weight, dense, term())
+    monkeypatch.setattr(meeting, "SMALL_ELEMENTS", 0)
     monkeypatch.setattr(meeting, "BLOCK_ELEMENTS", 5)
     monkeypatch.setattr(meeting, "BLOCK_COLUMNS", 3)  # one row at a time, in two parts
+    parts = list(meeting.blocks(OUT, IN))
+    assert parts[:3] == [
+        (slice(0, 1), slice(0, 3)),
+        (slice(0, 1), slice(3, 4)),
+        (slice(1, 2), slice(0, 3)),
+    ]
     blocked, share = apply(weight, dense, term())
     torch.testing.assert_close(blocked, whole)
     assert share.total == pytest.approx(kept.total)

@@ -44,6 +44,7 @@ def test_it_has_the_bits_of_the_tensor_functions(
     space = np.empty(BLOCK_ELEMENTS, np.float32)
     bits = halves.view(torch.int16).numpy()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting, "SMALL_ELEMENTS", 0)
         patch.setattr(meeting, "BLOCK_COLUMNS", columns)
         kept = HalfUpdate.of(term, found).apply(Kernel(kernel), bits, first, bits, space)
         wanted = Update.of(term, found).apply(

@@ -279,6 +279,7 @@ def test_it_rounds_blocks_of_whole_bands_as_the_tensor_functions(
     elements: int, axes: Axes, rounding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delta, "BALANCED_FROM", 1)
+    monkeypatch.setattr(meeting, "SMALL_ELEMENTS", 0)
     for module in (delta, meeting):
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
     weight = torch.randn(400, 100).to(torch.bfloat16)
