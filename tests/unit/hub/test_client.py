@@ -380,7 +380,9 @@ def test_an_interruption_ends_a_stalled_download_at_once(
             _, said = running.communicate(timeout=30)
         finally:
             running.kill()
-    assert (running.returncode, said.splitlines()[-1]) == (code, "interrupted")
+    # huggingface_hub's bar, which another thread draws, may have the last word.
+    assert running.returncode == code
+    assert any(line.endswith("interrupted") for line in said.splitlines())
     server.faults.clear()
     assert (client.resolve("owner/base") / "model.safetensors").read_bytes() == WEIGHTS
 
