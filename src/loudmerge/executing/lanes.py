@@ -69,7 +69,7 @@ class HalfLane:
 
     def compute(self, piece: Piece, values: Bytes, found: Sequence[Factors]) -> Done | None:
         """The piece in the place of its `values`; None, and they stay, where it is no such piece."""
-        if not _is_plain(piece):
+        if not is_plain(piece):
             return None
         updates = [HalfUpdate.of(term, its) for term, its in zip(piece.terms, found, strict=True)]
         if not all(update.product.is_usual for update in updates):
@@ -115,7 +115,8 @@ class HalfLane:
             return array([BLOCK_ELEMENTS], np.float32)
 
 
-def _is_plain(piece: Piece) -> bool:
+def is_plain(piece: Piece) -> bool:
+    """Whether all that becomes of a piece is LoRA, on bfloat16 that stays so."""
     output = piece.output
     special = output.dora or output.bias or output.token_rows or output.replaced
     return bool(piece.terms) and output.source.dtype == output.dtype == "BF16" and not special

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import loudmerge
 from loudmerge.arithmetic.kept import Kept
 from loudmerge.errors import MergeRefused
 from loudmerge.executing import pieces, worker
-from loudmerge.executing.lanes import HalfLane, by_sample, settled
+from loudmerge.executing.lanes import HalfLane, by_sample, is_plain, settled
 from loudmerge.executing.pieces import Piece, split
 from loudmerge.layout import Axes, Span
 from loudmerge.planning.plan import OutputTensor, Term
@@ -36,6 +37,7 @@ from tests.unit.builders import (
 )
 
 E, H, I, V = 3, 6, 4, 9  # noqa: E741
+ALL = Span(0, 4)
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 K_PROJ = Q_PROJ.replace("q_proj", "k_proj")
 ROWS = f"{PREFIX}{EMBED}.token_adapter.trainable_tokens_delta"
@@ -129,17 +131,38 @@ def test_what_auto_balances_goes_in_the_other(
     assert set(done) == {f"{K_PROJ}.weight"}
 
 
-def test_a_result_that_is_not_finite_is_refused_in_the_half_lane(merge: Merge) -> None:
-    base = {f"{Q_PROJ}.weight": torch.full((8, H), 3e38, dtype=torch.bfloat16)}
-    base[f"{Q_PROJ}.weight"][0, 0] = torch.nan
-    held = {key: torch.full_like(value, 1e14) for key, value in lora(Q_PROJ, 8, H).items()}
+@pytest.mark.parametrize(("value", "alpha"), [(torch.nan, 2), (torch.inf, 2), (3e38, 2e9)])
+def test_what_is_not_finite_is_refused_in_the_same_words(value: float, alpha: float, merge: Merge) -> None:
+    """The base's own in the half lane; an overflow, whose update is not usual, in the other."""
+    base = {f"{Q_PROJ}.weight": values(8, H, dtype=torch.bfloat16)}
+    base[f"{Q_PROJ}.weight"][2, 3] = value
+    held = {key: torch.full_like(tensor, alpha**3) for key, tensor in lora(Q_PROJ, 8, H).items()}
     said = []
     for in_halves in (True, False):
         with pytest.raises(MergeRefused, match=r"^non-finite") as caught:
-            merge(base, held, in_halves=in_halves, rounding="nearest", lora_alpha=2e9)
+            merge(base, held, in_halves=in_halves, rounding="nearest", lora_alpha=alpha)
         said.append(str(caught.value))
     assert said[0] == said[1]
     assert f"{Q_PROJ}.weight: found" in said[0]
+
+
+def test_only_plain_pieces_go_in_the_half_lane() -> None:
+    tensor = entry("a", (4, 3), "BF16")
+    plain = OutputTensor("a", "f", tensor, "BF16", (4, 3), terms=(Term(0, -1, ALL, -1, Axes.OUT_IN, ALL),))
+    special: list[dict[str, Any]] = [
+        {"terms": ()},
+        {"dtype": "F32"},
+        {"source": entry("a", (4, 3), "F16"), "dtype": "F16"},
+        {"source": entry("a", (4, 3), "F32")},
+        {"dora": tensor},
+        {"bias": (tensor, 1.0)},
+        {"token_rows": ((0,), tensor)},
+        {"replaced": True},
+    ]
+    assert is_plain(Piece(plain, 0, 0, 4, 3, 0, plain.terms))
+    for change in special:
+        output = replace(plain, **change)
+        assert not is_plain(Piece(output, 0, 0, 4, 3, 0, output.terms)), change
 
 
 def test_a_plain_merge_imports_no_torch(tmp_path: Path) -> None:
@@ -169,7 +192,7 @@ def test_a_plain_merge_imports_no_torch(tmp_path: Path) -> None:
 )
 def test_rows_of_tokens_belong_to_no_balance(asked: str, how: str | None) -> None:
     rows = ((0,), entry("rows", (1, 3), "BF16"))
-    terms = (Term(0, -1, Span(0, 4), -1, Axes.OUT_IN, Span(0, 4)),)
+    terms = (Term(0, -1, ALL, -1, Axes.OUT_IN, ALL),)
     output = OutputTensor("a", "f", entry("a", (4, 3), "BF16"), "BF16", (4, 3), terms=terms, token_rows=rows)
     piece = Piece(output, 0, 0, 4, 3, 0, terms)
     assert settled(piece, asked) == how
