@@ -20,7 +20,7 @@ from loudmerge.arithmetic.kept import Kept
 from loudmerge.arithmetic.sizes import BLOCK_ELEMENTS
 from loudmerge.executing.content import Content
 from loudmerge.executing.pieces import Piece
-from loudmerge.system.arrays import Floats
+from loudmerge.system.arrays import HALF_INFINITY, HALF_SIZE, Floats
 from loudmerge.system.memory import Array, Bytes, array
 
 
@@ -91,7 +91,7 @@ class HalfLane:
             kept.add(update.apply(self._kernel, matrix, piece.first, matrix, space))
         # The sums are finite only if all of the results are: then they need no second look.
         finite = np.isfinite(kept.along + kept.total)
-        broken = None if finite else (matrix & 0x7F80) == 0x7F80
+        broken = None if finite else (matrix & HALF_SIZE) >= HALF_INFINITY
         return Done(matrix.reshape(-1).view(np.uint8), kept, rounding, broken)
 
     def _by_sample(self, piece: Piece, matrix: Halves, updates: Sequence[HalfUpdate], space: Floats) -> str:

@@ -10,6 +10,9 @@ from loudmerge.system.tensorfile import DTYPE_NAMES, ITEM_BYTES, FileReader, Ten
 
 Floats = npt.NDArray[np.float32]
 
+HALF_SIZE, HALF_INFINITY = 0x7FFF, 0x7F80
+"""Of a bfloat16's bits: all but the sign's, and, of these, those of an infinity; those of a NaN are more."""
+
 
 def read_array(reader: FileReader, entry: TensorEntry) -> Array:
     """The whole tensor in its shape and dtype; bfloat16, which numpy has not, as float32."""
@@ -33,7 +36,9 @@ def as_numbers(content: Bytes, code: str) -> Array:
         return content.view(DTYPE_NAMES[code])
     halves = content.view(np.uint16)
     words = array(halves.shape, np.uint32)
-    np.left_shift(halves, 16, out=words, dtype=np.uint32)
+    words[...] = halves
+    # In place: to widen and shift at once takes numpy three times as long.
+    words <<= np.uint32(16)
     return words.view(np.float32)
 
 

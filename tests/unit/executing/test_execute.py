@@ -289,26 +289,36 @@ def test_a_replacement_takes_the_dtype_of_what_it_replaces(world: World) -> None
 # --- refusals ------------------------------------------------------------------------------------
 
 
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "code"), [(torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16")]
+)
+
+
+@DTYPES
 @pytest.mark.parametrize(("value", "count"), [(float("nan"), 1), (float("inf"), 2), (float("-inf"), 1)])
 def test_an_adapter_with_a_value_that_is_not_finite_is_refused(
-    value: float, count: int, world: World
+    value: float, count: int, dtype: torch.dtype, code: str, world: World
 ) -> None:
-    held = lora(Q_PROJ, 8, H)
+    held = {key: tensor.to(dtype) for key, tensor in lora(Q_PROJ, 8, H).items()}
     held[f"{PREFIX}{Q_PROJ}.lora_A.weight"].view(-1)[:count] = value
     error = world.refuse(Q, held)
     assert error.code == "non-finite"
-    assert f"{Q_PROJ}.lora_A.weight [2, 6] F32 in adapter_model.safetensors" in error.where
+    assert f"{Q_PROJ}.lora_A.weight [2, 6] {code} in adapter_model.safetensors" in error.where
     assert f"found {count} NaN or infinite value{'s' if count > 1 else ''}, expected finite numbers." in str(
         error
     )
 
 
-def test_an_adapter_is_looked_at_chunk_by_chunk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@DTYPES
+def test_an_adapter_is_looked_at_chunk_by_chunk(
+    dtype: torch.dtype, code: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is not finite is counted over all of them, and zero is only what is zero in all of them."""
     monkeypatch.setattr(preflight, "CHUNK_BYTES", 16)
-    held = lora(Q_PROJ, 8, H)
+    held = {key: value.to(dtype) for key, value in lora(Q_PROJ, 8, H).items()}
     held[f"{PREFIX}{Q_PROJ}.lora_A.weight"].view(-1)[torch.tensor([0, 6, 11])] = float("nan")
-    assert "found 3 NaN or infinite values" in str(world.refuse(Q, held))
+    assert f"{code} in adapter_model" in str(error := world.refuse(Q, held))
+    assert "found 3 NaN or infinite values" in str(error)
 
     held = {key: torch.zeros_like(value) for key, value in held.items()}
     for value in held.values():
@@ -316,6 +326,9 @@ def test_an_adapter_is_looked_at_chunk_by_chunk(world: World, monkeypatch: pytes
     merged = world.run(Q, held, name="other")
     assert not world.outcome.notes
     torch.testing.assert_close(merged[f"{Q_PROJ}.weight"], Q[f"{Q_PROJ}.weight"] + update(held, Q_PROJ))
+    held[f"{PREFIX}{Q_PROJ}.lora_B.weight"] = torch.full_like(held[f"{PREFIX}{Q_PROJ}.lora_B.weight"], -0.0)
+    world.run(Q, held, name="third")
+    assert world.outcome.notes[0].startswith("1 LoRA pair is zero")
 
 
 def test_every_tensor_that_is_not_finite_is_named(world: World) -> None:
