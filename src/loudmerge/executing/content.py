@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Empty, LifoQueue
+from typing import Generic, TypeVar
 
 from loudmerge.executing.pieces import PIECE_BYTES, Piece
 from loudmerge.system.memory import Bytes, buffer
 from loudmerge.system.tensorfile import FileReader
+
+T = TypeVar("T")
+
+
+class Lent(Generic[T]):
+    """What a piece borrows: what was given back last goes first, for it is still in a cache."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._kept: LifoQueue[T] = LifoQueue()
+
+    @contextmanager
+    def one(self) -> Iterator[T]:
+        try:
+            lent = self._kept.get_nowait()
+        except Empty:
+            lent = self._make()
+        try:
+            yield lent
+        finally:
+            self._kept.put(lent)
 
 
 class Content(threading.local):

@@ -7,7 +7,6 @@ whose import takes a second. `tensorlane.py` does all of it, on any device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from queue import Empty, LifoQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from loudmerge.arithmetic.factors import Factors
 from loudmerge.arithmetic.halves import HalfUpdate
 from loudmerge.arithmetic.kept import Kept
 from loudmerge.arithmetic.sizes import BLOCK_ELEMENTS
-from loudmerge.executing.content import Content
+from loudmerge.executing.content import Content, Lent
 from loudmerge.executing.pieces import Piece
 from loudmerge.system.arrays import HALF_INFINITY, HALF_SIZE, Floats
 from loudmerge.system.memory import Array, Bytes, array
@@ -65,7 +64,7 @@ class HalfLane:
 
     def __init__(self, kernel: Kernel, content: Content, rounding: str) -> None:
         self._kernel, self._content, self._rounding = kernel, content, rounding
-        self._spaces: LifoQueue[Floats] = LifoQueue()
+        self._spaces: Lent[Floats] = Lent(lambda: array([BLOCK_ELEMENTS], np.float32))
 
     def compute(self, piece: Piece, values: Bytes, found: Sequence[Factors]) -> Done | None:
         """The piece in the place of its `values`; None, and they stay, where it is no such piece."""
@@ -74,11 +73,8 @@ class HalfLane:
         updates = [HalfUpdate.of(term, its) for term, its in zip(piece.terms, found, strict=True)]
         if not all(update.product.is_usual for update in updates):
             return None
-        space = self._space()
-        try:
+        with self._spaces.one() as space:
             return self._computed(piece, values.view(np.int16).reshape(piece.rows, -1), updates, space)
-        finally:
-            self._spaces.put(space)
 
     def _computed(
         self, piece: Piece, matrix: Halves, updates: Sequence[HalfUpdate], space: Floats
@@ -106,13 +102,6 @@ class HalfLane:
             for update in updates:
                 kept.add(update.apply(self._kernel, sample, first, rounded, space))
         return by_sample(piece, kept)
-
-    def _space(self) -> Floats:
-        """float32 memory, kept from piece to piece."""
-        try:
-            return self._spaces.get_nowait()
-        except Empty:
-            return array([BLOCK_ELEMENTS], np.float32)
 
 
 def is_plain(piece: Piece) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from queue import Empty, LifoQueue
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from loudmerge.arithmetic.delta import Update, Workspace, dora_weight
 from loudmerge.arithmetic.factors import Factors
 from loudmerge.arithmetic.kept import Kept
 from loudmerge.arithmetic.rounding import Dither, dither_table
-from loudmerge.executing.content import Content
+from loudmerge.executing.content import Content, Lent
 from loudmerge.executing.lanes import Done, by_sample, samples, settled
 from loudmerge.executing.pieces import Piece
 from loudmerge.layout import Axes
@@ -28,18 +28,12 @@ class TensorLane:
     def __init__(self, device: str, content: Content, reader: FileReader, rounding: str) -> None:
         self._device = torch.device(device)
         self._content, self._reader, self._rounding = content, reader, rounding
-        self._spaces: LifoQueue[Workspace] = LifoQueue()
+        self._spaces: Lent[Workspace] = Lent(partial(Workspace, self._device))
 
     def compute(self, piece: Piece, values: Bytes, found: Sequence[Factors]) -> Done:
         """The piece, on the CPU in the place of its `values` where its dtype stays."""
-        try:
-            space = self._spaces.get_nowait()
-        except Empty:
-            space = Workspace(self._device)
-        try:
+        with self._spaces.one() as space:
             return self._computed(piece, self._tensor(piece, values), found, space)
-        finally:
-            self._spaces.put(space)
 
     def _tensor(self, piece: Piece, content: Bytes) -> Tensor:
         values = bytes_of(content).view(DTYPES[piece.output.source.dtype])
